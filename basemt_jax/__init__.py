@@ -1,0 +1,8 @@
+"""Sparse multilingual translation in JAX and Flax.
+
+BASE layers (balanced assignment of experts), temperature-heated sampling of
+languages, and dense pre-training followed by conversion to a sparse model.
+Nothing is imported here: `basemt_jax.base_layer` needs jax and flax alone.
+"""
+
+__version__ = '0.1.0'

@@ -1,0 +1,482 @@
+"""Balanced assignment of tokens to experts: scores in, experts out.
+
+Axes: S tokens of a group, E experts, C = ceil(S / E) slots of an expert,
+W tokens in an expert's repair window, Q tokens moved together.
+
+The problem (BASE layers, Lewis et al. 2021, arXiv:2103.16716, section 3.1):
+
+  maximise sum_t a[t, x_t]  over x  with at most C tokens for every expert.
+
+Its linear-programming dual has one price per expert. At the optimal prices
+every token sits at an expert that maximises a[t, e] - p[e], and few tokens are
+indifferent. The solver therefore
+
+1. finds prices by a fixed number of Newton steps on the dual, smoothed with a
+   temperature that falls from step to step (optimal transport with entropic
+   regularisation, Cuturi 2013, arXiv:1306.0895), started from the previous
+   solution's prices where they are given;
+2. lets every token choose, with one sort that orders the tokens of an expert
+   by how much they would lose elsewhere;
+3. moves the few tokens that are too many along cheapest paths from over-full to
+   free experts (the primal-dual method for transportation problems, all
+   paths of a round at once), in a fixed number of rounds;
+4. gives what is still left, and padding, the free slots in order.
+
+All trip counts are static: no host synchronisation, and work is bounded. After
+step 4 the slots are a one-to-one map of tokens whatever the scores were.
+"""
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+# Temperatures are in units of the scores' spread. Warm prices are off by the
+# drift between batches and by sampling noise, about a tenth of the spread.
+_COLD_TEMPERATURE = 1.0
+_WARM_TEMPERATURE = 0.2
+_FINAL_TEMPERATURE = 0.005
+_COLD_STEPS = 12
+_WARM_STEPS = 8
+
+# The Newton system's inverse is a product of this many factors (I + M^(2^i)).
+_NUM_DOUBLINGS = 6
+
+# Repair: tokens of an expert that may move, moves of a path in one round,
+# rounds, and experts on a path.
+_WINDOW = 32
+_SPARE = 16
+_MAX_MOVES = 8
+_REPAIR_ROUNDS = 8
+_HOPS = 4
+
+# Finite stand-ins for infinities; differences of two still fit float32.
+_HUGE = 1e38
+_TINY = 1e-30
+
+
+class Assignment(NamedTuple):
+  """A balanced assignment of S tokens to E experts.
+
+  Attributes:
+    expert: [S] int32, the expert of each token, padding included.
+    slot: [S] int32, unique, in [0, E * C); `expert == slot // C`.
+    prices: [E] float32, mean zero, in the units of the affinities; the dual
+      solution, to start the next, similar problem from.
+  """
+
+  expert: jax.Array
+  slot: jax.Array
+  prices: jax.Array
+
+
+class _Scores(NamedTuple):
+  """Scores with rows and columns centred and divided by their spread."""
+
+  values: jax.Array  # [S, E], the row maximum is 0
+  offset: jax.Array  # [E], subtracted from every row, in the units of input
+  spread: jax.Array  # [], what the rest was divided by
+
+
+def greedy_assignment(
+  affinities: jax.Array, mask: jax.Array | None = None
+) -> jax.Array:
+  """Gives every token its favourite expert, whatever the load.
+
+  Args:
+    affinities: [S, E] scores; NaN counts as the lowest score.
+    mask: [S] bool, False on padding; padding gets expert 0.
+
+  Returns:
+    [S] int32; the first of equal experts.
+  """
+  values = _finite(affinities)
+  expert = jnp.argmax(values, axis=-1).astype(jnp.int32)
+  return expert if mask is None else jnp.where(mask, expert, 0)
+
+
+def balanced_assignment(
+  affinities: jax.Array,
+  mask: jax.Array | None = None,
+  prices: jax.Array | None = None,
+  *,
+  num_steps: int | None = None,
+) -> Assignment:
+  """Assigns tokens to experts, at most C = ceil(S / E) real ones to each.
+
+  Non-finite scores are defined: NaN and -inf are the lowest score, +inf the
+  highest. A constant added to a row, or a positive factor on all scores, does
+  not change the assignment (up to float rounding).
+
+  Args:
+    affinities: [S, E] scores, higher is better; computed in float32.
+    mask: [S] bool, False on padding. Padding takes the slots that are left; its
+      scores are never read.
+    prices: [E] prices of a previous, similar problem. All zero counts as not
+      known yet.
+    num_steps: Newton steps; more is slower and better. By default 12, or 8
+      where prices are given.
+
+  Returns:
+    The assignment. With S a multiple of E and no padding, every expert has
+    exactly C tokens.
+  """
+  num_tokens, num_experts = affinities.shape
+  values = _finite(affinities)
+  if mask is None:
+    mask = jnp.ones(num_tokens, bool)
+  values = jnp.where(mask[:, None], values, 0.0)
+  scores = _normalise(values, mask)
+  if prices is None:
+    # Varies over devices as the scores do, which shard_map wants of a carry.
+    start = jnp.zeros_like(scores.offset) * scores.offset
+    first_temperature = _COLD_TEMPERATURE
+    num_steps = _COLD_STEPS if num_steps is None else num_steps
+  else:
+    known = jnp.where(jnp.isfinite(prices), prices, 0.0).astype(jnp.float32)
+    start = jnp.clip((known - scores.offset) / scores.spread, -1e6, 1e6)
+    # Zero prices mean "none yet"; the columns' means are the better guess.
+    start = jnp.where(jnp.any(known != 0), start, 0.0)
+    first_temperature = _WARM_TEMPERATURE
+    num_steps = _WARM_STEPS if num_steps is None else num_steps
+  dual = _solve_dual(scores, mask, start, first_temperature, num_steps)
+  slot = _balance(scores.values - dual[None], mask, dual)
+  new_prices = dual * scores.spread + scores.offset
+  capacity = -(-num_tokens // num_experts)
+  return Assignment(
+    expert=slot // capacity,
+    slot=slot,
+    prices=new_prices - jnp.mean(new_prices),
+  )
+
+
+def _finite(affinities: jax.Array) -> jax.Array:
+  """Scores as float32 in [-1e38, 1e38], NaN lowest."""
+  values = jnp.asarray(affinities, jnp.float32)
+  values = jnp.where(jnp.isnan(values), -_HUGE, values)
+  return jnp.clip(values, -_HUGE, _HUGE)
+
+
+def _typical(row_values: jax.Array, mask: jax.Array) -> jax.Array:
+  """Geometric mean of masked, positive values [S]: robust to outliers."""
+  used = mask & (row_values > _TINY)
+  logs = jnp.where(used, jnp.log(jnp.maximum(row_values, _TINY)), 0.0)
+  count = jnp.sum(used)
+  mean = jnp.exp(jnp.sum(logs) / jnp.maximum(count, 1))
+  return jnp.where(count > 0, mean, 1.0)
+
+
+def _normalise(values: jax.Array, mask: jax.Array) -> _Scores:
+  """Centres rows by their maximum, columns by a robust mean; unit spread.
+
+  Subtracting a column's mean changes the prices only. It matters because
+  features with a large common part give every expert an offset that dwarfs
+  what tells the tokens apart.
+  """
+  inverse_experts = 1.0 / values.shape[1]
+  values = values - jnp.max(values, axis=1, keepdims=True)
+  outer = _typical(-jnp.sum(values * inverse_experts, axis=1), mask)
+  clipped = jnp.maximum(values, -16.0 * outer)
+  real = mask[:, None]
+  offset = jnp.sum(jnp.where(real, clipped, 0.0), axis=0) / jnp.maximum(
+    jnp.sum(mask), 1
+  )
+  values = values - offset[None]
+  values = values - jnp.max(values, axis=1, keepdims=True)
+  spread = _typical(-jnp.sum(values * inverse_experts, axis=1), mask)
+  values = jnp.maximum(values / spread, -1e6)
+  return _Scores(jnp.where(real, values, 0.0), offset, spread)
+
+
+def _solve_dual(
+  scores: _Scores,
+  mask: jax.Array,
+  start: jax.Array,
+  first_temperature: float,
+  num_steps: int,
+) -> jax.Array:
+  """Prices [E] at which the softened loads are equal, in normalised units."""
+  num_tokens, num_experts = scores.values.shape
+  capacity = -(-num_tokens // num_experts)
+  weights = mask.astype(jnp.float32)
+  # Free slots act as tokens that like all experts equally, so that an expert
+  # with room to spare never costs more than another one with room.
+  free_weight = num_experts * capacity - jnp.sum(weights)
+  free_values = -scores.offset / scores.spread
+  free_values = jnp.clip(free_values - jnp.max(free_values), -1e6, 0.0)
+  falling = max(num_steps - 2, 1)  # the last two steps are at the end value
+  ratio = _FINAL_TEMPERATURE / first_temperature
+
+  def step(i, prices):
+    fraction = jnp.minimum(i / falling, 1.0)
+    temperature = first_temperature * jnp.power(ratio, fraction)
+    return _newton_step(
+      scores.values,
+      weights,
+      free_values,
+      free_weight,
+      prices,
+      temperature,
+      capacity,
+    )
+
+  return lax.fori_loop(0, num_steps, step, start)
+
+
+def _newton_step(
+  values: jax.Array,
+  weights: jax.Array,
+  free_values: jax.Array,
+  free_weight: jax.Array,
+  prices: jax.Array,
+  temperature: jax.Array,
+  capacity: int,
+) -> jax.Array:
+  """One damped Newton step on the softened dual.
+
+  With shares P = softmax((a - p) / T) and loads n = sum_t P_t, Sinkhorn's step
+  is T log(n / C), and Newton's is its image under (I - M)^-1, M = P'P / n: a
+  row-stochastic matrix whose eigenvalue 1 (all prices move together) is
+  projected out. The inverse is the Neumann series (I + M)(I + M^2)(I + M^4)...
+  cut off: a few [E, E] products, and naturally damped where M is close to I.
+  """
+  shares = jax.nn.softmax((values - prices[None]) / temperature, axis=-1)
+  free_shares = jax.nn.softmax((free_values - prices) / temperature)
+  weighted = shares * weights[:, None]
+  loads = jnp.sum(weighted, axis=0) + free_weight * free_shares
+  safe_loads = jnp.maximum(loads, _TINY)
+  products = weighted.T @ shares
+  products += free_weight * jnp.outer(free_shares, free_shares)
+  matrix = products / safe_loads[:, None]
+  residual = jnp.log(safe_loads / capacity)
+  direction = residual - jnp.sum(loads * residual) / jnp.sum(loads)
+  for i in range(_NUM_DOUBLINGS):
+    direction = direction + matrix @ direction
+    if i + 1 < _NUM_DOUBLINGS:
+      matrix = matrix @ matrix
+  # The quadratic model holds within about a temperature of where it was made.
+  return prices + temperature * jnp.clip(direction, -2.0, 2.0)
+
+
+def _gumbel_noise(num_tokens: int, num_experts: int) -> jax.Array:
+  """[S, E] fixed Gumbel noise: a hash of the position, no random state."""
+  shape = (num_tokens, num_experts)
+  token = lax.broadcasted_iota(jnp.uint32, shape, 0)
+  expert = lax.broadcasted_iota(jnp.uint32, shape, 1)
+  bits = token * np.uint32(0x9E3779B1) + expert * np.uint32(0x85EBCA77)
+  bits = (bits ^ (bits >> 15)) * np.uint32(0x2C1B3C6D)
+  bits = (bits ^ (bits >> 12)) * np.uint32(0x297A2D39)
+  bits = bits ^ (bits >> 15)
+  uniform = (bits >> 8).astype(jnp.float32) * np.float32(2**-24)
+  return -jnp.log(-jnp.log(uniform + np.float32(2**-25)))
+
+
+def _balance(
+  values: jax.Array, mask: jax.Array, prices: jax.Array
+) -> jax.Array:
+  """Slots [S] int32 from priced scores [S, E] = a - p."""
+  num_tokens, num_experts = values.shape
+  capacity = -(-num_tokens // num_experts)
+  experts = jnp.arange(num_experts, dtype=jnp.int32)
+  # Sampling from the softened shares splits equal tokens as the shares say;
+  # the plain maximum would send all of them to one expert.
+  noise = _FINAL_TEMPERATURE * _gumbel_noise(num_tokens, num_experts)
+  choice = jnp.argmax(values + noise, axis=1).astype(jnp.int32)
+  chosen = choice[:, None] == experts[None]
+  gain = jnp.max(jnp.where(chosen, values, -jnp.inf), axis=1)
+  if num_experts > 1:
+    gain -= jnp.max(jnp.where(chosen, -jnp.inf, values), axis=1)
+  order_expert, _, order = lax.sort(
+    (
+      jnp.where(mask, choice, num_experts),
+      -gain,
+      jnp.arange(num_tokens, dtype=jnp.int32),
+    ),
+    num_keys=3,
+    is_stable=False,
+  )
+  count = jnp.sum(chosen & mask[:, None], axis=0, dtype=jnp.int32)
+  start = jnp.cumsum(count) - count
+
+  # The window holds the tokens of an expert that lose least by moving.
+  window = min(num_tokens, _WINDOW)
+  spare = min(num_tokens, _SPARE)
+  settled = jnp.maximum(count - window, 0)
+  place = jnp.arange(window + spare, dtype=jnp.int32)
+  rank = settled[:, None] + place[None]
+  filled = (rank < count[:, None]) & (place < window)[None]
+  index = jnp.minimum(start[:, None] + rank, num_tokens - 1)
+  tokens = jnp.where(filled, order[index], num_tokens)
+  slack = jnp.where(jnp.sum(mask) < num_experts * capacity, prices, 0.0)
+  if num_experts > 1:
+    tokens = _repair(values, tokens, count, slack, capacity)
+
+  # Slots: settled tokens by rank, the window's after them, then all others.
+  position = jnp.arange(num_tokens, dtype=jnp.int32)
+  order_rank = position - jnp.append(start, 0)[order_expert]
+  limit = jnp.append(jnp.minimum(settled, capacity), 0)[order_expert]
+  slot = jnp.where(order_rank < limit, order_expert * capacity + order_rank, -1)
+  slot = (
+    jnp.full(num_tokens, -1, jnp.int32).at[order].set(slot, unique_indices=True)
+  )
+  filled = tokens < num_tokens
+  rank = settled[:, None] + jnp.cumsum(filled, axis=1, dtype=jnp.int32) - 1
+  kept = filled & (rank < capacity)
+  slot = slot.at[tokens].set(
+    jnp.where(kept, experts[:, None] * capacity + rank, -1), mode="drop"
+  )
+  load = jnp.minimum(settled + jnp.sum(filled, axis=1), capacity)
+  return _fill(slot, load, capacity)
+
+
+def _fill(slot: jax.Array, load: jax.Array, capacity: int) -> jax.Array:
+  """Gives tokens without a slot (-1) the free slots [load_e, C), in order."""
+  missing = slot < 0
+  turn = jnp.cumsum(missing, dtype=jnp.int32) - 1
+  free = jnp.cumsum(capacity - load)
+  expert = jnp.sum(free[None] <= turn[:, None], axis=1, dtype=jnp.int32)
+  expert = jnp.minimum(expert, load.shape[0] - 1)
+  # Slots still free after expert e are counted from the end of its row.
+  taken = (expert + 1) * capacity - (free[expert] - turn)
+  return jnp.where(missing, taken, slot).astype(jnp.int32)
+
+
+def _repair(
+  values: jax.Array,
+  tokens: jax.Array,
+  load: jax.Array,
+  slack: jax.Array,
+  capacity: int,
+) -> jax.Array:
+  """Moves tokens from over-full to free experts along cheapest paths.
+
+  Every expert has at most one edge to every other one: its best token for it,
+  and equally good ones beside it. A round finds a forest of cheapest paths (at
+  most _HOPS edges) from all over-full experts, and moves tokens along one path
+  of every tree. Trees do not share experts, and every edge used is tight
+  for the distances as potentials, so the moves of a round do not disturb each
+  other (Ahuja, Magnanti & Orlin 1993, section 9.8).
+
+  Args:
+    values: [S, E] priced scores.
+    tokens: [E, W] the tokens that may move; S marks a free place.
+    load: [E] tokens of each expert, the settled ones included.
+    slack: [E] what a free slot of an expert is worth more than another's.
+    capacity: C.
+
+  Returns:
+    [E, W], the tokens' new places.
+  """
+  num_tokens, num_experts = values.shape
+  experts = jnp.arange(num_experts, dtype=jnp.int32)
+  itself = experts[:, None] == experts[None]
+  num_places = tokens.shape[1]
+  max_moves = min(_MAX_MOVES, num_places)
+  # A move this much worse than the best one may go with it.
+  tolerance = 2 * _FINAL_TEMPERATURE
+
+  def body(_, carry):
+    tokens, rows, load = carry
+    filled = tokens < num_tokens
+    own = jnp.sum(jnp.where(itself[:, None, :], rows, 0.0), axis=2)
+    change = jnp.where(filled[:, :, None], rows - own[:, :, None], -jnp.inf)
+    best = jnp.max(change, axis=1)
+    edge = jnp.where(itself, -jnp.inf, jnp.minimum(best, 0.0))
+    over = load > capacity
+    # Once no expert is over-full, a token may still go to a free expert whose
+    # price is not the lowest: such a price does not belong to a free slot.
+    any_over = jnp.any(over)
+    source = jnp.where(any_over, over, load > 0)
+    origin = jnp.where(any_over, 0.0, -slack)
+    distance, previous = _cheapest_paths(
+      edge, jnp.where(source, origin, -jnp.inf)
+    )
+    free_places = jnp.sum(~filled, axis=1)
+    room = jnp.minimum(capacity - load, free_places)
+    # Experts on the way back from every expert, [_, E], and the tree's root.
+    path = [experts]
+    for _ in range(2 * _HOPS):
+      path.append(previous[path[-1]])
+    root = path[-1]
+    target = (room > 0) & source[root] & (previous[root] == root)
+    worth = distance + slack
+    target &= any_over | ((worth > tolerance) & (root != experts))
+    worth = jnp.where(target, worth, -jnp.inf)
+    of_root = root[None] == experts[:, None]
+    worth_of_root = jnp.where(of_root, worth[None], -jnp.inf)
+    last = jnp.argmax(worth_of_root, axis=1)
+    found = jnp.max(worth_of_root, axis=1) > -jnp.inf
+    is_last = jnp.any((last[:, None] == experts[None]) & found[:, None], axis=0)
+    steps = jnp.stack(path)
+    on_path = jnp.any(
+      (steps[:, :, None] == experts[None, None]) & is_last[None, :, None],
+      axis=(0, 1),
+    )
+    receives = on_path & (previous != experts)
+    follows = receives[None] & (previous[None] == experts[:, None])
+    sends = jnp.any(follows, axis=1)
+    following = jnp.argmax(follows, axis=1)
+    # The tokens to send, best first, and how many are about as good.
+    sent_change = jnp.take_along_axis(change, following[:, None, None], axis=2)[
+      :, :, 0
+    ]
+    top, top_place = lax.top_k(sent_change, max_moves)
+    similar = jnp.sum(top >= jnp.minimum(top[:, :1], 0.0) - tolerance, axis=1)
+    amount = jnp.where(sends, similar, max_moves)
+    amount = jnp.where(is_last, jnp.minimum(amount, room), amount)
+    excess = jnp.maximum(load - capacity, 1)
+    amount = jnp.where(root == experts, jnp.minimum(amount, excess), amount)
+    amount = jnp.min(
+      jnp.where(of_root & on_path[None], amount[None], max_moves), axis=1
+    )[root]
+    amount = jnp.where(on_path, amount, 0)
+    # Who receives takes the places of what it sends, or else free places.
+    _, free_place = lax.top_k((~filled).astype(jnp.float32), max_moves)
+    target_place = jnp.where(sends[:, None], top_place, free_place)
+    moved = jnp.arange(max_moves)[None] < amount[:, None]
+    sender = (previous[:, None], top_place[previous])
+    new_tokens = jnp.where(receives[:, None], tokens[sender], num_tokens)
+    target_place = jnp.where(moved, target_place, num_places)
+    where = (experts[:, None], target_place)
+    new_rows = rows[sender]
+    tokens = tokens.at[where].set(new_tokens, mode="drop")
+    rows = rows.at[where].set(new_rows, mode="drop")
+    load = load + jnp.where(receives, amount, 0) - jnp.where(sends, amount, 0)
+    return tokens, rows, load
+
+  rows = values[jnp.minimum(tokens, num_tokens - 1)]
+  carry = (tokens, rows, load)
+  tokens, _, _ = lax.fori_loop(0, _REPAIR_ROUNDS, body, carry)
+  return tokens
+
+
+def _cheapest_paths(
+  edge: jax.Array, origin: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+  """Best sums of an origin [E] and edges [E, E] (<= 0) that lead to an expert.
+
+  Bellman and Ford's iteration, cut off after _HOPS edges.
+
+  Returns:
+    distance: [E], -inf where there is no path; origin is -inf where none starts.
+    previous: [E] the expert before on the path; itself at the start.
+  """
+  num_experts = edge.shape[0]
+  distance = origin
+  previous = jnp.arange(num_experts, dtype=jnp.int32)
+  for _ in range(min(_HOPS, num_experts - 1)):
+    through = distance[:, None] + edge
+    best = jnp.max(through, axis=0)
+    better = best > distance
+    distance = jnp.where(better, best, distance)
+    source = jnp.argmax(through, axis=0).astype(jnp.int32)
+    previous = jnp.where(better, source, previous)
+  return distance, previous
+
+
+def capacity_of(num_tokens: int, num_experts: int) -> int:
+  """C, the slots of an expert for a group of `num_tokens` tokens."""
+  return math.ceil(num_tokens / num_experts)

@@ -1,0 +1,234 @@
+"""Checkpoints: the train state and the data position, written together.
+
+Directory layout, T5X's own plus one item:
+
+    MODEL_DIR/checkpoint_N/state/     {target, state, flax_mutables} (Orbax)
+    MODEL_DIR/checkpoint_N/position/  JSON: data position, phase, best loss
+    MODEL_DIR/checkpoint_N/metrics/   JSON: dev loss, if it was measured
+
+Orbax writes in a background thread into a temporary directory and renames it
+when complete, so a killed process leaves whole checkpoints only.
+"""
+
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from etils import epath
+from flax import serialization, traverse_util
+from orbax.checkpoint import checkpoint_managers
+
+State = Any
+Tree = Any
+
+PREFIX = "checkpoint"
+
+
+def state_dict(
+  params: Tree, opt_state: Tree, step: Any, mutables: Mapping[str, Tree]
+) -> dict[str, Any]:
+  """The nested dictionary T5X stores for the same train state.
+
+  Args:
+    params: Nested dict of parameters.
+    opt_state: The Optax state; its empty parts are left out, as in T5X.
+    step: Training step, int32 [].
+    mutables: Other collections by name (`prices`); may be empty.
+  """
+  param_states = serialization.to_state_dict(opt_state)
+  flat = traverse_util.flatten_dict(param_states, sep="/")
+  tree: dict[str, Any] = {
+    "target": params,
+    "state": {
+      "step": step,
+      "param_states": traverse_util.unflatten_dict(flat, sep="/"),
+    },
+  }
+  if mutables:
+    tree["flax_mutables"] = dict(mutables)
+  return tree
+
+
+def restored_opt_state(template: Tree, param_states: dict[str, Any]) -> Tree:
+  """Puts a stored `param_states` back into an Optax state's own types."""
+  whole = traverse_util.flatten_dict(
+    serialization.to_state_dict(template), keep_empty_nodes=True, sep="/"
+  )
+  stored = traverse_util.flatten_dict(param_states, sep="/")
+  merged = {path: stored.get(path, empty) for path, empty in whole.items()}
+  return serialization.from_state_dict(
+    template, traverse_util.unflatten_dict(merged, sep="/")
+  )
+
+
+class Checkpoints:
+  """The checkpoints of one model directory.
+
+  Args:
+    directory: MODEL_DIR; created if need be.
+    keep: Most recent checkpoints to keep; the best by dev loss is kept too.
+    read_only: Neither create nor clean anything.
+  """
+
+  def __init__(
+    self,
+    directory: str | pathlib.Path,
+    keep: int = 3,
+    read_only: bool = False,
+  ):
+    self.directory = epath.Path(directory)
+    if read_only and not self.directory.is_dir():
+      raise ValueError(
+        f"no checkpoints: {directory} is not a directory; give the MODEL_DIR "
+        "of a run"
+      )
+    options = ocp.CheckpointManagerOptions(
+      step_prefix=PREFIX,
+      cleanup_tmp_directories=not read_only,
+      read_only=read_only,
+      preservation_policy=checkpoint_managers.AnyPreservationPolicy(
+        [
+          checkpoint_managers.LatestN(keep),
+          checkpoint_managers.BestN(
+            get_metric_fn=lambda metrics: -metrics["dev_loss"],
+            reverse=True,
+            n=1,
+            keep_checkpoints_without_metrics=False,
+          ),
+        ]
+      ),
+      best_fn=lambda metrics: -metrics["dev_loss"],
+    )
+    self._manager = ocp.CheckpointManager(
+      epath.Path(directory).absolute(),
+      options=options,
+      item_handlers={
+        "state": ocp.PyTreeCheckpointHandler(),
+        "position": ocp.JsonCheckpointHandler(),
+      },
+    )
+
+  def latest_step(self) -> int | None:
+    """Step of the newest complete checkpoint, or None."""
+    return self._manager.latest_step()
+
+  def best_step(self) -> int | None:
+    """Step with the lowest dev loss, or None where none was measured."""
+    return self._manager.best_step()
+
+  def steps(self) -> list[int]:
+    """Steps of all complete checkpoints, ascending."""
+    return sorted(self._manager.all_steps())
+
+  def save(
+    self,
+    step: int,
+    tree: dict[str, Any],
+    position: dict[str, Any],
+    dev_loss: float | None = None,
+  ) -> None:
+    """Starts writing; returns when the arrays have left the devices.
+
+    Args:
+      step: Training step; a checkpoint of that step must not exist.
+      tree: From `state_dict`.
+      position: JSON-able.
+      dev_loss: Decides which checkpoint is best.
+    """
+    self._manager.save(
+      step,
+      args=ocp.args.Composite(
+        state=ocp.args.PyTreeSave(tree),
+        position=ocp.args.JsonSave(position),
+      ),
+      metrics=None if dev_loss is None else {"dev_loss": dev_loss},
+      force=True,
+    )
+
+  def position(self, step: int) -> dict[str, Any]:
+    """The stored position of a step; {} for a checkpoint T5X wrote."""
+    if not (self.path(step) / "position").exists():
+      return {}
+    return self._manager.restore(
+      step, args=ocp.args.Composite(position=ocp.args.JsonRestore())
+    )["position"]
+
+  def path(self, step: int) -> epath.Path:
+    """Directory of a step's checkpoint."""
+    return self.directory / f"{PREFIX}_{step}"
+
+  def shapes(self, step: int) -> dict[str, tuple[int, ...]]:
+    """Path ('target/encoder/...') and shape of every stored array."""
+    metadata = self._manager.item_metadata(step)["state"]
+    tree = getattr(metadata, "tree", metadata)
+    return {
+      path: tuple(leaf.shape)
+      for path, leaf in traverse_util.flatten_dict(tree, sep="/").items()
+    }
+
+  def phase(self, step: int) -> str:
+    """'sparse' if the checkpoint holds experts, else 'dense'.
+
+    The arrays tell, so that a checkpoint that `convert` or T5X wrote needs no
+    note of it.
+    """
+    has_experts = any("/base_layer/" in path for path in self.shapes(step))
+    return "sparse" if has_experts else "dense"
+
+  def restore(self, step: int, like: dict[str, Any], what: str) -> dict:
+    """Reads the part of a checkpoint that `like` describes.
+
+    Args:
+      step: Of a complete checkpoint.
+      like: Nested dict of arrays or `jax.ShapeDtypeStruct`, with the
+        shardings to restore to.
+      what: Names the expected tree in an error.
+
+    Raises:
+      ValueError: An array is missing, or has another shape; names it.
+    """
+    stored = self.shapes(step)
+    wanted = traverse_util.flatten_dict(like, sep="/")
+    for path, leaf in wanted.items():
+      if path not in stored:
+        raise ValueError(
+          f"{self.path(step)} holds no array {path}, which {what} needs; the "
+          "checkpoint is of another model: use the configuration it was "
+          "trained with"
+        )
+      if stored[path] != tuple(leaf.shape):
+        raise ValueError(
+          f"{path} has shape {stored[path]} in {self.path(step)}, but "
+          f"{what} needs {tuple(leaf.shape)}; use the configuration it was "
+          "trained with"
+        )
+    return self._manager.restore(
+      step,
+      args=ocp.args.Composite(
+        state=ocp.args.PyTreeRestore(
+          item=like,
+          restore_args=jax.tree.map(_restore_args, like),
+          partial_restore=True,
+        )
+      ),
+    )["state"]
+
+  def wait(self) -> None:
+    """Blocks until everything is on disk."""
+    self._manager.wait_until_finished()
+
+  def close(self) -> None:
+    """Waits, then frees the background threads."""
+    self._manager.close()
+
+
+def _restore_args(leaf: Any) -> ocp.RestoreArgs:
+  sharding = getattr(leaf, "sharding", None)
+  if sharding is None:
+    return ocp.RestoreArgs(restore_type=np.ndarray, dtype=leaf.dtype)
+  return ocp.ArrayRestoreArgs(
+    sharding=sharding, global_shape=leaf.shape, dtype=leaf.dtype
+  )

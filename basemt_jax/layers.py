@@ -1,0 +1,340 @@
+"""Layers of the encoder-decoder network: norm, embedding, attention, MLP.
+
+Axes: B batch, L length (Lq queries, Lk keys), D model width, F feed-forward
+width, H heads, K head width, V vocabulary.
+
+Parameters are float32 and carry T5X's logical axis names (through
+`flax.linen.partitioning`); computation runs in the layer's `dtype`, norms and
+logits in float32.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from flax.linen import partitioning as nn_partitioning
+
+Array = jax.Array
+
+param_with_axes = nn_partitioning.param_with_axes
+with_sharding_constraint = nn_partitioning.with_sharding_constraint
+
+
+def kernel_init() -> Callable[..., Array]:
+  """Truncated normal with variance 1 / fan-in, T5X's choice for dense layers.
+
+  A kernel with leading expert axes is initialised per expert: pass it through
+  `jax.vmap` over keys, or use fan axes -2 and -1, which this one does.
+  """
+  return nn.initializers.variance_scaling(
+    1.0, "fan_in", "truncated_normal", in_axis=-2, out_axis=-1, batch_axis=()
+  )
+
+
+def activation(name: str) -> Callable[[Array], Array]:
+  """The activation function of this name: 'linear' or one of `jax.nn`'s."""
+  if name == "linear":
+    return lambda x: x
+  function = getattr(jax.nn, name, None)
+  if function is None:
+    raise ValueError(
+      f"activation {name!r} is neither 'linear' nor a function of jax.nn; "
+      "use for example 'relu', 'gelu' or 'silu'"
+    )
+  return function
+
+
+class Dense(nn.Module):
+  """y = x W over the last axis, W [in, out] float32, no bias.
+
+  Attributes:
+    features: Width of the output.
+    axes: Logical names of the kernel's two axes.
+    dtype: Computation type; the output has it.
+  """
+
+  features: int
+  axes: tuple[str, str]
+  dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(self, x: Array) -> Array:
+    """Maps [..., in] to [..., features]."""
+    kernel = param_with_axes(
+      "kernel", kernel_init(), (x.shape[-1], self.features), axes=self.axes
+    )
+    return jnp.dot(x.astype(self.dtype), kernel.astype(self.dtype))
+
+
+class RMSNorm(nn.Module):
+  """Scale by the root mean square (arXiv:1910.07467), as in T5: no bias.
+
+  Statistics are float32 whatever the input; the output has `dtype`.
+  """
+
+  dtype: Any = jnp.float32
+  epsilon: float = 1e-6
+
+  @nn.compact
+  def __call__(self, x: Array) -> Array:
+    """Normalises the last axis of [..., D]."""
+    scale = param_with_axes(
+      "scale", nn.initializers.ones, (x.shape[-1],), axes=("embed",)
+    )
+    return rms_norm(x, scale, self.epsilon).astype(self.dtype)
+
+
+def rms_norm(x: Array, scale: Array, epsilon: float = 1e-6) -> Array:
+  """x / rms(x) * scale in float32; x [..., D], scale broadcastable to x."""
+  x = x.astype(jnp.float32)
+  mean_square = jnp.mean(jnp.square(x), axis=-1, keepdims=True)
+  scale = scale.reshape((1,) * (x.ndim - scale.ndim) + scale.shape)
+  return x * jax.lax.rsqrt(mean_square + epsilon) * scale
+
+
+class Embed(nn.Module):
+  """Token embedding, shared with the output projection.
+
+  Initialised with standard deviation 1; `attend` divides by sqrt(D), so that
+  logits start with unit variance (T5's tied embedding).
+  """
+
+  num_embeddings: int
+  features: int
+  dtype: Any = jnp.float32
+
+  def setup(self):
+    """Creates the table [V, D]."""
+    self.embedding = param_with_axes(
+      "embedding",
+      nn.initializers.normal(1.0),
+      (self.num_embeddings, self.features),
+      axes=("vocab", "embed"),
+    )
+
+  def __call__(self, tokens: Array) -> Array:
+    """Looks up int tokens [B, L]: [B, L, D] in `dtype`."""
+    return jnp.take(self.embedding.astype(self.dtype), tokens, axis=0)
+
+  def attend(self, x: Array) -> Array:
+    """Logits [B, L, V] float32 of x [B, L, D]."""
+    x = (x * self.features**-0.5).astype(self.dtype)
+    return jnp.einsum(
+      "bld,vd->blv",
+      x,
+      self.embedding.astype(self.dtype),
+      preferred_element_type=jnp.float32,
+    )
+
+
+class MlpBlock(nn.Module):
+  """Feed-forward: wo(drop(act(wi x))), or gated: act(wi_0 x) * wi_1 x.
+
+  Attributes:
+    mlp_dim: F.
+    activations: One name: plain. Two names: their product (gated, as
+      ('gelu', 'linear') in T5.1.1 or ('silu', 'linear') in SwiGLU).
+    dropout_rate: On the hidden units.
+    dtype: Computation type.
+  """
+
+  mlp_dim: int
+  activations: Sequence[str] = ("relu",)
+  dropout_rate: float = 0.0
+  dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(self, x: Array, *, enable_dropout: bool) -> Array:
+    """Maps [B, L, D] to [B, L, D]."""
+    hidden: Array | None = None
+    for i, name in enumerate(self.activations):
+      y = Dense(
+        self.mlp_dim,
+        ("embed", "mlp"),
+        self.dtype,
+        name="wi" if len(self.activations) == 1 else f"wi_{i}",
+      )(x)
+      y = activation(name)(y)
+      hidden = y if hidden is None else hidden * y
+    hidden = dropout(self, hidden, self.dropout_rate, enable_dropout)
+    hidden = with_sharding_constraint(hidden, ("batch", "length", "mlp"))
+    return Dense(x.shape[-1], ("mlp", "embed"), self.dtype, name="wo")(hidden)
+
+
+def dropout(
+  module: nn.Module, x: Array, rate: float, enable: bool, axis: int = -2
+) -> Array:
+  """Dropout with one mask for all positions along `axis`, as in T5.
+
+  Sharing the mask over the length saves random bits, whose generation is a
+  visible share of a training step.
+  """
+  if not enable or rate == 0.0:
+    return x
+  shape = list(x.shape)
+  shape[axis] = 1
+  keep = jax.random.bernoulli(module.make_rng("dropout"), 1.0 - rate, shape)
+  return jnp.where(keep, x / (1.0 - rate), jnp.zeros((), x.dtype))
+
+
+def rotary_embedding(x: Array, positions: Array) -> Array:
+  """Rotates query or key heads by position (RoFormer, arXiv:2104.09864).
+
+  Scores then depend on the distance of two positions alone. Unlike an
+  additive bias this costs no [H, Lq, Lk] array, so every fused attention
+  kernel can be used.
+
+  Args:
+    x: [B, L, H, K], K even.
+    positions: [B, L] int32.
+
+  Returns:
+    Rotated x, same shape and dtype; angles are computed in float32.
+  """
+  half = x.shape[-1] // 2
+  frequency = 10_000.0 ** (-jnp.arange(half, dtype=jnp.float32) / half)
+  angle = positions[..., None].astype(jnp.float32) * frequency[None, None]
+  sin, cos = jnp.sin(angle)[:, :, None], jnp.cos(angle)[:, :, None]
+  first, second = x[..., :half], x[..., half:]
+  first, second = first.astype(jnp.float32), second.astype(jnp.float32)
+  rotated = [first * cos - second * sin, second * cos + first * sin]
+  return jnp.concatenate(rotated, axis=-1).astype(x.dtype)
+
+
+class Attention(nn.Module):
+  """Multi-head dot-product attention with a cache for decoding.
+
+  Attributes:
+    num_heads: H.
+    head_dim: K.
+    dtype: Computation type.
+    implementation: Passed to `jax.nn.dot_product_attention`: None lets JAX
+      choose, 'cudnn' asks for the fused GPU kernel.
+  """
+
+  num_heads: int
+  head_dim: int
+  dtype: Any = jnp.float32
+  implementation: str | None = None
+
+  @nn.compact
+  def __call__(
+    self,
+    inputs_q: Array,
+    inputs_kv: Array,
+    mask: Array | None,
+    positions: Array | None = None,
+    *,
+    decode: bool = False,
+    max_decode_length: int | None = None,
+  ) -> Array:
+    """Attends from inputs_q to inputs_kv.
+
+    Args:
+      inputs_q: [B, Lq, D].
+      inputs_kv: [B, Lk, D].
+      mask: bool, broadcastable to [B, H, Lq, Lk]; True: attend.
+      positions: [B, L] int32 for self-attention (rotary); None for
+        cross-attention, which has no positions.
+      decode: One token a step (Lq = 1). Self-attention keeps `cached_key`,
+        `cached_value` [B, max_decode_length, H, K] and `cache_index` [] in
+        the collection `cache` and ignores `mask` and `positions`;
+        cross-attention keeps its keys and values in `memory`, computed once
+        from inputs_kv while that collection is mutable.
+      max_decode_length: Length of the cache, needed when it is created.
+
+    Returns:
+      [B, Lq, D] in `dtype`.
+    """
+
+    def heads(name: str, x: Array) -> Array:
+      width = self.num_heads * self.head_dim
+      y = Dense(width, ("embed", "joined_kv"), self.dtype, name=name)(x)
+      y = y.reshape(*x.shape[:-1], self.num_heads, self.head_dim)
+      return with_sharding_constraint(y, ("batch", "length", "heads", "kv"))
+
+    query = heads("query", inputs_q)
+    if positions is None and decode:
+      key, value = self._memory(heads, inputs_kv)
+    else:
+      key, value = heads("key", inputs_kv), heads("value", inputs_kv)
+    if positions is not None:
+      if decode:
+        query, key, value, mask = self._update_cache(
+          query, key, value, max_decode_length
+        )
+      else:
+        query = rotary_embedding(query, positions)
+        key = rotary_embedding(key, positions)
+    y = jax.nn.dot_product_attention(
+      query, key, value, mask=mask, implementation=self.implementation
+    )
+    y = y.reshape(*inputs_q.shape[:-1], self.num_heads * self.head_dim)
+    return Dense(
+      inputs_q.shape[-1], ("joined_kv", "embed"), self.dtype, name="out"
+    )(y)
+
+  def _memory(self, heads, inputs_kv: Array) -> tuple[Array, Array]:
+    """Keys and values of the source: computed once, then read."""
+    key = self.variable("memory", "memory_key", lambda: heads("key", inputs_kv))
+    value = self.variable(
+      "memory", "memory_value", lambda: heads("value", inputs_kv)
+    )
+    return key.value, value.value
+
+  def _update_cache(
+    self, query: Array, key: Array, value: Array, max_length: int | None
+  ) -> tuple[Array, Array, Array, Array]:
+    """Writes one step's key and value; returns all, and the causal mask."""
+    is_filled = self.has_variable("cache", "cached_key")
+    if not is_filled and max_length is None:
+      raise ValueError("creating a decoding cache needs max_decode_length")
+    shape = (key.shape[0], max_length or 0, *key.shape[2:])
+    cached_key = self.variable(
+      "cache", "cached_key", jnp.zeros, shape, key.dtype
+    )
+    cached_value = self.variable(
+      "cache", "cached_value", jnp.zeros, shape, value.dtype
+    )
+    index = self.variable(
+      "cache", "cache_index", lambda: jnp.zeros((), jnp.int32)
+    )
+    step = index.value
+    position = jnp.full((key.shape[0], 1), step)
+    query = rotary_embedding(query, position)
+    if is_filled:
+      start = (0, step, 0, 0)
+      cached_key.value = jax.lax.dynamic_update_slice(
+        cached_key.value, rotary_embedding(key, position), start
+      )
+      cached_value.value = jax.lax.dynamic_update_slice(
+        cached_value.value, value, start
+      )
+      index.value = step + 1
+    length = cached_key.value.shape[1]
+    mask = (jnp.arange(length) <= step)[None, None, None]
+    return query, cached_key.value, cached_value.value, mask
+
+
+def segment_mask(
+  query_segments: Array, key_segments: Array, causal: bool = False
+) -> Array:
+  """Attention mask of packed rows: a token sees its own segment only.
+
+  Args:
+    query_segments: [B, Lq] int32, 0 for padding.
+    key_segments: [B, Lk] int32.
+    causal: Whether a query sees only keys at or before its index.
+
+  Returns:
+    [B, 1, Lq, Lk] bool. Padding sees padding, so no row is empty (an empty
+    row would make a softmax of nothing).
+  """
+  mask = query_segments[:, :, None] == key_segments[:, None, :]
+  if causal:
+    length_q, length_k = query_segments.shape[1], key_segments.shape[1]
+    order = jnp.arange(length_q)[:, None] >= jnp.arange(length_k)[None, :]
+    mask = mask & order[None]
+  return mask[:, None]

@@ -1,0 +1,143 @@
+"""Losses as plain sums, so that any split of a batch adds up exactly.
+
+Axes: B batch, L length, V vocabulary, N directions.
+"""
+
+import jax
+import jax.numpy as jnp
+
+Array = jax.Array
+
+
+def token_losses(
+  logits: Array,
+  targets: Array,
+  label_smoothing: float = 0.0,
+  z_loss: float = 0.0,
+) -> tuple[Array, Array]:
+  """Smoothed cross-entropy of every token.
+
+  With smoothing s the target distribution is 1 - s on the target and
+  s / (V - 1) on each other token; the entropy of that distribution is
+  subtracted, so a perfect prediction has loss 0 (as in T5X).
+
+  Args:
+    logits: [B, L, V] float32.
+    targets: [B, L] int32.
+    label_smoothing: s, in [0, 1).
+    z_loss: Weight of log(Z)^2, which keeps logits near normalised
+      (arXiv:2204.02311, section 5).
+
+  Returns:
+    loss: [B, L] float32, z-loss included, in nats.
+    nll: [B, L] float32, the plain negative log-likelihood.
+  """
+  vocab_size = logits.shape[-1]
+  log_z = jax.nn.logsumexp(logits, axis=-1)
+  target_logit = jnp.take_along_axis(logits, targets[..., None], axis=-1)
+  nll = log_z - target_logit[..., 0]
+  loss = nll
+  if label_smoothing:
+    confidence, low = 1.0 - label_smoothing, label_smoothing / (vocab_size - 1)
+    # sum_v q_v (log Z - l_v), with q low everywhere but at the target.
+    all_nll = vocab_size * log_z - jnp.sum(logits, axis=-1)
+    entropy = -(
+      confidence * jnp.log(confidence)
+      + (vocab_size - 1) * low * jnp.log(low + 1e-20)
+    )
+    loss = (confidence - low) * nll + low * all_nll - entropy
+  return loss + z_loss * jnp.square(log_z), nll
+
+
+def loss_sums(
+  logits: Array,
+  targets: Array,
+  weights: Array,
+  label_smoothing: float = 0.0,
+  z_loss: float = 0.0,
+) -> dict[str, Array]:
+  """Sums over each row; dividing is left to whoever knows the whole batch.
+
+  Args:
+    logits: [B, L, V] float32.
+    targets: [B, L] int32.
+    weights: [B, L] float32, 0 on padding.
+    label_smoothing: See `token_losses`.
+    z_loss: See `token_losses`.
+
+  Returns:
+    `loss`, `nll`, `correct` (argmax is the target) and `weight`, each [B]
+    float32.
+  """
+  loss, nll = token_losses(logits, targets, label_smoothing, z_loss)
+  correct = (jnp.argmax(logits, axis=-1) == targets).astype(jnp.float32)
+  return {
+    "loss": jnp.sum(loss * weights, axis=-1),
+    "nll": jnp.sum(nll * weights, axis=-1),
+    "correct": jnp.sum(correct * weights, axis=-1),
+    "weight": jnp.sum(weights, axis=-1),
+  }
+
+
+def by_direction(row_sums: Array, direction: Array, count: int) -> Array:
+  """Adds row sums [B] up per direction (int32 [B]): [count] float32."""
+  return jax.ops.segment_sum(row_sums, direction, num_segments=count)
+
+
+def router_sums(
+  intermediates: dict, direction: Array, count: int, num_experts: int
+) -> dict[str, dict[str, Array]]:
+  """What the experts' routers did, added up per layer and direction.
+
+  Args:
+    intermediates: Flax's collection of that name: layers sow `expert` and
+      `favourite` [B, L] int32 (-1 on padding), `routing_entropy` [] and
+      `auxiliary_loss` [].
+    direction: [B] int32.
+    count: N.
+    num_experts: E.
+
+  Returns:
+    By layer path ('decoder/layers_1'): `expert` and `favourite` [N, E], tokens
+    of each direction at each expert, `agreement` [N], tokens routed to their
+    favourite, `entropy` [], `auxiliary_loss` []; all float32.
+  """
+  sums = {}
+  for path, layer in _expert_layers(intermediates):
+    expert, favourite = layer["expert"][0], layer["favourite"][0]
+
+    def table(choice: Array) -> Array:
+      # One column past the last expert takes the padding.
+      column = jnp.where(choice < 0, num_experts, choice)
+      flat = direction[:, None] * (num_experts + 1) + column
+      size = count * (num_experts + 1)
+      counts = jnp.zeros(size, jnp.float32).at[flat.reshape(-1)].add(1.0)
+      return counts.reshape(count, num_experts + 1)[:, :num_experts]
+
+    agree = jnp.sum((expert == favourite) & (expert >= 0), axis=-1)
+    sums[path] = {
+      "expert": table(expert),
+      "favourite": table(favourite),
+      "agreement": by_direction(agree.astype(jnp.float32), direction, count),
+      "entropy": layer["routing_entropy"][0],
+      "auxiliary_loss": layer["auxiliary_loss"][0],
+    }
+  return sums
+
+
+def auxiliary_loss(intermediates: dict) -> Array:
+  """Sum of the routers' own losses, [] float32; 0 without experts."""
+  total = jnp.zeros((), jnp.float32)
+  for _, layer in _expert_layers(intermediates):
+    total += layer["auxiliary_loss"][0]
+  return total
+
+
+def _expert_layers(tree: dict, path: tuple[str, ...] = ()):
+  """(path, sown values) of every layer of experts, in path order."""
+  if "auxiliary_loss" in tree:
+    yield "/".join(path).removesuffix("/base_layer"), tree
+    return
+  for name in sorted(tree):
+    if isinstance(tree[name], dict):
+      yield from _expert_layers(tree[name], (*path, name))

@@ -1,0 +1,663 @@
+"""The SeqIO side of heated sampling: mixtures, and stores built from them.
+
+Axis legend: N directions, L length.
+
+`HeatedMixture` is an ordinary `seqio.Mixture` whose rates change while it is
+read, for SeqIO's and T5X's own tools. Training does not read it: it reads a
+`row_store.RowStore`, which `ensure_store` builds once from the mixture's tasks.
+"""
+
+import contextlib
+import copy
+import difflib
+import fcntl
+import functools
+import hashlib
+import inspect
+import itertools
+import json
+import os
+import pathlib
+import re
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, TypeAlias
+
+import numpy as np
+import seqio
+import tensorflow as tf
+
+from basemt_jax import heating, row_store, vocabulary
+
+MixtureOrTask: TypeAlias = str | seqio.Task | seqio.Mixture
+Progress = Callable[[str, str, int, int | None], None]
+
+SPLITS = ("train", "validation", "test")
+# Examples drawn, and examples read from a task, at a time.
+_BLOCK = 1024
+
+
+# ------------------------------------------------------------------ lookup
+
+
+def get_mixture(mixture: MixtureOrTask) -> seqio.Task | seqio.Mixture:
+  """A registered mixture or task, or the object itself.
+
+  Raises:
+    ValueError: no such name; the nearest ones are named.
+  """
+  if not isinstance(mixture, str):
+    return mixture
+  names = [*seqio.MixtureRegistry.names(), *seqio.TaskRegistry.names()]
+  if mixture in names:
+    return seqio.get_mixture_or_task(mixture)
+  near = difflib.get_close_matches(mixture, names, n=3, cutoff=0.4)
+  hint = f"did you mean {' or '.join(near)}" if near else "none is similar"
+  raise ValueError(
+    f"No mixture or task named {mixture!r} is registered ({hint}); import the "
+    "module that registers it first."
+  )
+
+
+def direction_of(task_name: str) -> str:
+  """The direction a task translates: 'en-de' for the task 'cldr.en_de'.
+
+  It is what follows the last '.', ':' or '/' of the name, with a hyphen, which
+  SeqIO's names cannot hold, for every '_'; or only for every '__' where there
+  is one ('x.eng_Latn__deu_Latn').
+  """
+  last = re.split(r"[.:/]", task_name)[-1]
+  return last.replace("__" if "__" in last else "_", "-")
+
+
+def tasks_by_direction(mixture: MixtureOrTask) -> dict[str, seqio.Task]:
+  """The tasks of a mixture by direction, sorted by direction.
+
+  Raises:
+    ValueError: two tasks of one direction.
+  """
+  tasks: dict[str, seqio.Task] = {}
+  for task in seqio.get_subtasks(get_mixture(mixture)):
+    direction = direction_of(task.name)
+    if direction in tasks:
+      raise ValueError(
+        f"Tasks {tasks[direction].name!r} and {task.name!r} both translate "
+        f"{direction!r}: name them apart after the last '.' or ':'."
+      )
+    tasks[direction] = task
+  return dict(sorted(tasks.items()))
+
+
+# ----------------------------------------------------------------- heating
+
+
+class HeatedMixture(seqio.Mixture):
+  """A mixture whose rates follow a temperature schedule while it is read.
+
+  Example j of the whole job is drawn with the rates of the temperature at step
+  j / examples_per_step, p_i proportional to n_i^(1/T). The choices depend on
+  nothing but the mixture's own seed, the shard and j: neither on the seed
+  given to `get_dataset` (T5X draws a new one at every start) nor on what
+  another shard draws.
+
+  Attributes:
+    schedule: the temperature at a step.
+    sizes: training pairs per task name.
+    directions: of the tasks, in their order.
+    examples_per_step: sentence pairs a training step uses, over all hosts.
+    total_steps: from here on the temperature stays.
+  """
+
+  def __init__(
+    self,
+    name: str,
+    tasks: Sequence[str | seqio.Task],
+    schedule: heating.Schedule,
+    examples_per_step: float,
+    total_steps: int,
+    sizes: Mapping[str, int] | None = None,
+    seed: int = 0,
+  ):
+    """Makes a mixture; `heat` registers one too.
+
+    Args:
+      name: of the mixture.
+      tasks: names of registered tasks, or tasks.
+      schedule: vectorised over steps.
+      examples_per_step: batch size, times the mean number of pairs in a row
+        when rows are packed.
+      total_steps: steps the schedule is tabulated for.
+      sizes: training pairs per task name; SeqIO's own count when left out.
+      seed: of the choices.
+
+    Raises:
+      ValueError: a number out of range, or a size that is not known.
+    """
+    if not examples_per_step > 0:
+      raise ValueError(
+        f"Mixture {name!r} needs examples_per_step above 0, got "
+        f"{examples_per_step}."
+      )
+    if total_steps <= 0:
+      raise ValueError(
+        f"Mixture {name!r} needs total_steps above 0, got {total_steps}."
+      )
+    names = [t if isinstance(t, str) else t.name for t in tasks]
+    found = [get_mixture(task) for task in tasks]
+    self.schedule = schedule
+    self.sizes = {
+      name: _train_size(task, sizes)
+      for name, task in zip(names, found, strict=True)
+    }
+    self.directions = tuple(direction_of(name) for name in sorted(names))
+    self.examples_per_step = float(examples_per_step)
+    self.total_steps = int(total_steps)
+    self._choice_seed = int(seed)
+    heating.mixing_rates(list(self.sizes.values()), 1.0)  # Raises on no data.
+    super().__init__(
+      name,
+      # SeqIO's rates are the sizes: what its own tools show is T = 1.
+      [(task, self.sizes[task.name]) for task in found],
+      sample_fn=functools.partial(self._sample, "train", 0, 1),
+    )
+
+  def get_dataset(self, *args: Any, **kwargs: Any) -> tf.data.Dataset:
+    """As `seqio.Mixture.get_dataset`, with the rates of the schedule."""
+    signature = inspect.signature(seqio.Mixture.get_dataset)
+    bound = signature.bind(self, *args, **kwargs)
+    bound.apply_defaults()
+    shard = bound.arguments["shard_info"] or seqio.ShardInfo(0, 1)
+    # SeqIO's hook sees neither the split nor the shard: a copy that knows them.
+    clone = copy.copy(self)
+    clone._sample_fn = functools.partial(
+      self._sample, bound.arguments["split"], shard.index, shard.num_shards
+    )
+    return seqio.Mixture.get_dataset(clone, *args, **kwargs)
+
+  def _sample(
+    self,
+    split: str,
+    shard: int,
+    num_shards: int,
+    datasets: Sequence[tf.data.Dataset],
+    sizes: Sequence[float],
+    unused_seed: int | None,
+  ) -> tf.data.Dataset:
+    """A `seqio.SampleFn` behind what is bound by `get_dataset`."""
+    key = f"{self._choice_seed}/{split}/{shard}/{num_shards}"
+    digest = hashlib.blake2b(key.encode(), digest_size=8).digest()
+    choices = self._choices(
+      sizes, int.from_bytes(digest, "little", signed=True), num_shards
+    )
+    return tf.data.Dataset.choose_from_datasets(
+      list(datasets), choices, stop_on_empty_dataset=True
+    )
+
+  def _choices(
+    self, sizes: Sequence[float], key: int, num_shards: int
+  ) -> tf.data.Dataset:
+    """Indices of datasets, drawn a block at a time."""
+    steps = np.arange(self.total_steps + 1)
+    table = tf.constant(heating.temperatures(self.schedule, steps))
+    size = np.asarray(sizes, np.float64)
+    log_size = np.log(np.maximum(size, 1) / size.max())
+    has_data = (size > 0).astype(np.float64)
+    steps_per_example = num_shards / self.examples_per_step
+
+    def draw(block: tf.Tensor) -> tf.Tensor:
+      example = block * _BLOCK + tf.range(_BLOCK, dtype=tf.int64)
+      step = tf.cast(example, tf.float64) * steps_per_example
+      step = tf.minimum(tf.cast(step, tf.int64), self.total_steps)
+      temperature = tf.gather(table, step)[:, None]
+      weights = tf.exp(log_size / temperature) * has_data
+      limits = tf.cumsum(weights, axis=1)
+      points = (
+        tf.random.stateless_uniform(
+          [_BLOCK, 1],
+          tf.stack([tf.constant(key, tf.int64), block]),
+          dtype=tf.float64,
+        )
+        * limits[:, -1:]
+      )
+      # The last limit is left out: rounding cannot lead past the end.
+      passed = tf.cast(points >= limits[:, :-1], tf.int64)
+      return tf.reduce_sum(passed, axis=1)
+
+    blocks = tf.data.Dataset.range(1 << 40)
+    return blocks.map(draw).unbatch()
+
+
+def _train_size(task: seqio.Task, sizes: Mapping[str, int] | None) -> int:
+  """Training pairs of a task, given or as SeqIO knows them."""
+  if sizes is not None and task.name in sizes:
+    return int(sizes[task.name])
+  size = task.num_input_examples("train") if "train" in task.splits else 0
+  if size is None:
+    raise ValueError(
+      f"Task {task.name!r} does not tell how many training examples it has: "
+      "pass sizes={task name: pairs}."
+    )
+  return int(size)
+
+
+def heat(
+  mixture: MixtureOrTask,
+  schedule: heating.Schedule,
+  *,
+  examples_per_step: float,
+  total_steps: int,
+  sizes: Mapping[str, int] | None = None,
+  seed: int = 0,
+  name: str | None = None,
+) -> HeatedMixture:
+  """Registers the tasks of any mixture as a `HeatedMixture`.
+
+  Args:
+    mixture: a registered name, or a mixture or task.
+    schedule: the temperature at a step.
+    examples_per_step: sentence pairs a training step uses, over all hosts.
+    total_steps: steps the schedule is tabulated for.
+    sizes: training pairs per task name; SeqIO's own count when left out.
+    seed: of the choices.
+    name: `<mixture>_heated` when left out. A heated mixture that already has
+      this name is replaced.
+
+  Returns:
+    The registered mixture.
+
+  Raises:
+    ValueError: unknown mixture, a name that something else has, or numbers
+      that `HeatedMixture` refuses.
+  """
+  found = get_mixture(mixture)
+  name = name or f"{found.name}_heated"
+  if name in seqio.TaskRegistry.names() or (
+    name in seqio.MixtureRegistry.names()
+    and not isinstance(seqio.MixtureRegistry.get(name), HeatedMixture)
+  ):
+    raise ValueError(
+      f"Cannot register the heated mixture {name!r}: something else has that "
+      "name; pass another one."
+    )
+  heated = HeatedMixture(
+    name,
+    seqio.get_subtasks(found),
+    schedule,
+    examples_per_step,
+    total_steps,
+    sizes,
+    seed,
+  )
+  seqio.MixtureRegistry.remove(name)
+  seqio.MixtureRegistry.add_provider(name, heated)
+  return heated
+
+
+# ------------------------------------------------------------------- store
+
+
+def ensure_store(
+  mixture: MixtureOrTask,
+  task_feature_lengths: Mapping[str, int],
+  cache_dir: row_store.PathLike,
+  *,
+  splits: Sequence[str] = SPLITS,
+  progress: Progress | None = None,
+) -> row_store.RowStore:
+  """The store of a mixture, built at first use.
+
+  Args:
+    mixture: a registered name, or a mixture or task.
+    task_feature_lengths: 'inputs' and 'targets'.
+    cache_dir: the store's folder in it is named after the mixture and the
+      fingerprint, so that changed data gets a store of its own.
+    splits: to build.
+    progress: see `build_store`.
+
+  Returns:
+    The open store.
+  """
+  found = get_mixture(mixture)
+  parts = fingerprint(found, task_feature_lengths, splits)
+  digest = _digest(json.dumps(parts, sort_keys=True).encode())
+  name = re.sub(r"[^\w.-]", "-", found.name)
+  directory = pathlib.Path(cache_dir) / f"{name}-{digest}"
+  return build_store(
+    found, task_feature_lengths, directory, splits=splits, progress=progress
+  )
+
+
+def build_store(
+  mixture: MixtureOrTask,
+  task_feature_lengths: Mapping[str, int],
+  directory: row_store.PathLike,
+  *,
+  splits: Sequence[str] = SPLITS,
+  progress: Progress | None = None,
+  overwrite: bool = False,
+) -> row_store.RowStore:
+  """Tokenises and packs every task of a mixture, direction by direction.
+
+  A finished store is opened as it is; an interrupted build goes on where it
+  stopped. Several processes may call this at once: one builds, the others
+  wait.
+
+  Args:
+    mixture: a registered name, or a mixture or task.
+    task_feature_lengths: 'inputs' and 'targets'. Longer sequences are cut
+      (with EOS as their last token) and counted.
+    directory: of the store.
+    splits: to build; a task may lack some. 'validation' is read from a task's
+      split 'dev' when it has no other. Raw texts are kept of all but 'train'.
+    progress: called after every block with split, direction, pairs that are
+      done, and pairs in all (None when not known).
+    overwrite: replace a store that was built from something else.
+
+  Returns:
+    The open store.
+
+  Raises:
+    ValueError: unknown mixture, a vocabulary that cannot be used, two tasks of
+      one direction, or a store there that was built from something else.
+  """
+  tasks = tasks_by_direction(mixture)
+  parts = fingerprint(mixture, task_feature_lengths, splits)
+  pieces = _vocabulary(get_mixture(mixture))
+  layout = row_store.RowLayout.of(task_feature_lengths, pieces.vocab_size)
+  directory = pathlib.Path(directory)
+  directory.mkdir(parents=True, exist_ok=True)
+  with _lock(directory):
+    if (directory / "store.json").exists():
+      header = row_store.read_header(directory)
+      stale = _differences(header["fingerprint"], parts)
+      if not stale and header["complete"]:
+        return row_store.RowStore(directory)
+      if stale and not overwrite:
+        raise ValueError(
+          f"The row store in {directory} was built from something else (other "
+          f"{', '.join(stale)}): delete it or choose another directory."
+        )
+      if stale:
+        _remove_rows(directory)
+    file = None if pieces.model is None else "vocabulary.model"
+    if file:
+      pieces.save(directory / file)
+    header = {
+      "layout": layout,
+      "vocabulary": {
+        "kind": pieces.kind,
+        "file": file,
+        "size": pieces.vocab_size,
+      },
+      "fingerprint": parts,
+    }
+    row_store.write_header(directory, **header)
+    stats: dict[str, dict[str, row_store.RowStats]] = {}
+    for split in splits:
+      stats[split] = {
+        direction: _build_direction(
+          task, split, direction, directory, layout, progress
+        )
+        for direction, task in tasks.items()
+        if _task_split(task, split)
+      }
+    row_store.write_header(directory, **header, splits=stats)
+  return row_store.RowStore(directory)
+
+
+def _build_direction(
+  task: seqio.Task,
+  split: str,
+  direction: str,
+  directory: pathlib.Path,
+  layout: row_store.RowLayout,
+  progress: Progress | None,
+) -> row_store.RowStats:
+  """Writes one direction of one split, from where it was left."""
+  train = split == "train"
+  features = task.output_features
+  writer = row_store.RowStoreWriter(
+    directory,
+    split,
+    direction,
+    layout,
+    shuffle=train,
+    eos=features["inputs"].add_eos and features["targets"].add_eos,
+  )
+  if writer.stats.finished:
+    return writer.stats
+  source_split = str(_task_split(task, split))
+  total = task.num_input_examples(source_split)
+  done = writer.stats.pairs
+  for block in _read_task(task, source_split, layout, done, texts=not train):
+    writer.add(*block)
+    done += len(block[0].lengths)
+    if progress:
+      progress(split, direction, done, total)
+  return writer.finish()
+
+
+_TAG = re.compile(r"^<2[^<>\s]+>\s*")
+_SIDES = ("inputs", "targets")
+_TEXT = "_pretokenized"  # SeqIO's suffix of a feature's text.
+_Block: TypeAlias = tuple[
+  row_store.Ragged, row_store.Ragged, list[dict[str, str]]
+]
+
+
+def _read_task(
+  task: seqio.Task,
+  split: str,
+  layout: row_store.RowLayout,
+  skip: int,
+  texts: bool,
+) -> Iterator[_Block]:
+  """Tokenised pairs of a task in its own order, a block at a time.
+
+  Tokenising is some twenty times faster outside of TensorFlow. That needs a
+  task whose ids are SeqIO's `tokenize` of its texts, and EOS: most are. Any
+  other is read as SeqIO gives it.
+  """
+  steps = [
+    step
+    for step in task.preprocessors
+    if not isinstance(step, seqio.CacheDatasetPlaceholder)
+  ]
+  plain = [
+    [seqio.preprocessors.tokenize, seqio.preprocessors.append_eos_after_trim],
+    [seqio.preprocessors.tokenize, seqio.preprocessors.append_eos],
+    [seqio.preprocessors.tokenize_and_append_eos],
+  ]
+  if any(steps[-len(tail) :] == tail for tail in plain):
+    return _read_texts(task, split, skip, texts)
+  return _read_tokens(task, split, layout, skip, texts)
+
+
+def _read_texts(
+  task: seqio.Task, split: str, skip: int, texts: bool
+) -> Iterator[_Block]:
+  """Reads a task's texts and tokenises them here."""
+  features = [task.output_features[name] for name in ("inputs", "targets")]
+  pieces = vocabulary.Vocabulary.from_seqio(features[0].vocabulary)
+  pairs = itertools.islice(vocabulary.raw_pairs(task, split), skip, None)
+  while block := list(itertools.islice(pairs, _BLOCK)):
+    sources, targets = zip(*block, strict=True)
+    ids = [pieces.encode_batch(side) for side in (sources, targets)]
+    for side, feature in zip(ids, features, strict=True):
+      if feature.add_eos:
+        for sequence in side:
+          sequence.append(row_store.EOS_ID)
+    inputs, outputs = map(row_store.Ragged.of, ids)
+    yield inputs, outputs, _texts(sources, targets) if texts else []
+
+
+def _read_tokens(
+  task: seqio.Task,
+  split: str,
+  layout: row_store.RowLayout,
+  skip: int,
+  texts: bool,
+) -> Iterator[_Block]:
+  """Reads a task through all of its SeqIO preprocessors.
+
+  The task is asked for one token more than fits: a sequence that is still too
+  long was cut, which is how truncation is counted.
+  """
+  dataset = task.get_dataset(
+    {"inputs": layout.inputs + 1, "targets": layout.targets + 1},
+    split=split,
+    shuffle=False,
+    num_epochs=1,
+    try_in_mem_cache=False,
+  )
+  names = [name + end for end in ("", _TEXT) for name in _SIDES]
+  names = [name for name in names if name in dataset.element_spec]
+  dataset = dataset.map(lambda example: {k: example[k] for k in names})
+  # Ragged batches: leaving TensorFlow once per block, not once per pair.
+  for block in dataset.skip(skip).ragged_batch(_BLOCK).prefetch(2):
+    inputs, targets = (_ragged(block[name]) for name in _SIDES)
+    if not texts:
+      yield inputs, targets, []
+      continue
+    sides = [
+      [text.decode() for text in block[name + _TEXT].numpy()]
+      if name + _TEXT in block
+      else _decode(side, task.output_features[name].vocabulary)
+      for name, side in zip(_SIDES, (inputs, targets), strict=True)
+    ]
+    yield inputs, targets, _texts(*sides)
+
+
+def _decode(side: row_store.Ragged, pieces: seqio.Vocabulary) -> list[str]:
+  sequences = np.split(side.values, np.cumsum(side.lengths)[:-1])
+  return [pieces.decode(ids.tolist()) for ids in sequences]
+
+
+def _ragged(tensor: tf.Tensor | tf.RaggedTensor) -> row_store.Ragged:
+  if isinstance(tensor, tf.RaggedTensor):
+    return row_store.Ragged(tensor.values.numpy(), tensor.row_lengths().numpy())
+  count, length = tensor.shape
+  return row_store.Ragged(
+    tensor.numpy().reshape(-1), np.full(count, length, np.int64)
+  )
+
+
+def _texts(
+  sources: Sequence[str], targets: Sequence[str]
+) -> list[dict[str, str]]:
+  """Records for the store's file of raw texts."""
+  return [
+    {
+      "source": _TAG.sub("", source, count=1),
+      "target": target,
+      "tagged_source": source,
+    }
+    for source, target in zip(sources, targets, strict=True)
+  ]
+
+
+def _task_split(task: seqio.Task, split: str) -> str | None:
+  """The task's own name of a split, or None."""
+  names = (split, "dev") if split == "validation" else (split,)
+  return next((name for name in names if name in task.splits), None)
+
+
+# ------------------------------------------------- vocabulary, fingerprint
+
+
+def _vocabulary(
+  mixture: seqio.Task | seqio.Mixture,
+) -> vocabulary.Vocabulary:
+  """The one vocabulary of a mixture.
+
+  Raises:
+    ValueError: several, or one with other special ids than the store's.
+  """
+  tasks = seqio.get_subtasks(mixture)
+  first = tasks[0].output_features["inputs"].vocabulary
+  for task in tasks:
+    for name in ("inputs", "targets"):
+      if name not in task.output_features:
+        raise ValueError(f"Task {task.name!r} has no feature {name!r}.")
+      if task.output_features[name].vocabulary != first:
+        raise ValueError(
+          f"Feature {name!r} of task {task.name!r} has a vocabulary of its "
+          f"own: a store needs the same one for all tasks and both sides."
+        )
+  if first.pad_id != 0 or first.eos_id != row_store.EOS_ID:
+    raise ValueError(
+      f"The vocabulary of {mixture.name!r} has padding id {first.pad_id} and "
+      f"EOS id {first.eos_id}: 0 and {row_store.EOS_ID} are needed."
+    )
+  return vocabulary.Vocabulary.from_seqio(first)
+
+
+def fingerprint(
+  mixture: MixtureOrTask,
+  task_feature_lengths: Mapping[str, int],
+  splits: Sequence[str] = SPLITS,
+) -> dict[str, str]:
+  """What a store depends on, one digest per part; computed without reading.
+
+  A data source may have an attribute `fingerprint` (a text) that stands for
+  data that is not in files.
+  """
+  tasks = tasks_by_direction(mixture)
+  known = {
+    d: [s for s in splits if _task_split(task, s)] for d, task in tasks.items()
+  }
+  parts: dict[str, Any] = {
+    "tasks": [task.name for task in tasks.values()],
+    "feature lengths": {
+      name: task_feature_lengths.get(name) for name in ("inputs", "targets")
+    },
+    "splits": list(splits),
+    "split sizes": {
+      d: [task.num_input_examples(str(_task_split(task, s))) for s in known[d]]
+      for d, task in tasks.items()
+    },
+    "source files": {
+      d: [
+        _source_stamp(task.source, str(_task_split(task, s))) for s in known[d]
+      ]
+      for d, task in tasks.items()
+    },
+  }
+  digests = {
+    name: _digest(json.dumps(part, sort_keys=True).encode())
+    for name, part in parts.items()
+  }
+  return digests | {"vocabulary": _vocabulary(get_mixture(mixture)).fingerprint}
+
+
+def _source_stamp(source: Any, split: str) -> list[Any]:
+  """Sizes and times of a source's files, and its own fingerprint."""
+  stamp: list[Any] = [str(getattr(source, "fingerprint", ""))]
+  for shard in source.list_shards(split):
+    if os.path.isfile(shard):
+      status = os.stat(shard)
+      stamp.append([str(shard), status.st_size, status.st_mtime_ns])
+  return stamp
+
+
+def _digest(data: bytes) -> str:
+  return hashlib.blake2b(data, digest_size=6).hexdigest()
+
+
+def _differences(old: Mapping[str, str], new: Mapping[str, str]) -> list[str]:
+  return sorted(k for k in old.keys() | new.keys() if old.get(k) != new.get(k))
+
+
+def _remove_rows(directory: pathlib.Path) -> None:
+  """Empties a store's directory, and nothing that is not a store's."""
+  (directory / "store.json").unlink()
+  for rows in directory.glob("*/*.rows"):
+    shutil.rmtree(rows.parent, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _lock(directory: pathlib.Path) -> Iterator[None]:
+  """One builder at a time; the lock goes when its process ends, however."""
+  with open(directory / ".lock", "w") as file:
+    fcntl.flock(file, fcntl.LOCK_EX)
+    yield

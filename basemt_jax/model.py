@@ -1,0 +1,501 @@
+"""The encoder-decoder Transformer, dense or with layers of experts.
+
+Axes: B batch, L length (Li source, Lt target), D model width, F feed-forward
+width, V vocabulary, E experts.
+
+A pre-norm Transformer (arXiv:1706.03762, arXiv:2002.04745) with RMS norm,
+rotary positions and tied embeddings, called as T5X's networks are. In the
+blocks that `encoder_expert_blocks` and `decoder_expert_blocks` name, a layer
+of experts replaces the feed-forward or is inserted after the block, as BASE
+layers are (arXiv:2103.16716).
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from basemt_jax import base_layer, layers, routing
+
+Array = jax.Array
+Params = Any
+
+FEED_FORWARDS = ("dense", "dense_wide", "experts")
+PLACEMENTS = ("replace", "insert")
+
+
+@dataclasses.dataclass(frozen=True)
+class TransformerConfig:
+  """Everything that defines the network; hardware has no say in it.
+
+  Attributes:
+    vocab_size: V.
+    emb_dim: D.
+    num_heads: Attention heads.
+    head_dim: Width of a head.
+    mlp_dim: F.
+    num_encoder_layers: Encoder blocks.
+    num_decoder_layers: Decoder blocks.
+    mlp_activations: ('relu',), or two names for a gated feed-forward.
+    dropout_rate: On embeddings, hidden units and the outputs of sublayers.
+    dtype: Computation type; parameters, norms, routing and logits are
+      float32.
+    remat: Recompute each block in the backward pass: less memory, a third
+      more time.
+    attention_implementation: See `layers.Attention`.
+    feed_forward: What stands in the expert blocks: 'dense', the plain
+      feed-forward; 'dense_wide', one of width E * F, which has the experts'
+      parameters without their sparsity; 'experts'.
+    encoder_expert_blocks: Indices of encoder blocks, from 0.
+    decoder_expert_blocks: Indices of decoder blocks, from 0.
+    placement: 'replace' the block's feed-forward by experts, or 'insert' a
+      layer of experts after the block (BASE's own choice).
+    num_experts: E.
+    num_sublayers: Feed-forward sublayers an expert stacks.
+    router: Chooses each token's expert.
+    rows_per_group: Rows of the batch that compete for experts together.
+    converted: Whether gates start at exactly 1, as after a conversion from a
+      dense model, rather than as sigmoid(h . w_e).
+  """
+
+  vocab_size: int
+  emb_dim: int = 512
+  num_heads: int = 8
+  head_dim: int = 64
+  mlp_dim: int = 2048
+  num_encoder_layers: int = 6
+  num_decoder_layers: int = 6
+  mlp_activations: Sequence[str] = ("relu",)
+  dropout_rate: float = 0.1
+  dtype: str = "float32"
+  remat: bool = False
+  attention_implementation: str | None = None
+  feed_forward: str = "dense"
+  encoder_expert_blocks: Sequence[int] = ()
+  decoder_expert_blocks: Sequence[int] = ()
+  placement: str = "replace"
+  num_experts: int = 8
+  num_sublayers: int = 1
+  router: routing.Router = routing.BalancedRouter()
+  rows_per_group: int = 16
+  converted: bool = False
+
+  def __post_init__(self):
+    """Checks the values that gin or a typing slip can get wrong."""
+    for name, allowed in (
+      ("feed_forward", FEED_FORWARDS),
+      ("placement", PLACEMENTS),
+    ):
+      if getattr(self, name) not in allowed:
+        raise ValueError(
+          f"TransformerConfig.{name} is {getattr(self, name)!r}; it must be "
+          f"one of {', '.join(allowed)}"
+        )
+    for side, blocks, count in (
+      ("encoder", self.encoder_expert_blocks, self.num_encoder_layers),
+      ("decoder", self.decoder_expert_blocks, self.num_decoder_layers),
+    ):
+      wrong = [i for i in blocks if not 0 <= i < count]
+      if wrong:
+        raise ValueError(
+          f"TransformerConfig.{side}_expert_blocks names blocks {wrong}, but "
+          f"the {side} has blocks 0 to {count - 1}"
+        )
+      # Lists from gin would make the frozen config unhashable.
+      object.__setattr__(self, f"{side}_expert_blocks", tuple(blocks))
+    object.__setattr__(self, "mlp_activations", tuple(self.mlp_activations))
+    if self.feed_forward == "dense_wide" and self.placement == "insert":
+      raise ValueError(
+        "TransformerConfig.feed_forward 'dense_wide' widens the feed-forwards "
+        "that experts replace; set placement to 'replace'"
+      )
+
+  def dense(self) -> "TransformerConfig":
+    """The dense network that `conversion` turns into this one."""
+    return dataclasses.replace(self, feed_forward="dense")
+
+
+class Block(nn.Module):
+  """One Transformer block: attention, (cross-attention,) feed-forward.
+
+  Attributes:
+    config: The network's configuration.
+    index: Position in the stack, from 0.
+    is_decoder: Whether attention is causal and a source is attended to.
+    mesh: The device mesh, for experts; None: one device.
+  """
+
+  config: TransformerConfig
+  index: int
+  is_decoder: bool
+  mesh: Any = None
+
+  def _norm(self, name: str) -> layers.RMSNorm:
+    return layers.RMSNorm(jnp.dtype(self.config.dtype), name=name)
+
+  def _attention(self, name: str) -> layers.Attention:
+    cfg = self.config
+    return layers.Attention(
+      cfg.num_heads,
+      cfg.head_dim,
+      jnp.dtype(cfg.dtype),
+      cfg.attention_implementation,
+      name=name,
+    )
+
+  def _expert_kind(self) -> str:
+    """'dense', 'dense_wide' or 'experts': this block's own feed-forward."""
+    cfg = self.config
+    blocks = (
+      cfg.decoder_expert_blocks
+      if self.is_decoder
+      else cfg.encoder_expert_blocks
+    )
+    return cfg.feed_forward if self.index in blocks else "dense"
+
+  def _experts(self, x: Array, mask: Array, train, enable_dropout) -> Array:
+    cfg = self.config
+    y = base_layer.BaseLayer(
+      num_experts=cfg.num_experts,
+      mlp_dim=cfg.mlp_dim,
+      num_sublayers=cfg.num_sublayers,
+      activations=cfg.mlp_activations,
+      router=cfg.router,
+      rows_per_group=cfg.rows_per_group,
+      # fairseq starts inserted experts as the identity; experts in place of a
+      # feed-forward start as that feed-forward would.
+      zero_init_output=cfg.placement == "insert",
+      dropout_rate=cfg.dropout_rate,
+      converted=cfg.converted,
+      dtype=jnp.dtype(cfg.dtype),
+      mesh=self.mesh,
+      name="base_layer",
+    )(x, mask, train=train, enable_dropout=enable_dropout)
+    if not enable_dropout or cfg.dropout_rate == 0.0:
+      return y
+    # What the experts add is dropped as any sublayer's output is.
+    return x + layers.dropout(self, y - x, cfg.dropout_rate, enable_dropout)
+
+  @nn.compact
+  def __call__(
+    self,
+    x: Array,
+    mask: Array | None,
+    positions: Array,
+    token_mask: Array,
+    memory: Array | None,
+    memory_mask: Array | None,
+    train: bool,
+    enable_dropout: bool,
+    decode: bool,
+    max_decode_length: int | None,
+  ) -> Array:
+    """Maps x [B, L, D] to [B, L, D]; token_mask [B, L]: False on padding."""
+    cfg = self.config
+    kind = self._expert_kind()
+
+    def drop(y: Array) -> Array:
+      return layers.dropout(self, y, cfg.dropout_rate, enable_dropout)
+
+    y = self._norm("pre_self_attention_layer_norm")(x)
+    y = self._attention("self_attention")(
+      y,
+      y,
+      mask,
+      positions,
+      decode=decode,
+      max_decode_length=max_decode_length,
+    )
+    x = x + drop(y)
+    if self.is_decoder:
+      y = self._norm("pre_cross_attention_layer_norm")(x)
+      y = self._attention("cross_attention")(
+        y, memory, memory_mask, decode=decode
+      )
+      x = x + drop(y)
+    if kind == "experts" and cfg.placement == "replace":
+      x = self._experts(x, token_mask, train, enable_dropout)
+    else:
+      y = self._norm("pre_mlp_layer_norm")(x)
+      y = layers.MlpBlock(
+        cfg.mlp_dim * (cfg.num_experts if kind == "dense_wide" else 1),
+        cfg.mlp_activations,
+        cfg.dropout_rate,
+        jnp.dtype(cfg.dtype),
+        name="mlp",
+      )(y, enable_dropout=enable_dropout)
+      x = x + drop(y)
+    if kind == "experts" and cfg.placement == "insert":
+      x = self._experts(x, token_mask, train, enable_dropout)
+    return layers.with_sharding_constraint(x, ("batch", "length", "embed"))
+
+
+class Stack(nn.Module):
+  """The encoder or the decoder: dropout, blocks, final norm, dropout."""
+
+  config: TransformerConfig
+  is_decoder: bool
+  mesh: Any = None
+
+  @nn.compact
+  def __call__(
+    self,
+    x: Array,
+    mask: Array | None,
+    positions: Array,
+    token_mask: Array,
+    memory: Array | None = None,
+    memory_mask: Array | None = None,
+    train: bool = False,
+    enable_dropout: bool = False,
+    decode: bool = False,
+    max_decode_length: int | None = None,
+  ) -> Array:
+    """Maps embeddings [B, L, D] to [B, L, D]; arguments as `Block`'s."""
+    cfg = self.config
+    block = (
+      nn.remat(Block, static_argnums=(7, 8, 9, 10)) if cfg.remat else Block
+    )
+    count = (
+      cfg.num_decoder_layers if self.is_decoder else cfg.num_encoder_layers
+    )
+    x = layers.dropout(self, x, cfg.dropout_rate, enable_dropout)
+    for i in range(count):
+      x = block(cfg, i, self.is_decoder, self.mesh, name=f"layers_{i}")(
+        x,
+        mask,
+        positions,
+        token_mask,
+        memory,
+        memory_mask,
+        train,
+        enable_dropout,
+        decode,
+        max_decode_length,
+      )
+    name = "decoder_norm" if self.is_decoder else "encoder_norm"
+    x = layers.RMSNorm(jnp.dtype(cfg.dtype), name=name)(x)
+    return layers.dropout(self, x, cfg.dropout_rate, enable_dropout)
+
+
+class Transformer(nn.Module):
+  """The network, with T5X's call signature.
+
+  Attributes:
+    config: The network's configuration.
+    mesh: Mesh of `partitioning.make_mesh`, for the exchange of tokens between
+      experts; None: the unsharded path, the same function.
+  """
+
+  config: TransformerConfig
+  mesh: Any = None
+
+  def setup(self):
+    """Creates the shared embedding, the encoder and the decoder."""
+    cfg = self.config
+    self.token_embedder = layers.Embed(
+      cfg.vocab_size, cfg.emb_dim, jnp.dtype(cfg.dtype)
+    )
+    self.encoder = Stack(cfg, False, self.mesh)
+    self.decoder = Stack(cfg, True, self.mesh)
+
+  def encode(
+    self,
+    encoder_input_tokens: Array,
+    encoder_segment_ids: Array | None = None,
+    encoder_positions: Array | None = None,
+    *,
+    train: bool = False,
+    enable_dropout: bool = False,
+  ) -> Array:
+    """Encodes int tokens [B, Li] to [B, Li, D]; arguments as `__call__`'s."""
+    segments = _segments(encoder_input_tokens, encoder_segment_ids)
+    return self.encoder(
+      self.token_embedder(encoder_input_tokens),
+      layers.segment_mask(segments, segments),
+      _positions(encoder_input_tokens, encoder_positions),
+      segments > 0,
+      train=train,
+      enable_dropout=enable_dropout,
+    )
+
+  def decode(
+    self,
+    encoded: Array,
+    encoder_input_tokens: Array,
+    decoder_input_tokens: Array,
+    decoder_target_tokens: Array | None = None,
+    encoder_segment_ids: Array | None = None,
+    decoder_segment_ids: Array | None = None,
+    decoder_positions: Array | None = None,
+    *,
+    train: bool = False,
+    enable_dropout: bool = False,
+    decode: bool = False,
+    max_decode_length: int | None = None,
+  ) -> Array:
+    """Logits [B, Lt, V] float32, given encoded [B, Li, D].
+
+    With `decode`, one token a step (Lt = 1); keys and values live in the
+    collections `cache` and `memory` (see `layers.Attention`). Other arguments
+    as `__call__`'s; without decoder_target_tokens every position is real.
+    """
+    source = _segments(encoder_input_tokens, encoder_segment_ids)
+    target = (
+      jnp.ones_like(decoder_input_tokens)
+      if decoder_target_tokens is None
+      else _segments(decoder_target_tokens, decoder_segment_ids)
+    )
+    if decode:
+      mask, memory_mask = None, (source > 0)[:, None, None]
+    elif decoder_segment_ids is None:
+      mask = layers.segment_mask(target, target, causal=True)
+      memory_mask = (source > 0)[:, None, None]
+    else:
+      mask = layers.segment_mask(target, target, causal=True)
+      memory_mask = layers.segment_mask(target, source)
+    x = self.decoder(
+      self.token_embedder(decoder_input_tokens),
+      mask,
+      _positions(decoder_input_tokens, decoder_positions),
+      target > 0,
+      encoded,
+      memory_mask,
+      train,
+      enable_dropout,
+      decode,
+      max_decode_length,
+    )
+    return self.token_embedder.attend(x)
+
+  def __call__(
+    self,
+    encoder_input_tokens: Array,
+    decoder_input_tokens: Array,
+    decoder_target_tokens: Array,
+    encoder_segment_ids: Array | None = None,
+    decoder_segment_ids: Array | None = None,
+    encoder_positions: Array | None = None,
+    decoder_positions: Array | None = None,
+    *,
+    train: bool = False,
+    enable_dropout: bool | None = None,
+  ) -> Array:
+    """Teacher-forced logits.
+
+    Args:
+      encoder_input_tokens: [B, Li] int32, 0 is padding.
+      decoder_input_tokens: [B, Lt] int32, targets shifted right.
+      decoder_target_tokens: [B, Lt] int32; tells padding.
+      encoder_segment_ids: [B, Li] int32 of packed rows, or None: one example
+        a row.
+      decoder_segment_ids: [B, Lt].
+      encoder_positions: [B, Li] int32 within the segment, or None.
+      decoder_positions: [B, Lt].
+      train: Balanced routing and price updates; else greedy routing.
+      enable_dropout: Defaults to `train`.
+
+    Returns:
+      [B, Lt, V] float32.
+    """
+    enable_dropout = train if enable_dropout is None else enable_dropout
+    encoded = self.encode(
+      encoder_input_tokens,
+      encoder_segment_ids,
+      encoder_positions,
+      train=train,
+      enable_dropout=enable_dropout,
+    )
+    return self.decode(
+      encoded,
+      encoder_input_tokens,
+      decoder_input_tokens,
+      decoder_target_tokens,
+      encoder_segment_ids,
+      decoder_segment_ids,
+      decoder_positions,
+      train=train,
+      enable_dropout=enable_dropout,
+    )
+
+  # The three pure functions that decoding needs.
+
+  @nn.nowrap
+  def encode_tokens(
+    self, variables: Params, encoder_input_tokens: Array
+  ) -> Params:
+    """The decoder's memory of a source [B, Li]: a tree of [B, ...] arrays.
+
+    Holds the source mask's tokens and every block's cross-attention keys and
+    values, so that a decoding step does not compute them again.
+    """
+    encoded = self.apply(variables, encoder_input_tokens, method=self.encode)
+    _, state = self.apply(
+      variables,
+      encoded,
+      encoder_input_tokens,
+      encoder_input_tokens[:, :1],
+      decode=True,
+      max_decode_length=1,
+      method=self.decode,
+      mutable=["cache", "memory"],
+    )
+    return {"tokens": encoder_input_tokens, "memory": state["memory"]}
+
+  @nn.nowrap
+  def init_cache(
+    self, variables: Params, memory: Params, max_decode_length: int
+  ) -> Params:
+    """An empty cache for the sequences of `memory`."""
+    _, state = self._step(
+      variables,
+      memory,
+      {},
+      memory["tokens"][:, :1],
+      max_decode_length=max_decode_length,
+    )
+    return state["cache"]
+
+  @nn.nowrap
+  def decode_step(
+    self, variables: Params, memory: Params, cache: Params, tokens: Array
+  ) -> tuple[Array, Params]:
+    """One step: tokens [N, 1] and cache to logits [N, V] and the new cache."""
+    logits, state = self._step(variables, memory, {"cache": cache}, tokens)
+    return logits[:, 0], state["cache"]
+
+  @nn.nowrap
+  def _step(self, variables, memory, collections, tokens, **kwargs):
+    # Cross-attention reads its keys from `memory`; only their type and the
+    # width of what would be encoded matter here.
+    encoded = jnp.zeros(
+      (*memory["tokens"].shape, self.config.emb_dim),
+      jnp.dtype(self.config.dtype),
+    )
+    return self.apply(
+      {**variables, "memory": memory["memory"], **collections},
+      encoded,
+      memory["tokens"],
+      tokens,
+      decode=True,
+      method=self.decode,
+      mutable=["cache"],
+      **kwargs,
+    )
+
+
+def _segments(tokens: Array, segment_ids: Array | None) -> Array:
+  """Segment ids [B, L]; without packing, 1 on tokens and 0 on padding."""
+  if segment_ids is None:
+    return (tokens > 0).astype(jnp.int32)
+  return segment_ids
+
+
+def _positions(tokens: Array, positions: Array | None) -> Array:
+  """Positions [B, L]; without packing, 0 to L - 1."""
+  if positions is None:
+    return jnp.broadcast_to(jnp.arange(tokens.shape[1])[None], tokens.shape)
+  return positions

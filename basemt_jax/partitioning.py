@@ -1,0 +1,140 @@
+"""The device mesh and where arrays live on it.
+
+The mesh has three axes, always: `data` and `expert` together split the batch;
+`expert` also splits the experts; `model` splits widths of matrices. Logical
+axis names, as T5X's, are mapped to mesh axes by `LOGICAL_AXIS_RULES`.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from flax import traverse_util
+from flax.linen import partitioning as nn_partitioning
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+MESH_AXES = ("data", "expert", "model")
+
+BATCH_SPEC = PartitionSpec(("data", "expert"))
+
+# First match wins. An unmapped name is not split.
+LOGICAL_AXIS_RULES = (
+  ("batch", ("data", "expert")),
+  ("expert", "expert"),
+  ("vocab", "model"),
+  ("mlp", "model"),
+  ("expert_mlp", "model"),
+  ("heads", "model"),
+  ("joined_kv", "model"),
+  ("embed", None),
+  ("kv", None),
+  ("length", None),
+  ("unmodeled", None),
+)
+
+
+def make_mesh(
+  expert: int = 1,
+  model: int = 1,
+  devices: Sequence[jax.Device] | None = None,
+) -> Mesh:
+  """A mesh over all devices: data x expert x model.
+
+  Args:
+    expert: Size of the `expert` axis.
+    model: Size of the `model` axis.
+    devices: Defaults to all devices of all hosts.
+
+  Raises:
+    ValueError: The number of devices is not a multiple of expert * model.
+  """
+  devices = jax.devices() if devices is None else list(devices)
+  if expert < 1 or model < 1 or len(devices) % (expert * model):
+    raise ValueError(
+      f"a mesh with expert={expert} and model={model} needs a multiple of "
+      f"{expert * model} devices, but there are {len(devices)}; choose sizes "
+      "whose product divides the number of devices"
+    )
+  shape = (len(devices) // (expert * model), expert, model)
+  if devices[0].platform == "tpu":
+    # Orders devices along the torus, so that neighbours on the mesh are
+    # neighbours on the chip network.
+    return jax.make_mesh(
+      shape,
+      MESH_AXES,
+      axis_types=(jax.sharding.AxisType.Auto,) * 3,
+      devices=devices,
+    )
+  return Mesh(np.asarray(devices).reshape(shape), MESH_AXES)
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+  """Rows split over `data` and `expert`."""
+  return NamedSharding(mesh, BATCH_SPEC)
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+  """One whole copy on every device."""
+  return NamedSharding(mesh, PartitionSpec())
+
+
+def variable_shardings(shapes: Any, axes: Any, mesh: Mesh) -> Any:
+  """Shardings of a tree of parameters (or other variables).
+
+  Args:
+    shapes: Nested dict of arrays or `jax.ShapeDtypeStruct`.
+    axes: The matching `params_axes` (`prices_axes`) collection that the model
+      emits: the logical names of each array's axes.
+    mesh: See `make_mesh`.
+
+  Returns:
+    Nested dict of `NamedSharding`, shaped like `shapes`.
+
+  Raises:
+    ValueError: A parameter has no axes, or an axis does not divide.
+  """
+  names = traverse_util.flatten_dict(
+    _unfrozen(nn_partitioning.get_axis_names(axes)), sep="/"
+  )
+  shardings = {}
+  for path, leaf in traverse_util.flatten_dict(shapes, sep="/").items():
+    if path not in names:
+      raise ValueError(f"parameter {path} has no logical axes")
+    spec = nn_partitioning.logical_to_mesh_axes(names[path], LOGICAL_AXIS_RULES)
+    for size, name, axis in zip(leaf.shape, names[path], spec, strict=True):
+      parts = 1 if axis is None else mesh.shape[axis]
+      if size % parts:
+        raise ValueError(
+          f"axis {name!r} of parameter {path} has size {size}, which the "
+          f"{parts} devices of mesh axis {axis!r} do not divide; choose a mesh "
+          "axis that divides it"
+        )
+    shardings[path] = NamedSharding(mesh, PartitionSpec(*spec))
+  return traverse_util.unflatten_dict(shardings, sep="/")
+
+
+def _unfrozen(tree: Any) -> Any:
+  from flax.core import unfreeze
+
+  return unfreeze(tree)
+
+
+def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, Any]:
+  """Global arrays from this host's rows: {name: [rows, ...]} on devices.
+
+  Raises:
+    ValueError: The rows do not divide over this host's devices.
+  """
+  rows = len(next(iter(batch.values())))
+  ways = mesh.shape["data"] * mesh.shape["expert"]
+  if rows * jax.process_count() % ways:
+    raise ValueError(
+      f"a batch of {rows * jax.process_count()} rows does not divide over "
+      f"data x expert = {ways} devices; make the batch size a multiple of it"
+    )
+  sharding = batch_sharding(mesh)
+  return {
+    name: jax.make_array_from_process_local_data(sharding, array)
+    for name, array in batch.items()
+  }

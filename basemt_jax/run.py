@@ -1,0 +1,491 @@
+"""A run, from a mixture to a table of BLEU: what the commands do.
+
+`Run` describes a run completely; gin binds it (`gin/runs/`), `cli` calls the
+functions. SeqIO, and TensorFlow with it, is imported only where a row store
+has to be built.
+"""
+
+import contextlib
+import dataclasses
+import os
+import pathlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from basemt_jax import (
+  checkpointing,
+  evaluation,
+  heating,
+  partitioning,
+  reporting,
+  row_store,
+  steps,
+  trainer,
+  translation,
+  vocabulary,
+)
+from basemt_jax import model as model_lib
+
+CACHE_VARIABLE = "BASEMT_CACHE"
+
+
+def default_cache_dir() -> str:
+  """$BASEMT_CACHE, or basemt_jax in the user's cache directory."""
+  home = os.environ.get("XDG_CACHE_HOME", "~/.cache")
+  return os.environ.get(
+    CACHE_VARIABLE, os.path.join(os.path.expanduser(home), "basemt_jax")
+  )
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+  """A training run and all that evaluating it needs.
+
+  Attributes:
+    model_dir: Checkpoints, metrics and results.
+    mixture_or_task_name: Registered SeqIO name, or a Mixture or Task.
+    task_feature_lengths: {'inputs': Li, 'targets': Lt}, in tokens.
+    network: vocab_size -> `model.TransformerConfig`; gin binds the class.
+    settings: How to train.
+    batch_size: B, packed rows a step, over all hosts.
+    temperature: step -> sampling temperature.
+    data_seed: Of the order of the data.
+    expert_devices: Size of the mesh axis `expert`.
+    model_devices: Size of the mesh axis `model`.
+    store_dir: An existing row store; then the mixture is not looked at, and
+      nothing of SeqIO or TensorFlow is needed.
+    cache_dir: Where row stores are built; None: `default_cache_dir()`.
+    bands: Training pairs that make a direction high or mid resource.
+    search: How to translate when evaluating.
+    bleu_every: Steps between BLEU on dev during training; 0: never.
+    bleu_sentences: Dev sentences per direction for that.
+  """
+
+  model_dir: str
+  mixture_or_task_name: Any
+  task_feature_lengths: Mapping[str, int]
+  network: Callable[..., model_lib.TransformerConfig]
+  settings: steps.Settings
+  batch_size: int
+  temperature: heating.Schedule
+  data_seed: int = 0
+  expert_devices: int = 1
+  model_devices: int = 1
+  store_dir: str | None = None
+  cache_dir: str | None = None
+  bands: evaluation.BandThresholds = evaluation.BandThresholds()  # noqa: RUF009
+  search: translation.SearchOptions = translation.SearchOptions()  # noqa: RUF009
+  bleu_every: int = 0
+  bleu_sentences: int = 50
+
+  def store(
+    self, progress: Callable[..., None] | None = None
+  ) -> row_store.RowStore:
+    """The run's packed rows, built first if they are not there yet."""
+    if self.store_dir:
+      return row_store.RowStore.open(self.store_dir)
+    from basemt_jax import mixtures  # Imports SeqIO and TensorFlow.
+
+    return mixtures.ensure_store(
+      self.mixture_or_task_name,
+      self.task_feature_lengths,
+      self.cache_dir or default_cache_dir(),
+      progress=progress,
+    )
+
+  def mesh(self) -> jax.sharding.Mesh:
+    """Over all devices."""
+    return partitioning.make_mesh(self.expert_devices, self.model_devices)
+
+  def config(self, store: row_store.RowStore) -> model_lib.TransformerConfig:
+    """The network for the store's vocabulary.
+
+    The embedding is rounded up to a multiple of 128 rows, which every mesh
+    divides and matrix units like.
+    """
+    return self.network(vocab_size=-(-store.vocab_size // 128) * 128)
+
+
+@dataclasses.dataclass(frozen=True)
+class Console:
+  """Where a run speaks.
+
+  Attributes:
+    message: Takes one line.
+    progress: Takes a `trainer.Progress` and the temperature.
+    building: Takes progress of building a row store; see `mixtures`.
+    translating: Takes (done, all) sentences.
+  """
+
+  message: Callable[[str], None]
+  progress: Callable[[trainer.Progress, float], None]
+  building: Callable[..., None]
+  translating: Callable[[int, int], None]
+
+
+def train(run: Run, writer: trainer.Writer, console: Console) -> str:
+  """Trains, or goes on training.
+
+  Args:
+    run: The run.
+    writer: Takes metrics.
+    console: Takes progress.
+
+  Returns:
+    The outcome; see `trainer.Trainer.run`.
+  """
+  store = run.store(console.building)
+  mesh = run.mesh()
+  loop = trainer.Trainer(
+    run.config(store),
+    run.settings,
+    mesh,
+    store.directions,
+    row_store.TrainBatches(
+      store,
+      run.temperature,
+      run.batch_size,
+      run.data_seed,
+      host_index=jax.process_index(),
+      host_count=jax.process_count(),
+    ),
+    run.model_dir,
+    writer,
+    dev_batches=_dev_batches(run, store, "validation"),
+    hooks=_hooks(run, store, mesh, console),
+  )
+  with contextlib.closing(loop):
+    return loop.run()
+
+
+def _hooks(
+  run: Run,
+  store: row_store.RowStore,
+  mesh: jax.sharding.Mesh,
+  console: Console,
+) -> trainer.Hooks:
+  """Temperature with every report, and BLEU on dev every so often."""
+
+  def temperature(step: int) -> float:
+    return float(heating.temperatures(run.temperature, np.array([step]))[0])
+
+  translators: dict[str, translation.Translator] = {}
+
+  def bleu(
+    model: model_lib.Transformer, variables: Any, step: int
+  ) -> dict[str, float]:
+    # One translator a phase, because it holds the compiled search.
+    key = model.config.feed_forward
+    translator = translators.setdefault(
+      key, _translator(model, variables, mesh, run.search)
+    )
+    translator.variables = variables
+    results, _ = evaluation.evaluate(
+      translator,
+      vocabulary.Vocabulary.load(store.vocabulary),
+      direction_texts(store, "validation", run.bleu_sentences),
+      thresholds=run.bands,
+    )
+    means = {
+      m.name: m.bleu
+      for m in evaluation.summarise(results)
+      if m.bleu is not None
+    }
+    line = ", ".join(f"{name} {value:.1f}" for name, value in means.items())
+    console.message(f"step {step}: dev BLEU {line}")
+    scores = {r.direction: r.bleu for r in results if r.bleu is not None}
+    return {f"dev/bleu/{k}": v for k, v in (means | scores).items()}
+
+  has_dev = _has_pairs(store, "validation")
+  return trainer.Hooks(
+    report=lambda p: console.progress(p, temperature(p.step - 1)),
+    message=console.message,
+    scalars=lambda step: {"temperature": temperature(step)},
+    evaluate=bleu if has_dev and run.bleu_every else None,
+    evaluate_every=run.bleu_every,
+  )
+
+
+def _has_pairs(store: row_store.RowStore, split: str) -> bool:
+  return split in store.splits and bool(store.pairs(split).any())
+
+
+def _dev_batches(
+  run: Run, store: row_store.RowStore, split: str
+) -> Callable[[], Iterator[row_store.Batch]] | None:
+  """A function that starts over on a split's batches; None without pairs."""
+  if not _has_pairs(store, split):
+    return None
+  return lambda: row_store.eval_batches(
+    store,
+    split,
+    run.batch_size,
+    host_index=jax.process_index(),
+    host_count=jax.process_count(),
+  )
+
+
+def direction_texts(
+  store: row_store.RowStore, split: str, limit: int | None = None
+) -> list[evaluation.DirectionTexts]:
+  """The sentences of a split, by direction; at most `limit` of each."""
+  texts = []
+  train_pairs = store.pairs("train")
+  for name, pairs in zip(store.directions, train_pairs, strict=True):
+    records = store.texts(split, name)[:limit]
+    texts.append(
+      evaluation.DirectionTexts(
+        name,
+        [record["tagged_source"] for record in records],
+        [record["target"] for record in records],
+        int(pairs),
+      )
+    )
+  return texts
+
+
+# ------------------------------------------------------- trained models
+
+
+@dataclasses.dataclass(frozen=True)
+class Trained:
+  """A checkpoint's model, ready for use.
+
+  Attributes:
+    step: Of the checkpoint.
+    program: Its phase's program.
+    variables: What `program.model.apply` takes.
+    store: The run's rows and vocabulary.
+  """
+
+  step: int
+  program: steps.Program
+  variables: Any
+  store: row_store.RowStore
+
+
+def load(run: Run, console: Console, which: str | int = "latest") -> Trained:
+  """Restores parameters and prices, not the optimizer.
+
+  Args:
+    run: The run that wrote the checkpoint.
+    console: Takes progress, if rows have to be built.
+    which: 'latest', 'best' (lowest dev loss) or a step.
+
+  Raises:
+    ValueError: No such checkpoint, or it is of another model.
+  """
+  with contextlib.closing(
+    checkpointing.Checkpoints(run.model_dir, read_only=True)
+  ) as checkpoints:
+    step = _step(checkpoints, which)
+    store = run.store(console.building)
+    config = trainer.phase_config(
+      run.config(store), run.settings, checkpoints.phase(step)
+    )
+    program = steps.Program(
+      config,
+      run.settings,
+      run.settings.learning_rate,
+      run.mesh(),
+      len(store.directions),
+    )
+    like = program.abstract_tree()
+    del like["state"]
+    tree = checkpoints.restore(step, like, "the run")
+  variables = {"params": tree["target"], **tree.get("flax_mutables", {})}
+  return Trained(step, program, variables, store)
+
+
+def _step(checkpoints: checkpointing.Checkpoints, which: str | int) -> int:
+  available = checkpoints.steps()
+  if not available:
+    raise ValueError(
+      f"{checkpoints.directory} holds no checkpoints; train first"
+    )
+  if which == "latest":
+    return available[-1]
+  if which == "best":
+    best = checkpoints.best_step()
+    if best is None:
+      raise ValueError(
+        f"no checkpoint in {checkpoints.directory} has a dev loss; ask for "
+        f"'latest' or one of the steps {available}"
+      )
+    return best
+  if not str(which).isdigit() or int(which) not in available:
+    raise ValueError(
+      f"no checkpoint of step {which!r} in {checkpoints.directory}; there are "
+      f"steps {available}, 'latest' and 'best'"
+    )
+  return int(which)
+
+
+def _translator(
+  model: model_lib.Transformer,
+  variables: Any,
+  mesh: jax.sharding.Mesh,
+  search: translation.SearchOptions,
+) -> translation.Translator:
+  return translation.Translator(
+    model,
+    variables,
+    search,
+    partitioning.batch_sharding(mesh) if mesh.size > 1 else None,
+  )
+
+
+def translator(run: Run, trained: Trained) -> translation.Translator:
+  """Translates with a loaded model and the run's search options."""
+  return _translator(
+    trained.program.model, trained.variables, run.mesh(), run.search
+  )
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+  """The outcome of `evaluate`.
+
+  Attributes:
+    step: Of the checkpoint.
+    split: Evaluated.
+    results: By direction, most training pairs first.
+    translations: In the same order.
+    directory: Where both were written.
+  """
+
+  step: int
+  split: str
+  results: list[evaluation.DirectionResult]
+  translations: list[evaluation.DirectionTranslations]
+  directory: pathlib.Path
+
+
+def evaluate(
+  run: Run,
+  console: Console,
+  which: str | int = "latest",
+  split: str = "test",
+) -> Evaluation:
+  """Loss, BLEU and chrF++ of every direction; written to the model directory.
+
+  Args:
+    run: The run; its `search` says how to translate.
+    console: Takes progress.
+    which: See `load`.
+    split: 'test' or 'validation'.
+
+  Raises:
+    ValueError: See `load`; or the split has no pairs.
+  """
+  trained = load(run, console, which)
+  store = trained.store
+  batches = _dev_batches(run, store, split)
+  if batches is None:
+    raise ValueError(
+      f"the data has no pairs in split {split!r}; it has splits "
+      f"{', '.join(s for s in store.splits if _has_pairs(store, s))}"
+    )
+  mesh = run.mesh()
+  losses = trainer.direction_losses(
+    trained.program.eval_step,
+    trained.variables,
+    (partitioning.put_batch(batch, mesh) for batch in batches()),
+    store.directions,
+  )
+  results, translations = evaluation.evaluate(
+    translator(run, trained),
+    vocabulary.Vocabulary.load(store.vocabulary),
+    direction_texts(store, split),
+    losses,
+    run.bands,
+    console.translating,
+  )
+  directory = (
+    pathlib.Path(run.model_dir) / "evaluation" / f"{split}_{trained.step}"
+  )
+  if jax.process_index() == 0:
+    reporting.write_translations(directory, translations)
+    reporting.write_json(directory / "scores.json", results)
+  return Evaluation(trained.step, split, results, translations, directory)
+
+
+# ----------------------------------------------------------- conversion
+
+
+def convert(
+  run: Run, dense_dir: str, which: str | int, console: Console
+) -> tuple[int, float]:
+  """Converts a dense checkpoint; `run.model_dir` gets the sparse one.
+
+  The sparse checkpoint has the dense one's step and data position, so that
+  training goes on from there.
+
+  Args:
+    run: The sparse run.
+    dense_dir: Model directory of the dense run.
+    which: See `load`.
+    console: Takes progress.
+
+  Returns:
+    The step, and the relative error of the function on a training batch.
+
+  Raises:
+    ValueError: Nothing to convert, models that do not belong together, or a
+      function that is not preserved; nothing is written then.
+  """
+  store, mesh = run.store(console.building), run.mesh()
+  config = run.config(store)
+  if config.feed_forward != "experts":
+    raise ValueError(
+      f"the configured network has feed_forward {config.feed_forward!r}; "
+      "converting needs a sparse one: 'experts'"
+    )
+  with (
+    contextlib.closing(
+      checkpointing.Checkpoints(dense_dir, read_only=True)
+    ) as source,
+    contextlib.closing(checkpointing.Checkpoints(run.model_dir)) as target,
+  ):
+    step = _step(source, which)
+    if source.phase(step) != "dense":
+      raise ValueError(f"{source.path(step)} is not dense: it holds experts")
+    if target.latest_step() is not None:
+      raise ValueError(
+        f"{run.model_dir} already holds checkpoint_{target.latest_step()}; "
+        "choose an empty directory"
+      )
+    dense, sparse = (
+      steps.Program(
+        network,
+        run.settings,
+        run.settings.learning_rate,
+        mesh,
+        len(store.directions),
+      )
+      for network in (
+        config.dense(),
+        dataclasses.replace(config, converted=True),
+      )
+    )
+    state = dense.shapes.from_tree(
+      source.restore(step, dense.abstract_tree(), "the dense model")
+    )
+    position = source.position(step)
+    batches = row_store.TrainBatches(
+      store,
+      run.temperature,
+      run.batch_size,
+      run.data_seed,
+      host_index=jax.process_index(),
+      host_count=jax.process_count(),
+      start_step=step,
+    )
+    batch = partitioning.put_batch(next(batches), mesh)
+    converted, error = trainer.convert_state(dense, sparse, state, batch)
+    target.save(step, converted.tree(), position)
+    target.wait()
+  return step, error

@@ -1,0 +1,472 @@
+"""What one training or evaluation step does, compiled for a mesh.
+
+Axes: B rows of a batch, L length, N directions.
+
+`Program` is one phase's model with its shardings and compiled functions. All
+a step does is a function of the state, the batch and the step's number.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import struct
+from flax.linen import partitioning as nn_partitioning
+from jax.sharding import Mesh, NamedSharding
+
+from basemt_jax import (
+  checkpointing,
+  conversion,
+  losses,
+  optimizer,
+  partitioning,
+)
+from basemt_jax import model as model_lib
+
+Array = jax.Array
+Batch = dict[str, Any]
+Tree = Any
+
+NEVER = np.iinfo(np.int32).max
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+  """How to train; the network and the data are described elsewhere.
+
+  Attributes:
+    train_steps: Steps of the whole run, the dense phase included.
+    learning_rate: step -> rate, over the whole run.
+    optimizer: A chain of `basemt_jax.optimizer`.
+    dense_steps: Steps of the dense phase before conversion; 0: none.
+    conversion_options: How experts start.
+    rewarm_steps: Second warm-up of the learning rate after the conversion.
+    label_smoothing: See `losses.token_losses`.
+    z_loss: See `losses.token_losses`.
+    microbatches: Parts of a batch whose gradients are accumulated.
+    log_every: Steps between progress reports.
+    eval_every: Steps between evaluations on dev.
+    save_every: Steps between checkpoints.
+    keep_checkpoints: Latest ones to keep, besides the best.
+    patience: Evaluations without a better dev loss before stopping early;
+      None: never.
+    seed: Of initialisation and dropout.
+  """
+
+  train_steps: int
+  learning_rate: optimizer.Schedule
+  optimizer: optax.GradientTransformation
+  dense_steps: int = 0
+  conversion_options: conversion.Options = conversion.Options()
+  rewarm_steps: int = 0
+  label_smoothing: float = 0.1
+  z_loss: float = 1e-4
+  microbatches: int = 1
+  log_every: int = 100
+  eval_every: int = 1000
+  save_every: int = 1000
+  keep_checkpoints: int = 3
+  patience: int | None = None
+  seed: int = 0
+
+  def __post_init__(self):
+    """Checks what would otherwise fail late."""
+    for name in (
+      "train_steps",
+      "microbatches",
+      "log_every",
+      "eval_every",
+      "save_every",
+      "keep_checkpoints",
+    ):
+      if getattr(self, name) < 1:
+        raise ValueError(
+          f"Settings.{name} is {getattr(self, name)}; it must be at least 1"
+        )
+    if not 0 <= self.dense_steps <= self.train_steps:
+      raise ValueError(
+        f"Settings.dense_steps is {self.dense_steps}; it must be between 0 "
+        f"and train_steps = {self.train_steps}"
+      )
+
+
+@struct.dataclass
+class TrainState:
+  """What a step changes.
+
+  Attributes:
+    step: [] int32, steps done.
+    params: Nested dict of float32 arrays.
+    opt_state: Optax state.
+    mutables: Other collections by name: {'prices': ...}, or {}.
+  """
+
+  step: Array
+  params: Tree
+  opt_state: Tree
+  mutables: Tree
+
+  def tree(self) -> dict[str, Any]:
+    """As checkpoints hold it."""
+    return checkpointing.state_dict(
+      self.params, self.opt_state, self.step, self.mutables
+    )
+
+  def from_tree(self, tree: dict[str, Any]) -> "TrainState":
+    """A state of this one's types with a checkpoint's arrays."""
+    return TrainState(
+      step=tree["state"]["step"],
+      params=tree["target"],
+      opt_state=checkpointing.restored_opt_state(
+        self.opt_state, tree["state"].get("param_states", {})
+      ),
+      mutables=tree.get("flax_mutables", {}),
+    )
+
+
+def init_state(
+  model: model_lib.Transformer,
+  tx: optax.GradientTransformation,
+  key: Array,
+) -> tuple[TrainState, dict[str, Tree]]:
+  """A new state, and the logical axes of its variables (`*_axes`)."""
+  # The smallest batch that every mesh divides: parameters do not depend on it.
+  rows = model.config.rows_per_group
+  if model.mesh is not None:
+    rows *= model.mesh.shape["data"] * model.mesh.shape["expert"]
+  tokens = jnp.ones((rows, 8), jnp.int32)
+  variables = dict(model.init(key, tokens, tokens, tokens, train=True))
+  variables.pop("intermediates", None)
+  params = variables.pop("params")
+  axes = {k: variables.pop(k) for k in list(variables) if k.endswith("_axes")}
+  state = TrainState(
+    jnp.zeros((), jnp.int32), params, tx.init(params), variables
+  )
+  return state, axes
+
+
+def state_shardings(
+  state: TrainState,
+  axes: dict[str, Tree],
+  tx: optax.GradientTransformation,
+  mesh: Mesh,
+) -> TrainState:
+  """Shardings of a state (given by its shapes), from the logical axes."""
+  params = partitioning.variable_shardings(
+    state.params, axes["params_axes"], mesh
+  )
+  replicated = partitioning.replicated(mesh)
+
+  def moment(leaf: Any, sharding: NamedSharding, param: Any) -> NamedSharding:
+    if leaf.shape == param.shape:
+      return sharding
+    # A factored moment has lost a width; experts stay on their devices.
+    spec = sharding.spec
+    if spec and spec[0] == "expert" and leaf.shape[:1] == param.shape[:1]:
+      return NamedSharding(mesh, jax.sharding.PartitionSpec("expert"))
+    return replicated
+
+  return TrainState(
+    step=replicated,
+    params=params,
+    opt_state=optax.tree_utils.tree_map_params(
+      tx,
+      moment,
+      state.opt_state,
+      params,
+      state.params,
+      transform_non_params=lambda _: replicated,
+    ),
+    mutables={
+      name: partitioning.variable_shardings(tree, axes[f"{name}_axes"], mesh)
+      for name, tree in state.mutables.items()
+    },
+  )
+
+
+def microbatch_loss(
+  params: Tree,
+  mutables: Tree,
+  batch: Batch,
+  rng: Array,
+  total_weight: Array,
+  model: model_lib.Transformer,
+  settings: Settings,
+  num_directions: int,
+) -> tuple[Array, tuple[Tree, dict[str, Any]]]:
+  """This microbatch's part of the batch's mean loss.
+
+  Args:
+    params: Differentiated.
+    mutables: Collections that the step updates.
+    batch: See DESIGN of the data: T5X's features, and `direction` [B].
+    rng: For dropout.
+    total_weight: [] float32, target tokens of the whole batch.
+    model: The network.
+    settings: Smoothing, z-loss, microbatches.
+    num_directions: N.
+
+  Returns:
+    Loss [] float32; new mutables and sums for reporting.
+  """
+  logits, updates = model.apply(
+    {"params": params, **mutables},
+    **conversion.network_inputs(batch),
+    train=True,
+    rngs={"dropout": rng},
+    mutable=[*mutables, "intermediates"],
+  )
+  intermediates = updates.pop("intermediates", {})
+  rows = losses.loss_sums(
+    logits,
+    batch["decoder_target_tokens"],
+    batch["decoder_loss_weights"],
+    settings.label_smoothing,
+    settings.z_loss,
+  )
+  auxiliary = losses.auxiliary_loss(intermediates) / settings.microbatches
+  loss = jnp.sum(rows["loss"]) / total_weight + auxiliary
+  direction = batch["direction"]
+  sums: dict[str, Any] = {
+    name: losses.by_direction(row, direction, num_directions)
+    for name, row in rows.items()
+  }
+  sums["tokens"] = jnp.sum(rows["weight"]) + jnp.sum(
+    batch["encoder_input_tokens"] > 0
+  )
+  router = losses.router_sums(
+    intermediates, direction, num_directions, model.config.num_experts
+  )
+  for layer in router.values():
+    for mean in ("entropy", "auxiliary_loss"):
+      layer[mean] /= settings.microbatches
+  sums["router"] = router
+  return loss, (updates or mutables, sums)
+
+
+def gradients(
+  state: TrainState,
+  batch: Batch,
+  model: model_lib.Transformer,
+  settings: Settings,
+  num_directions: int,
+) -> tuple[Array, Tree, Tree, dict[str, Any]]:
+  """Loss, gradients, new mutables and report sums of a whole batch.
+
+  The batch is taken apart by strides, so that every device's rows stay on it.
+  """
+  parts = settings.microbatches
+  total = jnp.sum(batch["decoder_loss_weights"])
+  rng = jax.random.fold_in(jax.random.key(settings.seed), state.step)
+  loss_and_grad = jax.value_and_grad(
+    functools.partial(
+      microbatch_loss,
+      total_weight=total,
+      model=model,
+      settings=settings,
+      num_directions=num_directions,
+    ),
+    has_aux=True,
+  )
+  if parts == 1:
+    (loss, (mutables, sums)), grads = loss_and_grad(
+      state.params, state.mutables, batch, rng
+    )
+    return loss, grads, mutables, sums
+
+  def part(mutables: Tree, i: Array) -> tuple[Any, Tree, Any]:
+    rows = jax.tree.map(
+      lambda x: x.reshape(-1, parts, *x.shape[1:])[:, i], batch
+    )
+    (loss, (mutables, sums)), grads = loss_and_grad(
+      state.params, mutables, rows, jax.random.fold_in(rng, i)
+    )
+    return mutables, grads, (loss, sums)
+
+  def body(carry, i):
+    mutables, total_grads, total_rest = carry
+    mutables, grads, rest = part(mutables, i)
+    add = functools.partial(jax.tree.map, jnp.add)
+    return (mutables, add(total_grads, grads), add(total_rest, rest)), None
+
+  first = part(state.mutables, jnp.zeros((), jnp.int32))
+  (mutables, grads, (loss, sums)), _ = jax.lax.scan(
+    body, first, jnp.arange(1, parts)
+  )
+  return loss, grads, mutables, sums
+
+
+def train_step(
+  state: TrainState,
+  metrics: dict[str, Any] | None,
+  batch: Batch,
+  model: model_lib.Transformer,
+  settings: Settings,
+  learning_rate: optimizer.Schedule,
+  num_directions: int,
+) -> tuple[TrainState, dict[str, Any]]:
+  """One update.
+
+  Args:
+    state: Before the step.
+    metrics: Sums since the last report, or None: start anew.
+    batch: Global arrays; see `microbatch_loss`.
+    model: The network.
+    settings: See `Settings`.
+    learning_rate: step -> rate.
+    num_directions: N.
+
+  Returns:
+    The new state; sums with this step's added: by direction [N] `loss`, `nll`,
+    `correct`, `weight`; `router` by layer (see `losses.router_sums`); `tokens`,
+    `grad_norm`, `steps` []; and for the first step with a non-finite loss or
+    gradient, `bad_step` [] and `bad_direction` [N].
+  """
+  loss, grads, mutables, sums = gradients(
+    state, batch, model, settings, num_directions
+  )
+  updates, opt_state = settings.optimizer.update(
+    grads, state.opt_state, state.params
+  )
+  rate = learning_rate(state.step)
+  params = jax.tree.map(lambda p, u: p + rate * u, state.params, updates)
+  sums["grad_norm"] = optax.global_norm(grads)
+  sums["steps"] = jnp.ones((), jnp.int32)
+  is_finite = jnp.isfinite(loss) & jnp.isfinite(sums["grad_norm"])
+  bad_step = jnp.where(is_finite, NEVER, state.step)
+  bad_direction = ~jnp.isfinite(sums["loss"])
+  if metrics is not None:
+    is_first = metrics["bad_step"] == NEVER
+    bad_step = jnp.where(is_first, bad_step, metrics["bad_step"])
+    bad_direction = jnp.where(is_first, bad_direction, metrics["bad_direction"])
+    rest = {k: v for k, v in metrics.items() if not k.startswith("bad_")}
+    sums = jax.tree.map(jnp.add, rest, sums)
+  sums["bad_step"], sums["bad_direction"] = bad_step, bad_direction
+  return TrainState(state.step + 1, params, opt_state, mutables), sums
+
+
+def eval_step(
+  variables: Tree,
+  batch: Batch,
+  model: model_lib.Transformer,
+  num_directions: int,
+) -> dict[str, Array]:
+  """Sums [N] by direction, with test-time routing: `nll`, `correct`, `weight`.
+
+  No smoothing, no z-loss: nll / weight is nats per target token.
+  """
+  logits = model.apply(
+    variables, **conversion.network_inputs(batch), train=False
+  )
+  rows = losses.loss_sums(
+    logits, batch["decoder_target_tokens"], batch["decoder_loss_weights"]
+  )
+  del rows["loss"]
+  return {
+    name: losses.by_direction(row, batch["direction"], num_directions)
+    for name, row in rows.items()
+  }
+
+
+class Program:
+  """One phase's model with its shardings and compiled functions.
+
+  Args:
+    config: The phase's network.
+    settings: See `Settings`.
+    learning_rate: step -> rate.
+    mesh: Devices.
+    num_directions: N.
+  """
+
+  def __init__(
+    self,
+    config: model_lib.TransformerConfig,
+    settings: Settings,
+    learning_rate: optimizer.Schedule,
+    mesh: Mesh,
+    num_directions: int,
+  ):
+    # On one device the exchange between devices is left out altogether.
+    self.model = model_lib.Transformer(config, mesh if mesh.size > 1 else None)
+    self.mesh = mesh
+    self.settings = settings
+    self.name = "sparse" if config.feed_forward == "experts" else "dense"
+    key = jax.random.key(settings.seed)
+    axes: dict[str, Tree] = {}
+
+    def init(key: Array) -> TrainState:
+      state, found = init_state(self.model, settings.optimizer, key)
+      axes.update(found)
+      return state
+
+    self.shapes = jax.eval_shape(init, key)
+    self.shardings = state_shardings(
+      self.shapes, axes, settings.optimizer, mesh
+    )
+    batch = partitioning.batch_sharding(mesh)
+    self.init = functools.partial(
+      self._scoped(jax.jit(init, out_shardings=self.shardings)), key
+    )
+    self.train_step = self._scoped(
+      jax.jit(
+        functools.partial(
+          train_step,
+          model=self.model,
+          settings=settings,
+          learning_rate=learning_rate,
+          num_directions=num_directions,
+        ),
+        in_shardings=(self.shardings, None, batch),
+        out_shardings=(self.shardings, partitioning.replicated(mesh)),
+        donate_argnums=(0, 1),
+      )
+    )
+    self.eval_step = self._scoped(
+      jax.jit(
+        functools.partial(
+          eval_step, model=self.model, num_directions=num_directions
+        ),
+        out_shardings=partitioning.replicated(mesh),
+      )
+    )
+
+  def _scoped(self, function: Callable[..., Any]) -> Callable[..., Any]:
+    """Calls `function` where logical axis names have their meaning."""
+
+    @functools.wraps(function)
+    def call(*args):
+      with (
+        self.mesh,
+        nn_partitioning.axis_rules(partitioning.LOGICAL_AXIS_RULES),
+      ):
+        return function(*args)
+
+    return call
+
+  def abstract_tree(self) -> dict[str, Any]:
+    """Shapes and shardings of the state, as a checkpoint holds it."""
+    state = jax.tree.map(
+      lambda s, sharding: jax.ShapeDtypeStruct(
+        s.shape, s.dtype, sharding=sharding
+      ),
+      self.shapes,
+      self.shardings,
+    )
+    return state.tree()
+
+  def variables(self, state: TrainState) -> Tree:
+    """What `model.apply` takes, out of a state."""
+    return {"params": state.params, **state.mutables}
+
+
+def share_of(steps: int, share: float) -> int:
+  """A share of a number of steps, rounded: 'half of TRAIN_STEPS' in gin."""
+  if not 0.0 <= share <= 1.0:
+    raise ValueError(f"a share of steps must be in [0, 1], got {share}")
+  return round(steps * share)

@@ -1,0 +1,618 @@
+"""The training loop: dense phase, conversion, sparse phase.
+
+Axes: N directions.
+
+The loop is the same in both phases; only the program (model, shardings,
+compiled step; see `steps`) changes when the dense model is converted. A run
+that is killed and started again ends with the same bits, because everything
+it does is a function of what a checkpoint holds: the state, and the position
+in the data.
+"""
+
+import dataclasses
+import functools
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from basemt_jax import (
+  checkpointing,
+  conversion,
+  optimizer,
+  partitioning,
+  row_store,
+  steps,
+)
+from basemt_jax import model as model_lib
+
+Batch = dict[str, Any]
+Tree = Any
+
+
+class NonFiniteLossError(ValueError):
+  """The loss or a gradient became infinite or NaN."""
+
+
+class Writer(Protocol):
+  """Where metrics go; `clu.metric_writers` fit."""
+
+  def write_scalars(self, step: int, scalars: Mapping[str, Any]) -> None:
+    """Takes the metrics of a step."""
+
+  def flush(self) -> None:
+    """Writes out what is buffered."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Progress:
+  """One progress report.
+
+  Attributes:
+    step: Steps done.
+    train_steps: Steps of the whole run.
+    phase: 'dense' or 'sparse'.
+    loss: Training loss per target token since the last report, in nats.
+    tokens_per_second: Source and target tokens, without padding.
+    seconds_left: Estimate to the end of the run.
+  """
+
+  step: int
+  train_steps: int
+  phase: str
+  loss: float
+  tokens_per_second: float
+  seconds_left: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Hooks:
+  """What the loop tells to, and asks of, whoever started it.
+
+  Attributes:
+    report: Takes a `Progress`.
+    message: Takes one line on an event: conversion, checkpoint, stop.
+    scalars: step -> further metrics, such as the temperature.
+    evaluate: (model, variables, step) -> metrics such as BLEU; every
+      `evaluate_every` steps.
+    evaluate_every: 0: never.
+  """
+
+  report: Callable[[Progress], None] = lambda progress: None
+  message: Callable[[str], None] = lambda text: None
+  scalars: Callable[[int], Mapping[str, float]] = lambda step: {}
+  evaluate: (
+    Callable[[model_lib.Transformer, Tree, int], Mapping[str, float]] | None
+  ) = None
+  evaluate_every: int = 0
+
+
+class Trainer:
+  """Trains one model in one directory, from wherever it stands.
+
+  Attributes:
+    state: The current `steps.TrainState`.
+    program: The current phase's `steps.Program`.
+    dev_losses: Nats per token by direction, as last measured.
+
+  Args:
+    config: The final network: experts where the run ends sparse.
+    settings: How to train.
+    mesh: Devices.
+    directions: Names, in the order that `direction` in batches indexes.
+    batches: This host's rows of the global batches, from step 0 on: any
+      iterator of dictionaries of arrays. With `state()` and `restore()`, as
+      `row_store.TrainBatches`, its position is kept in checkpoints; without,
+      a restart reads and drops the batches it has already seen.
+    model_dir: Where checkpoints live.
+    writer: Takes metrics.
+    dev_batches: () -> this host's rows of the dev batches; None: no dev set.
+    hooks: See `Hooks`.
+  """
+
+  def __init__(
+    self,
+    config: model_lib.TransformerConfig,
+    settings: steps.Settings,
+    mesh: jax.sharding.Mesh,
+    directions: Sequence[str],
+    batches: Iterator[Batch],
+    model_dir: str,
+    writer: Writer,
+    dev_batches: Callable[[], Iterable[Batch]] | None = None,
+    hooks: Hooks | None = None,
+  ):
+    self._config, self._settings, self._mesh = config, settings, mesh
+    self._directions = tuple(directions)
+    self._batches, self._dev_batches = batches, dev_batches
+    self._writer, self._hooks = writer, hooks or Hooks()
+    self._programs: dict[str, steps.Program] = {}
+    self._checkpoints = checkpointing.Checkpoints(
+      model_dir, settings.keep_checkpoints
+    )
+    self._metrics: dict[str, Any] | None = None
+    self._stop = threading.Event()
+    self._best_loss, self._worse = math.inf, 0
+    self.dev_losses: dict[str, float] = {}
+    self._step = 0
+    self._start()
+
+  # ------------------------------------------------------------- programs
+
+  def _program(self, phase: str) -> steps.Program:
+    """The program of phase 'dense' or 'sparse', made when first needed."""
+    if phase not in self._programs:
+      config = phase_config(self._config, self._settings, phase)
+      rate = self._settings.learning_rate
+      if phase == "sparse" and self._settings.rewarm_steps:
+        rate = optimizer.rewarm(
+          rate, self._settings.dense_steps, self._settings.rewarm_steps
+        )
+      self._programs[phase] = steps.Program(
+        config, self._settings, rate, self._mesh, len(self._directions)
+      )
+    return self._programs[phase]
+
+  def _start(self) -> None:
+    """Restores the latest checkpoint, or initialises."""
+    step = self._checkpoints.latest_step()
+    is_sparse = self._config.feed_forward == "experts"
+    if step is None:
+      starts_dense = not is_sparse or self._settings.dense_steps > 0
+      self.program = self._program("dense" if starts_dense else "sparse")
+      self.state = self.program.init()
+      return
+    self.program = self._program(self._checkpoints.phase(step))
+    tree = self._checkpoints.restore(
+      step, self.program.abstract_tree(), f"the {self.program.name} phase"
+    )
+    self.state = self.program.shapes.from_tree(tree)
+    self._step = step
+    position = self._checkpoints.position(step)
+    self._restore_data(step, position.get("data"))
+    self._best_loss = position.get("best_dev_loss") or math.inf
+    self._worse = position.get("evaluations_without_improvement", 0)
+    self._hooks.message(
+      f"going on from checkpoint_{step}, {self.program.name} phase"
+    )
+
+  def _restore_data(self, step: int, data: Any) -> None:
+    restore = getattr(self._batches, "restore", None)
+    if restore is not None and data is not None:
+      restore(data)
+    elif hasattr(self._batches, "seek"):
+      self._batches.seek(step)  # A checkpoint of T5X's has no position.
+    else:
+      for _ in range(step):
+        next(self._batches)
+
+  # ----------------------------------------------------------------- loop
+
+  def run(self) -> str:
+    """Trains to the end.
+
+    Returns:
+      'done', 'stopped early' (no better dev loss for `patience` evaluations)
+      or 'interrupted' (SIGTERM or `stop`; a checkpoint has been written).
+
+    Raises:
+      NonFiniteLossError: The loss is not finite. The last checkpoint is from
+        before that.
+    """
+    end = self._settings.train_steps
+    outcome = "done"
+    with (
+      _on_sigterm(self.stop),
+      row_store.Prefetcher(self._batches) as batches,
+    ):
+      self._log_time, self._log_step = time.monotonic(), self._step
+      while self._step < end:
+        rows, position = next(batches)
+        batch = partitioning.put_batch(rows, self._mesh)
+        if self._conversion_is_due():
+          self._convert(batch)
+        self.state, self._metrics = self.program.train_step(
+          self.state, self._metrics, batch
+        )
+        self._step += 1
+        outcome = self._after_step(position)
+        if outcome != "done":
+          break
+      self._checkpoints.wait()
+    self._writer.flush()
+    return outcome
+
+  def stop(self) -> None:
+    """Ends `run` after the current step, with a checkpoint."""
+    self._stop.set()
+
+  def close(self) -> None:
+    """Waits for writing to end."""
+    self._checkpoints.close()
+
+  def _after_step(self, position: Any) -> str:
+    """Reports, evaluates and saves what is due; returns `run`'s outcome."""
+    settings, step = self._settings, self._step
+    is_last = step == settings.train_steps
+    ends_phase = self.program.name == "dense" and step == settings.dense_steps
+    is_stopped = self._stop.is_set()
+
+    def due(every: int) -> bool:
+      return is_last or (every > 0 and step % every == 0)
+
+    evaluates, saves = due(settings.eval_every), due(settings.save_every)
+    saves = saves or ends_phase or is_stopped
+    dev_loss = None
+    if due(settings.log_every) or evaluates or saves or ends_phase:
+      self._report()
+    if evaluates or ends_phase:
+      dev_loss = self._evaluate()
+    if self._hooks.evaluate and due(self._hooks.evaluate_every):
+      self._write(
+        self._hooks.evaluate(
+          self.program.model, self.program.variables(self.state), step
+        )
+      )
+    gives_up = (
+      settings.patience is not None and self._worse >= settings.patience
+    )
+    if saves or gives_up:
+      self._save(position, dev_loss)
+    if evaluates or saves:
+      # The next report's speed leaves the time of this out.
+      self._log_time, self._log_step = time.monotonic(), step
+    if is_last:
+      return "done"
+    if gives_up:
+      return "stopped early"
+    return "interrupted" if is_stopped else "done"
+
+  def _report(self) -> None:
+    """Checks, writes and forgets the sums since the last report."""
+    sums = jax.device_get(self._metrics)
+    if sums is None:
+      return
+    self._metrics = None
+    self._check_finite(sums)
+    seconds = time.monotonic() - self._log_time
+    done = self._step - self._log_step
+    self._log_time, self._log_step = time.monotonic(), self._step
+    loss = float(sums["nll"].sum() / sums["weight"].sum())
+    left = seconds / done * (self._settings.train_steps - self._step)
+    speed = float(sums["tokens"]) / seconds
+    self._write(
+      {
+        **scalar_metrics(sums, self._directions),
+        "tokens_per_second": speed,
+        "steps_per_second": done / seconds,
+        "learning_rate": float(self._settings.learning_rate(self._step - 1)),
+        **self._hooks.scalars(self._step - 1),
+      }
+    )
+    self._hooks.report(
+      Progress(
+        self._step,
+        self._settings.train_steps,
+        self.program.name,
+        loss,
+        speed,
+        left,
+      )
+    )
+
+  def _write(self, scalars: Mapping[str, float]) -> None:
+    if jax.process_index() == 0:
+      self._writer.write_scalars(self._step, scalars)
+
+  def _check_finite(self, sums: dict[str, Any]) -> None:
+    bad = int(sums["bad_step"])
+    if bad == steps.NEVER:
+      return
+    names = [
+      name
+      for name, is_bad in zip(
+        self._directions, sums["bad_direction"], strict=True
+      )
+      if is_bad
+    ]
+    where = (
+      "in rows of " + ", ".join(names)
+      if names
+      else "in the gradients, not in the loss of any direction"
+    )
+    latest = self._checkpoints.latest_step()
+    kept = (
+      "no checkpoint was written yet"
+      if latest is None
+      else f"checkpoint_{latest} is from before it and was kept"
+    )
+    self._checkpoints.wait()
+    raise NonFiniteLossError(
+      f"the loss is not finite at step {bad} ({self.program.name} phase), "
+      f"{where}; {kept}: lower the learning rate or clip gradients more, and "
+      "run the same command again"
+    )
+
+  # ----------------------------------------------- evaluation, checkpoints
+
+  def _evaluate(self) -> float | None:
+    """Dev loss by direction; returns their mean."""
+    if self._dev_batches is None:
+      return None
+    self.dev_losses = direction_losses(
+      self.program.eval_step,
+      self.program.variables(self.state),
+      (partitioning.put_batch(b, self._mesh) for b in self._dev_batches()),
+      self._directions,
+    )
+    mean = float(np.mean(list(self.dev_losses.values())))
+    if mean < self._best_loss:
+      self._best_loss, self._worse = mean, 0
+    else:
+      self._worse += 1
+    self._write(
+      {
+        "dev/loss": mean,
+        **{f"dev/loss/{d}": v for d, v in self.dev_losses.items()},
+      }
+    )
+    self._hooks.message(f"step {self._step}: dev loss {mean:.3f}")
+    return mean
+
+  def _save(self, position: Any, dev_loss: float | None) -> None:
+    if self._checkpoints.latest_step() == self._step:
+      return
+    best = self._best_loss if math.isfinite(self._best_loss) else None
+    self._checkpoints.save(
+      self._step,
+      self.state.tree(),
+      {
+        "data": position,
+        "best_dev_loss": best,
+        "evaluations_without_improvement": self._worse,
+      },
+      dev_loss,
+    )
+
+  # ----------------------------------------------------------- conversion
+
+  def _conversion_is_due(self) -> bool:
+    return (
+      self.program.name == "dense"
+      and self._config.feed_forward == "experts"
+      and self._step >= self._settings.dense_steps
+    )
+
+  def _convert(self, batch: Batch) -> None:
+    """Goes over to the sparse program; verified on the batch that is next."""
+    dense, sparse = self.program, self._program("sparse")
+    self._hooks.message(
+      f"step {self._step}: converting the dense model to "
+      f"{self._config.num_experts} experts a layer"
+    )
+    self.state, error = convert_state(dense, sparse, self.state, batch)
+    self.program = sparse
+    del self._programs["dense"]
+    self._hooks.message(
+      f"step {self._step}: converted; largest relative difference of the "
+      f"function on a training batch: {error:.1e}"
+    )
+    self._write({"conversion/relative_error": error})
+
+
+def phase_config(
+  config: model_lib.TransformerConfig, settings: steps.Settings, phase: str
+) -> model_lib.TransformerConfig:
+  """The network of phase 'dense' or 'sparse' of a run."""
+  if config.feed_forward != "experts":
+    return config
+  if phase == "dense":
+    return config.dense()
+  return dataclasses.replace(
+    config, converted=config.converted or settings.dense_steps > 0
+  )
+
+
+def convert_state(
+  dense: steps.Program,
+  sparse: steps.Program,
+  state: steps.TrainState,
+  batch: Batch,
+) -> tuple[steps.TrainState, float]:
+  """The sparse state that continues a dense one, verified on a real batch.
+
+  Args:
+    dense: Program of the state.
+    sparse: Program to go on with; its settings say how experts start.
+    state: After the last dense step.
+    batch: Global arrays.
+
+  Returns:
+    The state; and the relative error of the function (see
+    `conversion.relative_error`), the worse of balanced and greedy routing.
+
+  Raises:
+    ValueError: The function should have been preserved, but the error exceeds
+      `conversion.TOLERANCE`; nothing has been written.
+  """
+  options = sparse.settings.conversion_options
+  rules = conversion.default_rules(sparse.model.config.placement)
+
+  def convert(
+    params: Tree, opt_state: Tree, fresh: steps.TrainState
+  ) -> steps.TrainState:
+    new = conversion.convert_params(params, fresh.params, rules, options)
+    if options.optimizer == "copy":
+      moments = conversion.convert_opt_state(opt_state, fresh.opt_state, rules)
+    else:
+      moments = fresh.opt_state
+    return fresh.replace(params=new, opt_state=moments)
+
+  converted = jax.jit(convert, out_shardings=sparse.shardings)(
+    state.params, state.opt_state, sparse.init()
+  ).replace(step=state.step)
+  rows = _first_microbatch(batch, sparse.settings.microbatches)
+  if options.centroids == "activations":
+    converted = _with_centroids(sparse, converted, rows)
+  error = max(
+    _function_error(dense, sparse, state, converted, rows, train)
+    for train in (True, False)
+  )
+  if options.preserves_function and not error <= conversion.TOLERANCE:
+    raise ValueError(
+      f"the converted model differs from the dense one by {error:.1e} of the "
+      f"largest logit, more than {conversion.TOLERANCE:.0e}; nothing was "
+      "written"
+    )
+  return converted, error
+
+
+def _first_microbatch(batch: Batch, parts: int) -> Batch:
+  """Rows that fit on the devices, taken apart as a step does."""
+  return jax.tree.map(lambda x: x.reshape(-1, parts, *x.shape[1:])[:, 0], batch)
+
+
+def _with_centroids(
+  sparse: steps.Program, state: steps.TrainState, batch: Batch
+) -> steps.TrainState:
+  centroids = conversion.cluster_centroids(
+    sparse.model,
+    sparse.variables(state),
+    batch,
+    sparse.settings.conversion_options,
+  )
+  params = conversion.replace_leaves(state.params, centroids)
+  return state.replace(params=jax.device_put(params, sparse.shardings.params))
+
+
+def _function_error(
+  dense: steps.Program,
+  sparse: steps.Program,
+  dense_state: steps.TrainState,
+  sparse_state: steps.TrainState,
+  batch: Batch,
+  train: bool,
+) -> float:
+  """Relative error in float32, without dropout; balanced routing if `train`."""
+
+  def in_float32(program: steps.Program) -> model_lib.Transformer:
+    config = dataclasses.replace(program.model.config, dtype="float32")
+    return model_lib.Transformer(config, program.model.mesh)
+
+  def error(dense_variables: Tree, sparse_variables: Tree, batch: Batch):
+    return conversion.relative_error(
+      functools.partial(_logits, in_float32(dense), dense_variables, train),
+      functools.partial(_logits, in_float32(sparse), sparse_variables, train),
+      batch,
+    )
+
+  with jax.default_matmul_precision("float32"):
+    return float(
+      jax.jit(error)(
+        dense.variables(dense_state), sparse.variables(sparse_state), batch
+      )
+    )
+
+
+def _logits(
+  model: model_lib.Transformer, variables: Tree, train: bool, inputs: Batch
+) -> jax.Array:
+  logits, _ = model.apply(
+    variables,
+    **inputs,
+    train=train,
+    enable_dropout=False,
+    mutable=["prices", "intermediates"],
+  )
+  return logits
+
+
+def direction_losses(
+  eval_step: Callable[[Tree, Batch], Mapping[str, Any]],
+  variables: Tree,
+  batches: Iterable[Batch],
+  directions: Sequence[str],
+) -> dict[str, float]:
+  """Nats per target token of each direction that has any tokens.
+
+  Args:
+    eval_step: (variables, batch) -> sums `nll` and `weight` by direction [N],
+      as `steps.eval_step`.
+    variables: The model's.
+    batches: Global arrays; rows of weight 0 fill up.
+    directions: N names.
+  """
+  total: Any = None
+  for batch in batches:
+    sums = eval_step(variables, batch)
+    total = sums if total is None else jax.tree.map(jnp.add, total, sums)
+  total = jax.device_get(total)
+  return {
+    name: float(total["nll"][i] / total["weight"][i])
+    for i, name in enumerate(directions)
+    if total is not None and total["weight"][i] > 0
+  }
+
+
+def scalar_metrics(
+  sums: dict[str, Any], directions: Sequence[str]
+) -> dict[str, float]:
+  """Named scalars out of the sums of `steps.train_step`, on the host.
+
+  Per layer of experts: `load_max`, the share of tokens whose favourite is the
+  most wanted expert, times E (1 is even) before balancing; `agreement`, the
+  share of tokens routed to their favourite, also per direction; `entropy`.
+  """
+  weight, count = sums["weight"], float(sums["steps"])
+  scalars = {
+    "loss": float(sums["nll"].sum() / weight.sum()),
+    "objective": float(sums["loss"].sum() / weight.sum()),
+    "accuracy": float(sums["correct"].sum() / weight.sum()),
+    "gradient_norm": float(sums["grad_norm"]) / count,
+  }
+  for i, name in enumerate(directions):
+    if weight[i] > 0:
+      scalars[f"loss/{name}"] = float(sums["nll"][i] / weight[i])
+    scalars[f"target_tokens/{name}"] = float(weight[i])
+  for layer, router in sums["router"].items():
+    wanted = router["favourite"].sum(axis=0)
+    tokens = router["favourite"].sum(axis=1)
+    prefix = f"router/{layer}"
+    scalars[f"{prefix}/load_max"] = float(
+      wanted.max() * len(wanted) / max(1.0, wanted.sum())
+    )
+    scalars[f"{prefix}/agreement"] = float(
+      router["agreement"].sum() / max(1.0, tokens.sum())
+    )
+    for i, name in enumerate(directions):
+      if tokens[i] > 0:
+        scalars[f"{prefix}/agreement/{name}"] = float(
+          router["agreement"][i] / tokens[i]
+        )
+    scalars[f"{prefix}/entropy"] = float(router["entropy"]) / count
+    scalars[f"{prefix}/auxiliary_loss"] = (
+      float(router["auxiliary_loss"]) / count
+    )
+  return scalars
+
+
+class _on_sigterm:  # noqa: N801
+  """Calls a function on SIGTERM, and restores the old handler at the end."""
+
+  def __init__(self, function: Callable[[], None]):
+    self._function = function
+
+  def __enter__(self) -> None:
+    self._is_main = threading.current_thread() is threading.main_thread()
+    if self._is_main:
+      self._old = signal.signal(signal.SIGTERM, lambda *_: self._function())
+
+  def __exit__(self, *exception: object) -> None:
+    if self._is_main:
+      signal.signal(signal.SIGTERM, self._old)

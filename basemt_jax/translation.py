@@ -1,0 +1,256 @@
+"""Translation of many sentences: buckets of like length, compiled once each.
+
+Axes: B batch (source sentences), K beams, N = B * K sequences decoded side by
+side, Li source length, V vocabulary.
+"""
+
+import dataclasses
+import math
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import numpy as np
+
+from basemt_jax import decoding
+
+Array = jax.Array
+Tree = Any
+
+
+class TranslationModel(Protocol):
+  """The three functions of a model that translation needs.
+
+  `model.Transformer` has them. `variables` are the model's collections, such
+  as {'params': params}; a memory is a tree of arrays with a row per sequence.
+  """
+
+  def encode_tokens(self, variables: Tree, encoder_input_tokens: Array) -> Tree:
+    """Sources [B, Li] int32 to what the decoder needs of them, B rows."""
+
+  def init_cache(
+    self, variables: Tree, memory: Tree, max_decode_length: int
+  ) -> Tree:
+    """An empty cache for the sequences of a memory."""
+
+  def decode_step(
+    self, variables: Tree, memory: Tree, cache: Tree, tokens: Array
+  ) -> tuple[Array, Tree]:
+    """Tokens [N, 1] int32 and cache to logits [N, V] and the new cache."""
+
+
+@dataclasses.dataclass(frozen=True)
+class SearchOptions:
+  """How to translate.
+
+  Attributes:
+    beam_size: K; 1 is greedy search.
+    num_return: Hypotheses per source, at most beam_size.
+    alpha: Exponent of the length penalty.
+    batch_size: Sources translated side by side.
+    max_source_length: Longer sources are cut (tokens, EOS counted).
+    max_target_length: The longest hypothesis (tokens, EOS counted).
+    length_ratio: A hypothesis has at most length_ratio * source length +
+      length_offset tokens, so that one that never ends costs little.
+    length_offset: See length_ratio.
+    smallest_bucket: Sources are padded to this length or the next of its
+      doublings; the search is compiled once for each length that occurs.
+  """
+
+  beam_size: int = 1
+  num_return: int = 1
+  alpha: float = 0.6
+  batch_size: int = 64
+  max_source_length: int = 256
+  max_target_length: int = 256
+  length_ratio: float = 3.0
+  length_offset: int = 16
+  smallest_bucket: int = 16
+
+  def __post_init__(self):
+    for name in (
+      "beam_size",
+      "batch_size",
+      "max_source_length",
+      "max_target_length",
+      "smallest_bucket",
+    ):
+      if getattr(self, name) < 1:
+        raise ValueError(
+          f"{name} must be at least 1, got {getattr(self, name)}"
+        )
+    if not 1 <= self.num_return <= self.beam_size:
+      raise ValueError(
+        f"num_return must be from 1 to beam_size, got num_return"
+        f" {self.num_return} with beam_size {self.beam_size}: ask for fewer"
+        " hypotheses or a larger beam"
+      )
+
+  def bucket(self, length: int) -> int:
+    """The length that a source of `length` tokens is padded to."""
+    doublings = max(0, math.ceil(math.log2(length / self.smallest_bucket)))
+    return min(self.smallest_bucket << doublings, self.max_source_length)
+
+  def limit(self, length: int) -> int:
+    """The longest hypothesis of a source of `length` tokens."""
+    limit = math.ceil(self.length_ratio * length) + self.length_offset
+    return max(1, min(limit, self.max_target_length))
+
+
+class Hypothesis(NamedTuple):
+  """A translation.
+
+  Attributes:
+    score: See `decoding.Hypotheses`.
+    ids: Its tokens without EOS.
+  """
+
+  score: float
+  ids: tuple[int, ...]
+
+
+class Translator:
+  """Translates lists of sentences with one model, in batches of like length.
+
+  The compiled searches belong to the translator: keep it, and assign
+  `variables` anew when the parameters have changed.
+
+  Example:
+    translator = Translator(transformer, {'params': params})
+    best = [nbest[0].ids for nbest in translator.translate(source_ids)]
+
+  Attributes:
+    variables: The model's collections, such as {'params': params}.
+    options: The SearchOptions.
+  """
+
+  def __init__(
+    self,
+    model: TranslationModel,
+    variables: Tree,
+    options: SearchOptions | None = None,
+    batch_sharding: jax.sharding.Sharding | None = None,
+  ):
+    """Makes a translator.
+
+    Args:
+      model: A TranslationModel.
+      variables: Its collections, placed on devices as the caller likes.
+      options: How to search; the defaults search greedily.
+      batch_sharding: Where to put the batch's rows; needed where `variables`
+        are spread over several devices. Batches are made large enough to
+        give each device as many rows.
+    """
+    self.variables = variables
+    self.options = options or SearchOptions()
+    self._model = model
+    self._batch_sharding = batch_sharding
+    ways = batch_sharding.num_devices if batch_sharding else 1
+    self._batch_size = math.ceil(self.options.batch_size / ways) * ways
+    self._jitted_search = jax.jit(self._search, static_argnames="max_length")
+
+  def translate(
+    self,
+    sources: Sequence[Sequence[int]],
+    progress: Callable[[int, int], None] | None = None,
+  ) -> list[list[Hypothesis]]:
+    """Translates sources, whatever their number, lengths and order.
+
+    Args:
+      sources: Token ids of each, with or without EOS at the end. A source
+        without any other token translates to the empty hypothesis.
+      progress: Called with (sources done, all sources) after every batch.
+
+    Returns:
+      For each source, in the order given, up to num_return hypotheses, best
+      first.
+    """
+    read = [_strip(source) for source in sources]
+    self._warn_of_long(read)
+    order = sorted(
+      (i for i, ids in enumerate(read) if ids), key=lambda i: len(read[i])
+    )
+    results = [[Hypothesis(0.0, ())] for _ in read]
+    size = self._batch_size
+    for start in range(0, len(order), size):
+      chosen = order[start : start + size]
+      found = self._translate_batch([read[i] for i in chosen])
+      for i, hypotheses in zip(chosen, found, strict=True):
+        results[i] = hypotheses
+      if progress:
+        progress(min(start + size, len(order)), len(order))
+    return results
+
+  def _translate_batch(
+    self, sources: Sequence[Sequence[int]]
+  ) -> Iterator[list[Hypothesis]]:
+    options = self.options
+    cut = [list(ids[: options.max_source_length - 1]) for ids in sources]
+    length = options.bucket(max(len(ids) + 1 for ids in cut))
+    # Rows without a source end at their first token and are not returned.
+    tokens = np.zeros((self._batch_size, length), np.int32)
+    limits = np.ones(self._batch_size, np.int32)
+    for row, ids in enumerate(cut):
+      tokens[row, : len(ids) + 1] = [*ids, decoding.EOS_ID]
+      limits[row] = options.limit(len(ids) + 1)
+    if self._batch_sharding is not None:
+      tokens = jax.device_put(tokens, self._batch_sharding)
+      limits = jax.device_put(limits, self._batch_sharding)
+    found = jax.device_get(
+      self._jitted_search(
+        self.variables, tokens, limits, max_length=options.limit(length)
+      )
+    )
+    for row in range(len(cut)):
+      yield [
+        Hypothesis(float(score), _strip(ids))
+        for score, ids in zip(found.scores[row], found.ids[row], strict=True)
+        if score > -np.inf
+      ]
+
+  def _search(
+    self, variables: Tree, tokens: Array, limits: Array, max_length: int
+  ) -> decoding.Hypotheses:
+    """Hypotheses of sources [B, Li]; compiled once per shape."""
+    options = self.options
+    memory = decoding.repeat_for_beams(
+      self._model.encode_tokens(variables, tokens), options.beam_size
+    )
+    cache = self._model.init_cache(variables, memory, max_length)
+
+    def tokens_to_logits(tokens: Array, cache: Tree) -> tuple[Array, Tree]:
+      return self._model.decode_step(variables, memory, cache, tokens)
+
+    if options.beam_size == 1:
+      return decoding.greedy_search(
+        tokens_to_logits, cache, limits, max_length, options.alpha
+      )
+    return decoding.beam_search(
+      tokens_to_logits,
+      cache,
+      limits,
+      max_length,
+      options.beam_size,
+      options.alpha,
+      options.num_return,
+    )
+
+  def _warn_of_long(self, sources: Sequence[Sequence[int]]) -> None:
+    longest = self.options.max_source_length
+    lengths = [len(ids) + 1 for ids in sources if len(ids) + 1 > longest]
+    if lengths:
+      warnings.warn(
+        f"{len(lengths)} of {len(sources)} sources are longer than"
+        f" max_source_length {longest} (the longest has {max(lengths)}"
+        " tokens): the rest of them is not translated",
+        stacklevel=3,
+      )
+
+
+def _strip(ids: Sequence[int]) -> tuple[int, ...]:
+  """The ids before the first EOS, without padding."""
+  ids = [int(i) for i in ids]
+  if decoding.EOS_ID in ids:
+    ids = ids[: ids.index(decoding.EOS_ID)]
+  return tuple(i for i in ids if i != decoding.PAD_ID)

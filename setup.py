@@ -1,0 +1,79 @@
+"""Packaging of basemt_jax: metadata, extras, and the gin files in a wheel."""
+
+import pathlib
+import shutil
+
+import setuptools
+from setuptools.command import build_py
+
+ROOT = pathlib.Path(__file__).parent
+
+
+class BuildWithGin(build_py.build_py):
+  """Copies `gin/` to `basemt_jax/gin/` in the build.
+
+  A top-level `gin` directory in site-packages belongs to gin-config, so the
+  recipes travel inside the package; `cli` looks for them in either place.
+  """
+
+  def run(self):
+    super().run()
+    if not self.editable_mode:
+      shutil.copytree(
+        ROOT / "gin",
+        pathlib.Path(self.build_lib) / "basemt_jax" / "gin",
+        dirs_exist_ok=True,
+      )
+
+
+setuptools.setup(
+  name="basemt_jax",
+  version="0.1.0",
+  description=(
+    "Sparse multilingual translation in JAX: BASE layers, temperature-heated "
+    "sampling, dense pre-training"
+  ),
+  long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+  long_description_content_type="text/markdown",
+  license="Apache-2.0",
+  license_files=["LICENSE"],
+  python_requires=">=3.11",
+  packages=["basemt_jax", "tasks"],
+  package_data={"tasks": ["*.model"]},
+  cmdclass={"build_py": BuildWithGin},
+  entry_points={"console_scripts": ["basemt = basemt_jax.cli:main"]},
+  install_requires=[
+    "absl-py>=2.1",
+    "babel>=2.16",
+    "clu>=0.0.12",
+    "flax>=0.12,<0.13",
+    "gin-config>=0.5.0",
+    "jax>=0.10,<0.13",
+    "num2words>=0.5.13",
+    "numpy>=2.0",
+    "optax>=0.2.8,<0.3",
+    "orbax-checkpoint>=0.12,<0.13",
+    "rich>=13",
+    "sacrebleu>=2.4",
+    "sentencepiece>=0.2",
+    "seqio>=0.0.20",
+    "tensorboard",
+  ],
+  extras_require={
+    "gpu": ["jax[cuda13]"],
+    "tpu": ["jax[tpu]"],
+    "test": [
+      "hypothesis>=6.100",
+      "mypy>=1.14",
+      "pytest>=8",
+      "ruff>=0.14",
+      "scipy>=1.13",
+    ],
+  },
+  classifiers=[
+    "Intended Audience :: Science/Research",
+    "Programming Language :: Python :: 3.11",
+    "Programming Language :: Python :: 3.12",
+    "Topic :: Scientific/Engineering :: Artificial Intelligence",
+  ],
+)

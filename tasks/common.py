@@ -1,0 +1,192 @@
+"""What all translation tasks share: names, tags, features, registration.
+
+A *direction* is `en-de`: source language, target language. Its SeqIO task is
+named `corpus.en_de` (SeqIO allows no hyphen): the direction is what follows
+the last dot. Codes that hold an underscore themselves are joined by two:
+`corpus.eng_Latn__deu_Latn` is the direction `eng_Latn-deu_Latn`. The source
+text begins with a tag for the language wanted, `<2de>`. (A direction is read
+back from a task's name by `basemt_jax.mixtures.direction_of`.)
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import seqio
+import tensorflow as tf
+
+SPLITS = ("train", "validation", "test")
+# Pairs handed to TensorFlow at a time; one by one is ten times slower.
+_CHUNK = 1000
+_SHUFFLE_BUFFER = 10_000
+
+Pair = tuple[str, str]
+ReadPairs = Callable[[str], Iterator[Pair]]
+
+
+def tag(language: str) -> str:
+  """The tag that asks for a language, '<2de>' for 'de'."""
+  return f"<2{language}>"
+
+
+def task_name(corpus: str, source: str, target: str) -> str:
+  """The name of a direction's task, such as 'cldr.en_de'."""
+  joint = "__" if "_" in source + target else "_"
+  return f"{corpus}.{source}{joint}{target}"
+
+
+class PairSource(seqio.DataSource):
+  """Sentence pairs read by a Python function, lazily, in a fixed order.
+
+  Nothing is read before a dataset is iterated.
+  """
+
+  def __init__(self, read: ReadPairs, num_pairs: Mapping[str, int]):
+    """Makes a source of examples {'inputs': text, 'targets': text}.
+
+    Args:
+      read: gives the (source, target) pairs of a split, the same every time.
+      num_pairs: the split's name to its number of pairs.
+    """
+    self.read = read
+    super().__init__(splits=tuple(num_pairs), num_input_examples=num_pairs)
+
+  @property
+  def supports_arbitrary_sharding(self) -> bool:
+    """Sharding is by examples: there are no files to share out."""
+    return False
+
+  def list_shards(self, split: str) -> list[str]:
+    """A split is one shard."""
+    return [split]
+
+  def get_dataset(
+    self,
+    split: str = "train",
+    shuffle: bool = True,
+    seed: int | None = None,
+    shard_info: seqio.ShardInfo | None = None,
+    *,
+    sequence_length: Mapping[str, int] | None = None,
+    use_cached: bool = False,
+    num_epochs: int | None = 1,
+  ) -> tf.data.Dataset:
+    """The split as raw text; the task shuffles, so `shuffle` does nothing."""
+    del shuffle, seed, sequence_length, use_cached, num_epochs
+    if split not in self.splits:
+      raise ValueError(
+        f"There is no split {split!r}; there are {', '.join(self.splits)}."
+      )
+
+    def chunks() -> Iterator[np.ndarray]:
+      pairs = self.read(split)
+      while chunk := list(itertools.islice(pairs, _CHUNK)):
+        yield np.array(
+          [(a.encode(), b.encode()) for a, b in chunk], dtype=object
+        )
+
+    dataset = tf.data.Dataset.from_generator(
+      chunks, output_signature=tf.TensorSpec((None, 2), tf.string)
+    ).unbatch()
+    if shard_info is not None and shard_info.num_shards > 1:
+      dataset = dataset.shard(shard_info.num_shards, shard_info.index)
+    return dataset.map(lambda pair: {"inputs": pair[0], "targets": pair[1]})
+
+
+def add_tag(dataset: tf.data.Dataset, language: str) -> tf.data.Dataset:
+  """Puts the tag of the language wanted before every source text."""
+  prefix = tag(language) + " "
+  return dataset.map(
+    lambda example: {**example, "inputs": prefix + example["inputs"]},
+    num_parallel_calls=tf.data.AUTOTUNE,
+  )
+
+
+def features(vocabulary: seqio.Vocabulary) -> dict[str, seqio.Feature]:
+  """The features of every direction: `inputs`, `targets`, both with EOS."""
+  feature = seqio.Feature(vocabulary, add_eos=True)
+  return {"inputs": feature, "targets": feature}
+
+
+def whole_target(
+  output: str, example: Mapping[str, Any] | None = None, is_target: bool = False
+) -> str:
+  """SeqIO postprocessor: references are whole, however short the features."""
+  if is_target and example is not None:
+    text = example["targets_pretokenized"]
+    return text.decode() if isinstance(text, bytes) else str(text)
+  return output
+
+
+def bleu(targets: list[str], predictions: list[str], *, language: str) -> dict:
+  """Corpus BLEU of a target language, with its tokenizer (SeqIO metric)."""
+  import sacrebleu  # Here: it is slow to import and needed only to score.
+
+  from basemt_jax import evaluation
+
+  tokenizer = evaluation.sacrebleu_tokenizer(language)
+  score = sacrebleu.corpus_bleu(predictions, [targets], tokenize=tokenizer)
+  return {"bleu": score.score}
+
+
+def chrf(targets: list[str], predictions: list[str]) -> dict:
+  """Corpus chrF++ (SeqIO metric)."""
+  import sacrebleu
+
+  score = sacrebleu.corpus_chrf(predictions, [targets], word_order=2)
+  return {"chrf++": score.score}
+
+
+def add_direction(
+  corpus: str,
+  source: str,
+  target: str,
+  read: ReadPairs,
+  num_pairs: Mapping[str, int],
+  vocabulary: seqio.Vocabulary,
+) -> seqio.Task:
+  """Registers the SeqIO task of one direction.
+
+  Args:
+    corpus: what the task's name begins with.
+    source: source language.
+    target: target language.
+    read: gives the (source, target) texts of a split, untagged.
+    num_pairs: the split's name to its number of pairs.
+    vocabulary: of both sides.
+
+  Returns:
+    The task. Its examples have `inputs` and `targets`, int32 ids with EOS, and
+    their texts as `inputs_pretokenized` (tagged) and `targets_pretokenized`.
+  """
+  return seqio.TaskRegistry.add(
+    task_name(corpus, source, target),
+    source=PairSource(read, num_pairs),
+    preprocessors=[
+      functools.partial(add_tag, language=target),
+      seqio.preprocessors.tokenize,
+      seqio.CacheDatasetPlaceholder(),
+      seqio.preprocessors.append_eos_after_trim,
+    ],
+    output_features=features(vocabulary),
+    postprocess_fn=whole_target,
+    metric_fns=[functools.partial(bleu, language=target), chrf],
+    shuffle_buffer_size=_SHUFFLE_BUFFER,
+  )
+
+
+def add_mixture(
+  name: str,
+  tasks: list[seqio.Task],
+  mixture_cls: type[seqio.Mixture] = seqio.Mixture,
+) -> seqio.Mixture:
+  """Registers the mixture of tasks, each at the rate of its training size."""
+  return seqio.MixtureRegistry.add(
+    name,
+    [(task.name, task.num_input_examples("train")) for task in tasks],
+    mixture_cls=mixture_cls,
+  )

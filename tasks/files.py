@@ -1,0 +1,553 @@
+"""The user's own parallel text: a folder of files becomes a SeqIO mixture.
+
+A folder may mix these, each also gzipped (`.gz`), in UTF-8:
+
+- `en-de.train.tsv`: a line is `English<TAB>German`;
+- `train.en-de.en` and `train.en-de.de`: Moses pairs, line n beside line n;
+- `en-de.train.jsonl`: a line is `{"en": "...", "de": "..."}`, or has that
+  object as its `translation`; other keys are ignored.
+
+Splits are `train`, `dev` (also `valid`, `validation`) and `test`; only `train`
+is required. Languages are two or three small letters, with script or region
+(`pt_BR`, `zh-Hans`, `deu_Latn`). Both directions of every pair of languages
+are made, whatever the order in the file's name.
+
+A line that cannot be used is logged with its file and number, counted and
+skipped: see `Summary`. What puts a whole file in doubt is an error instead:
+Moses files of unequal length (any line may be the misplaced one), a broken
+gzip file, a split without a usable line.
+
+Files are read as streams, with memory for a line at a time. `mixture` reads
+them once, to count (about 300,000 lines a second); later reads check that the
+count is still the same.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import gzip
+import itertools
+import json
+import logging
+import os
+import pathlib
+import re
+import zlib
+from collections import Counter
+from collections.abc import Iterator
+
+import seqio
+
+from basemt_jax import vocabulary as vocabulary_lib
+from tasks import common
+
+MAX_CHARACTERS = 1000
+_LOGGED_PER_FILE = 5
+_LANGUAGE = r"[a-z]{2,3}(?:[-_][A-Z0-9][A-Za-z0-9]*)*"
+_PAIR = rf"(?P<first>{_LANGUAGE})-(?P<second>{_LANGUAGE})"
+_SPLIT = r"(?P<split>train|dev|valid|validation|test)"
+_NAMES = (
+  re.compile(rf"{_PAIR}\.{_SPLIT}\.(?P<kind>tsv|jsonl)(?:\.gz)?"),
+  re.compile(rf"{_SPLIT}\.{_PAIR}\.(?P<side>{_LANGUAGE})(?:\.gz)?"),
+)
+_SPLIT_NAMES = {"dev": "validation", "valid": "validation"}
+_LAYOUTS = "en-de.train.tsv, train.en-de.en with train.en-de.de, or"
+_LAYOUTS += " en-de.train.jsonl (each also with .gz)"
+
+_log = logging.getLogger(__name__)
+
+
+class _UnusableLineError(Exception):
+  """A line cannot be used; the message says why."""
+
+
+@dataclasses.dataclass(frozen=True)
+class SplitFile:
+  """The file, or the two Moses files, of a split of two languages.
+
+  Attributes:
+    kind: 'tsv', 'jsonl' or 'moses'.
+    split: 'train', 'validation' or 'test'.
+    first: language of the first column or file, as it is spelled in the name.
+    second: the other language.
+    paths: one path, or two for Moses.
+  """
+
+  kind: str
+  split: str
+  first: str
+  second: str
+  paths: tuple[pathlib.Path, ...]
+
+  @property
+  def languages(self) -> tuple[str, str]:
+    """Both languages with underscores, as tags and task names have them."""
+    return self.first.replace("-", "_"), self.second.replace("-", "_")
+
+  def __str__(self) -> str:
+    return " and ".join(str(path) for path in self.paths)
+
+
+@dataclasses.dataclass
+class FileReport:
+  """What was found in one file.
+
+  Attributes:
+    file: the path, or both paths of a Moses pair.
+    pairs: usable lines.
+    skipped: reason to number of lines that could not be used.
+    examples: 'file:line: reason' of the first few of them.
+  """
+
+  file: str
+  pairs: int = 0
+  skipped: Counter[str] = dataclasses.field(default_factory=Counter)
+  examples: list[str] = dataclasses.field(default_factory=list)
+
+
+@dataclasses.dataclass(frozen=True)
+class Summary:
+  """What a folder holds.
+
+  Attributes:
+    folder: its path.
+    files: by (first language, second language) and split.
+    reports: what was found in each file.
+    ignored: names of files that are not parallel text by their names.
+  """
+
+  folder: str
+  files: dict[tuple[str, str], dict[str, SplitFile]]
+  reports: dict[SplitFile, FileReport]
+  ignored: tuple[str, ...]
+
+  @property
+  def skipped(self) -> int:
+    """Lines that could not be used, in all files."""
+    return sum(sum(r.skipped.values()) for r in self.reports.values())
+
+  def num_pairs(self, languages: tuple[str, str]) -> dict[str, int]:
+    """Usable pairs of every split that two languages have."""
+    return {
+      split: self.reports[file].pairs
+      for split, file in self.files[languages].items()
+    }
+
+
+class FilesMixture(seqio.Mixture):
+  """A mixture that knows the files it is made of.
+
+  Attributes:
+    summary: directions, sizes and skipped lines; set by `mixture`.
+    identity: what the mixture was made from, to tell a repeated registration
+      from a different one.
+  """
+
+  summary: Summary
+  identity: tuple[object, ...]
+
+
+def mixture(
+  data_dir: str | os.PathLike[str],
+  vocabulary: str | os.PathLike[str] | vocabulary_lib.Vocabulary = "bytes",
+  name: str | None = None,
+  max_characters: int = MAX_CHARACTERS,
+) -> FilesMixture:
+  """Registers a folder's directions as tasks, and the mixture of them all.
+
+  Doing so again with the same arguments and unchanged files returns the
+  registered mixture.
+
+  Args:
+    data_dir: the folder.
+    vocabulary: a SentencePiece model file, 'bytes', or a `Vocabulary`.
+    name: of the mixture; default 'files.<folder>'. The task of a direction is
+      '<name>.en_de'.
+    max_characters: lines with a longer side are skipped.
+
+  Returns:
+    The mixture; each task's rate is its number of training pairs. Its
+    `summary` tells directions, sizes and skipped lines.
+
+  Raises:
+    ValueError: the folder or a file cannot be used, or `name` is taken by
+      something else.
+  """
+  folder = pathlib.Path(data_dir)
+  if not isinstance(vocabulary, vocabulary_lib.Vocabulary):
+    vocabulary = vocabulary_lib.Vocabulary.load(vocabulary)
+  name = name or default_name(folder)
+  files, ignored = _discover(folder)
+  identity = _identity(folder, files, vocabulary, max_characters)
+  if name in seqio.MixtureRegistry.names():
+    registered = seqio.MixtureRegistry.get(name)
+    if getattr(registered, "identity", None) == identity:
+      return registered
+    raise ValueError(
+      f"Mixture {name!r} is already registered, for other files, another"
+      f" vocabulary or another limit than {folder} now: give another `name`."
+    )
+  summary = _scan(folder, files, ignored, max_characters)
+  tasks = _add_tasks(name, summary, vocabulary, max_characters)
+  made = common.add_mixture(name, tasks, mixture_cls=FilesMixture)
+  made.summary, made.identity = summary, identity
+  return made
+
+
+def default_name(data_dir: str | os.PathLike[str]) -> str:
+  """The mixture's name of a folder: 'files.' and the folder's own name."""
+  folder = pathlib.Path(data_dir).resolve().name
+  return "files." + (re.sub(r"\W", "_", folder, flags=re.ASCII) or "root")
+
+
+def scan(
+  data_dir: str | os.PathLike[str], max_characters: int = MAX_CHARACTERS
+) -> Summary:
+  """Finds a folder's files and reads them once; registers nothing.
+
+  Raises:
+    ValueError: as `mixture`.
+  """
+  folder = pathlib.Path(data_dir)
+  return _scan(folder, *_discover(folder), max_characters)
+
+
+def train_vocabulary(
+  data_dir: str | os.PathLike[str],
+  path: str | os.PathLike[str],
+  vocab_size: int = 8000,
+  temperature: float = 5.0,
+  max_characters: int = MAX_CHARACTERS,
+) -> vocabulary_lib.Vocabulary:
+  """Trains a SentencePiece model on a folder's temperature-sampled text.
+
+  Registers the folder with the byte vocabulary as '<default name>.bytes'.
+  """
+  raw = mixture(
+    data_dir, "bytes", default_name(data_dir) + ".bytes", max_characters
+  )
+  return vocabulary_lib.train_from_mixture(
+    raw, path, vocab_size, temperature=temperature
+  )
+
+
+def read_pairs(file: SplitFile, max_characters: int) -> Iterator[common.Pair]:
+  """The usable pairs of a file, in order, first language first."""
+  for _, pair in _lines(file, max_characters):
+    if not isinstance(pair, _UnusableLineError):
+      yield pair
+
+
+def _identity(
+  folder: pathlib.Path,
+  files: dict[tuple[str, str], dict[str, SplitFile]],
+  vocabulary: vocabulary_lib.Vocabulary,
+  max_characters: int,
+) -> tuple[object, ...]:
+  """Everything that a mixture depends on, without reading the files."""
+  paths = sorted(
+    path
+    for splits in files.values()
+    for file in splits.values()
+    for path in file.paths
+  )
+  stats = [(path.name, path.stat()) for path in paths]
+  return (
+    str(folder.resolve()),
+    tuple((name, stat.st_size, stat.st_mtime_ns) for name, stat in stats),
+    vocabulary.fingerprint,
+    max_characters,
+  )
+
+
+def _add_tasks(
+  name: str,
+  summary: Summary,
+  vocabulary: vocabulary_lib.Vocabulary,
+  max_characters: int,
+) -> list[seqio.Task]:
+  """Registers both directions of every pair of languages."""
+  tasks = []
+  for languages, splits in summary.files.items():
+    for source, target in (languages, languages[::-1]):
+      read = functools.partial(
+        _read_direction,
+        splits=splits,
+        source=source,
+        sizes=summary.num_pairs(languages),
+        max_characters=max_characters,
+      )
+      tasks.append(
+        common.add_direction(
+          name,
+          source,
+          target,
+          read,
+          summary.num_pairs(languages),
+          vocabulary.seqio(),
+        )
+      )
+  return tasks
+
+
+def _read_direction(
+  split: str,
+  *,
+  splits: dict[str, SplitFile],
+  source: str,
+  sizes: dict[str, int],
+  max_characters: int,
+) -> Iterator[common.Pair]:
+  """(source, target) pairs; notices a file that changed since the count."""
+  file, count = splits[split], 0
+  backwards = file.languages[0] != source
+  for pair in read_pairs(file, max_characters):
+    count += 1
+    yield pair[::-1] if backwards else pair
+  if count != sizes[split]:
+    raise ValueError(
+      f"{file} had {sizes[split]} usable pairs when it was registered and has"
+      f" {count} now: start again with files that stay as they are."
+    )
+
+
+# ------------------------------------------------------------------ finding
+
+
+def _discover(
+  folder: pathlib.Path,
+) -> tuple[dict[tuple[str, str], dict[str, SplitFile]], tuple[str, ...]]:
+  """Files by languages and split, and the names that are none of ours.
+
+  Raises:
+    ValueError: no folder, no files, two files for a split, half a Moses pair,
+      or languages without training text.
+  """
+  if not folder.is_dir():
+    what = "is not a folder" if folder.exists() else "does not exist"
+    raise ValueError(
+      f"The data folder {str(folder)!r} {what}: give one with {_LAYOUTS}."
+    )
+  whole, sides, ignored = _match_names(folder)
+  found: dict[tuple[str, str], dict[str, SplitFile]] = {}
+  for file in [*whole, *_moses_pairs(sides)]:
+    first, second = file.languages
+    if first == second:
+      raise ValueError(f"{file} pairs {first!r} with itself.")
+    # The same languages in the other order are the same directions.
+    key = (second, first) if (second, first) in found else (first, second)
+    other = found.setdefault(key, {}).setdefault(file.split, file)
+    if other is not file:
+      raise ValueError(
+        f"{other} and {file} are both the {file.split} split of"
+        f" {first} and {second}: keep one of them."
+      )
+  if not found:
+    raise ValueError(
+      f"There is no parallel text in {str(folder)!r}: its files must be named"
+      f" {_LAYOUTS}."
+    )
+  for (first, second), splits in found.items():
+    if "train" not in splits:
+      raise ValueError(
+        f"{next(iter(splits.values()))} has no training file beside it: add"
+        f" {first}-{second}.train.tsv or remove it."
+      )
+  return {key: _in_order(found[key]) for key in sorted(found)}, ignored
+
+
+def _in_order(splits: dict[str, SplitFile]) -> dict[str, SplitFile]:
+  return {split: splits[split] for split in common.SPLITS if split in splits}
+
+
+def _match_names(
+  folder: pathlib.Path,
+) -> tuple[list[SplitFile], list[tuple[str, SplitFile]], tuple[str, ...]]:
+  """Sorts a folder's files: whole ones, Moses sides, and those ignored."""
+  whole, sides, ignored = [], [], []
+  for path in sorted(folder.iterdir()):
+    if path.name.startswith(".") or not path.is_file():
+      continue
+    matches = (pattern.fullmatch(path.name) for pattern in _NAMES)
+    match = next((m for m in matches if m), None)
+    if match is None:
+      ignored.append(path.name)
+      continue
+    groups = match.groupdict()
+    split = _SPLIT_NAMES.get(groups["split"], groups["split"])
+    file = SplitFile(
+      groups.get("kind", "moses"),
+      split,
+      groups["first"],
+      groups["second"],
+      (path,),
+    )
+    if "side" not in groups:
+      whole.append(file)
+    elif groups["side"] in (file.first, file.second):
+      sides.append((groups["side"], file))
+    else:
+      ignored.append(path.name)
+  return whole, sides, tuple(ignored)
+
+
+def _moses_pairs(sides: list[tuple[str, SplitFile]]) -> list[SplitFile]:
+  """Puts the two sides of each Moses pair together."""
+  found: dict[tuple[str, str, str], dict[str, SplitFile]] = {}
+  for side, file in sides:
+    key = (file.split, file.first, file.second)
+    other = found.setdefault(key, {}).setdefault(side, file)
+    if other is not file:
+      raise ValueError(
+        f"{other} and {file} are the same side of the same split: keep one."
+      )
+  pairs = []
+  for (_, first, second), both in found.items():
+    if len(both) == 1:
+      side, file = next(iter(both.items()))
+      missing = second if side == first else first
+      raise ValueError(
+        f"{file} is one side of a Moses pair and the {missing!r} side is"
+        " missing: add it or remove this one."
+      )
+    paths = both[first].paths + both[second].paths
+    pairs.append(dataclasses.replace(both[first], paths=paths))
+  return pairs
+
+
+# ------------------------------------------------------------------ reading
+
+
+def _scan(
+  folder: pathlib.Path,
+  files: dict[tuple[str, str], dict[str, SplitFile]],
+  ignored: tuple[str, ...],
+  max_characters: int,
+) -> Summary:
+  """Reads every file once: counts pairs, logs and counts unusable lines."""
+  if ignored:
+    _log.info("%s: not parallel text: %s", folder, ", ".join(ignored))
+  reports = {
+    file: _report(file, max_characters)
+    for splits in files.values()
+    for file in splits.values()
+  }
+  return Summary(str(folder), files, reports, ignored)
+
+
+def _report(file: SplitFile, max_characters: int) -> FileReport:
+  report = FileReport(str(file))
+  for place, pair in _lines(file, max_characters):
+    if not isinstance(pair, _UnusableLineError):
+      report.pairs += 1
+      continue
+    reason = str(pair)
+    report.skipped[reason] += 1
+    if len(report.examples) < _LOGGED_PER_FILE:
+      report.examples.append(f"{place}: {reason}")
+      _log.warning("%s: %s; the line is skipped", place, reason)
+  total = sum(report.skipped.values())
+  if total:
+    reasons = ", ".join(f"{n} {why}" for why, n in report.skipped.most_common())
+    _log.warning(
+      "%s: %d of %d lines skipped: %s",
+      report.file,
+      total,
+      total + report.pairs,
+      reasons,
+    )
+  if not report.pairs:
+    what = f"none of its {total} lines can be used" if total else "it is empty"
+    example = f" ({report.examples[0]})" if total else ""
+    raise ValueError(
+      f"{report.file} has no pairs, {what}{example}: mend or remove it."
+    )
+  return report
+
+
+def _lines(
+  file: SplitFile, max_characters: int
+) -> Iterator[tuple[str, common.Pair | _UnusableLineError]]:
+  """Every line: its 'file:number', and its pair or why it has none."""
+  parse = {"tsv": _parse_tsv, "jsonl": _parse_json, "moses": _parse_moses}
+  for number, lines in enumerate(_raw_lines(file), start=1):
+    place = f"{file.paths[0]}:{number}"
+    try:
+      texts = [line.decode("utf-8") for line in lines]
+      sides = parse[file.kind](texts, file)
+      yield place, _checked(sides, max_characters)
+    except UnicodeDecodeError:
+      yield place, _UnusableLineError("bad UTF-8")
+    except _UnusableLineError as reason:
+      yield place, reason
+
+
+def _raw_lines(file: SplitFile) -> Iterator[tuple[bytes, ...]]:
+  """Line n of the file, or of both Moses files, without line ends.
+
+  Raises:
+    ValueError: Moses files of unequal length.
+  """
+  streams = [_stream(path) for path in file.paths]
+  for number, lines in enumerate(itertools.zip_longest(*streams)):
+    if None in lines:
+      shorter = file.paths[lines.index(None)]
+      raise ValueError(
+        f"{file} are not parallel: {shorter.name} ends after {number} lines and"
+        " the other goes on, so any line may be the misplaced one."
+      )
+    yield lines
+
+
+def _stream(path: pathlib.Path) -> Iterator[bytes]:
+  """Lines of a plain or gzipped file; only LF and CR LF end a line."""
+  number = 0
+  with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as lines:
+    try:
+      for number, line in enumerate(lines, start=1):
+        if number == 1:
+          line = line.removeprefix(b"\xef\xbb\xbf")  # Byte-order mark.
+        yield line.removesuffix(b"\n").removesuffix(b"\r")
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+      raise ValueError(
+        f"{path} is not a whole gzip file: it breaks off after line {number}"
+        f" ({error})."
+      ) from error
+
+
+def _parse_tsv(texts: list[str], file: SplitFile) -> list[str]:
+  sides = texts[0].split("\t")
+  if len(sides) != 2:
+    many = "no tab" if len(sides) == 1 else f"{len(sides) - 1} tabs"
+    raise _UnusableLineError(f"{many} instead of one")
+  return sides
+
+
+def _parse_moses(texts: list[str], file: SplitFile) -> list[str]:
+  return texts
+
+
+def _parse_json(texts: list[str], file: SplitFile) -> list[str]:
+  try:
+    values = json.loads(texts[0])
+  except ValueError:  # The decoder's position would make each reason unique.
+    raise _UnusableLineError("bad JSON") from None
+  if isinstance(values, dict) and isinstance(values.get("translation"), dict):
+    values = values["translation"]
+  keys = (file.first, file.second)
+  if not isinstance(values, dict) or not all(
+    isinstance(values.get(key), str) for key in keys
+  ):
+    raise _UnusableLineError(f"no texts {keys[0]!r} and {keys[1]!r} in JSON")
+  return [values[key] for key in keys]
+
+
+def _checked(sides: list[str], max_characters: int) -> common.Pair:
+  """Both sides without outer spaces, if they can be used."""
+  first, second = (side.strip() for side in sides)
+  if not first or not second:
+    raise _UnusableLineError("empty side")
+  if max(len(first), len(second)) > max_characters:
+    raise _UnusableLineError(f"longer than {max_characters} characters")
+  return first, second
