@@ -17,6 +17,7 @@ class BuildWithGin(build_py.build_py):
   """
 
   def run(self):
+    """Builds as usual, then copies."""
     super().run()
     if not self.editable_mode:
       shutil.copytree(

@@ -5,4 +5,4 @@ languages, and dense pre-training followed by conversion to a sparse model.
 Nothing is imported here: `basemt_jax.base_layer` needs jax and flax alone.
 """
 
-__version__ = '0.1.0'
+__version__ = "0.1.0"

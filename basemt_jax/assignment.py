@@ -53,8 +53,8 @@ _MAX_MOVES = 8
 _REPAIR_ROUNDS = 8
 _HOPS = 4
 
-# Finite stand-ins for infinities; differences of two still fit float32.
-_HUGE = 1e38
+# Finite stand-ins for infinities; a million times more still fits float32.
+_HUGE = 1e30
 _TINY = 1e-30
 
 
@@ -74,10 +74,10 @@ class Assignment(NamedTuple):
 
 
 class _Scores(NamedTuple):
-  """Scores with rows and columns centred and divided by their spread."""
+  """Scores, centred by token and by expert and divided by their spread."""
 
-  values: jax.Array  # [S, E], the row maximum is 0
-  offset: jax.Array  # [E], subtracted from every row, in the units of input
+  values: jax.Array  # [E, S], a token's maximum is 0
+  offset: jax.Array  # [E], subtracted from every token, in the units of input
   spread: jax.Array  # [], what the rest was divided by
 
 
@@ -107,9 +107,9 @@ def balanced_assignment(
 ) -> Assignment:
   """Assigns tokens to experts, at most C = ceil(S / E) real ones to each.
 
-  Non-finite scores are defined: NaN and -inf are the lowest score, +inf the
-  highest. A constant added to a row, or a positive factor on all scores, does
-  not change the assignment (up to float rounding).
+  Non-finite scores are defined: NaN and -inf count as -1e30, +inf as 1e30, and
+  finite scores beyond are cut off there. A constant added to a row, or a
+  positive factor on all scores, changes nothing (up to float rounding).
 
   Args:
     affinities: [S, E] scores, higher is better; computed in float32.
@@ -128,8 +128,8 @@ def balanced_assignment(
   values = _finite(affinities)
   if mask is None:
     mask = jnp.ones(num_tokens, bool)
-  values = jnp.where(mask[:, None], values, 0.0)
-  scores = _normalise(values, mask)
+  # Experts first: reductions over experts then run along whole vectors.
+  scores = _normalise(jnp.where(mask[None], values.T, 0.0), mask)
   if prices is None:
     # Varies over devices as the scores do, which shard_map wants of a carry.
     start = jnp.zeros_like(scores.offset) * scores.offset
@@ -143,8 +143,11 @@ def balanced_assignment(
     first_temperature = _WARM_TEMPERATURE
     num_steps = _WARM_STEPS if num_steps is None else num_steps
   dual = _solve_dual(scores, mask, start, first_temperature, num_steps)
-  slot = _balance(scores.values - dual[None], mask, dual)
-  new_prices = dual * scores.spread + scores.offset
+  slot = _balance(
+    scores.values - dual[:, None], mask, dual + scores.offset / scores.spread
+  )
+  new_prices = (dual - jnp.mean(dual)) * scores.spread + scores.offset
+  new_prices = new_prices - jnp.mean(new_prices)
   capacity = -(-num_tokens // num_experts)
   return Assignment(
     expert=slot // capacity,
@@ -154,7 +157,7 @@ def balanced_assignment(
 
 
 def _finite(affinities: jax.Array) -> jax.Array:
-  """Scores as float32 in [-1e38, 1e38], NaN lowest."""
+  """Scores as float32 in [-1e30, 1e30], NaN lowest."""
   values = jnp.asarray(affinities, jnp.float32)
   values = jnp.where(jnp.isnan(values), -_HUGE, values)
   return jnp.clip(values, -_HUGE, _HUGE)
@@ -170,25 +173,28 @@ def _typical(row_values: jax.Array, mask: jax.Array) -> jax.Array:
 
 
 def _normalise(values: jax.Array, mask: jax.Array) -> _Scores:
-  """Centres rows by their maximum, columns by a robust mean; unit spread.
+  """Centres tokens by their maximum, experts by a robust mean; unit spread.
 
-  Subtracting a column's mean changes the prices only. It matters because
+  Subtracting an expert's mean changes the prices only. It matters because
   features with a large common part give every expert an offset that dwarfs
   what tells the tokens apart.
+
+  Args:
+    values: [E, S] finite scores.
+    mask: [S] bool.
   """
-  inverse_experts = 1.0 / values.shape[1]
-  values = values - jnp.max(values, axis=1, keepdims=True)
-  outer = _typical(-jnp.sum(values * inverse_experts, axis=1), mask)
+  inverse_experts = 1.0 / values.shape[0]
+  values = values - jnp.max(values, axis=0, keepdims=True)
+  outer = _typical(-jnp.sum(values * inverse_experts, axis=0), mask)
   clipped = jnp.maximum(values, -16.0 * outer)
-  real = mask[:, None]
-  offset = jnp.sum(jnp.where(real, clipped, 0.0), axis=0) / jnp.maximum(
-    jnp.sum(mask), 1
-  )
-  values = values - offset[None]
-  values = values - jnp.max(values, axis=1, keepdims=True)
-  spread = _typical(-jnp.sum(values * inverse_experts, axis=1), mask)
+  weights = mask.astype(jnp.float32)
+  weights = weights / jnp.maximum(jnp.sum(weights), 1.0)
+  offset = jnp.dot(clipped, weights, precision=lax.Precision.HIGHEST)
+  values = values - offset[:, None]
+  values = values - jnp.max(values, axis=0, keepdims=True)
+  spread = _typical(-jnp.sum(values * inverse_experts, axis=0), mask)
   values = jnp.maximum(values / spread, -1e6)
-  return _Scores(jnp.where(real, values, 0.0), offset, spread)
+  return _Scores(jnp.where(mask[None], values, 0.0), offset, spread)
 
 
 def _solve_dual(
@@ -199,7 +205,7 @@ def _solve_dual(
   num_steps: int,
 ) -> jax.Array:
   """Prices [E] at which the softened loads are equal, in normalised units."""
-  num_tokens, num_experts = scores.values.shape
+  num_experts, num_tokens = scores.values.shape
   capacity = -(-num_tokens // num_experts)
   weights = mask.astype(jnp.float32)
   # Free slots act as tokens that like all experts equally, so that an expert
@@ -243,13 +249,14 @@ def _newton_step(
   projected out. The inverse is the Neumann series (I + M)(I + M^2)(I + M^4)...
   cut off: a few [E, E] products, and naturally damped where M is close to I.
   """
-  shares = jax.nn.softmax((values - prices[None]) / temperature, axis=-1)
+  shares = jax.nn.softmax((values - prices[:, None]) / temperature, axis=0)
   free_shares = jax.nn.softmax((free_values - prices) / temperature)
-  weighted = shares * weights[:, None]
-  loads = jnp.sum(weighted, axis=0) + free_weight * free_shares
-  safe_loads = jnp.maximum(loads, _TINY)
-  products = weighted.T @ shares
+  products = jnp.dot(
+    shares * weights[None], shares.T, precision=lax.Precision.HIGHEST
+  )
   products += free_weight * jnp.outer(free_shares, free_shares)
+  loads = jnp.sum(products, axis=1)  # as a token's shares sum to one
+  safe_loads = jnp.maximum(loads, _TINY)
   matrix = products / safe_loads[:, None]
   residual = jnp.log(safe_loads / capacity)
   direction = residual - jnp.sum(loads * residual) / jnp.sum(loads)
@@ -261,11 +268,11 @@ def _newton_step(
   return prices + temperature * jnp.clip(direction, -2.0, 2.0)
 
 
-def _gumbel_noise(num_tokens: int, num_experts: int) -> jax.Array:
-  """[S, E] fixed Gumbel noise: a hash of the position, no random state."""
-  shape = (num_tokens, num_experts)
-  token = lax.broadcasted_iota(jnp.uint32, shape, 0)
-  expert = lax.broadcasted_iota(jnp.uint32, shape, 1)
+def _gumbel_noise(num_experts: int, num_tokens: int) -> jax.Array:
+  """[E, S] fixed Gumbel noise: a hash of the position, no random state."""
+  shape = (num_experts, num_tokens)
+  expert = lax.broadcasted_iota(jnp.uint32, shape, 0)
+  token = lax.broadcasted_iota(jnp.uint32, shape, 1)
   bits = token * np.uint32(0x9E3779B1) + expert * np.uint32(0x85EBCA77)
   bits = (bits ^ (bits >> 15)) * np.uint32(0x2C1B3C6D)
   bits = (bits ^ (bits >> 12)) * np.uint32(0x297A2D39)
@@ -274,31 +281,64 @@ def _gumbel_noise(num_tokens: int, num_experts: int) -> jax.Array:
   return -jnp.log(-jnp.log(uniform + np.float32(2**-25)))
 
 
+def _order(
+  choice: jax.Array, gain: jax.Array, num_experts: int
+) -> tuple[jax.Array, jax.Array]:
+  """Tokens by expert, and within an expert by falling gain.
+
+  Expert, gain and token are packed in one 32-bit key where the gain keeps at
+  least 8 bits, because sorting single keys is several times faster. The gain is
+  rounded most finely near zero, where the order matters.
+
+  Args:
+    choice: [S] int32, E on padding.
+    gain: [S], what the token would lose by moving, in units of the spread.
+    num_experts: E.
+
+  Returns:
+    The tokens in order, and their experts; [S] int32 each.
+  """
+  num_tokens = choice.shape[0]
+  token = jnp.arange(num_tokens, dtype=jnp.int32)
+  token_bits = max(num_tokens - 1, 1).bit_length()
+  gain_bits = 32 - token_bits - num_experts.bit_length()
+  if gain_bits < 8:
+    experts, _, tokens = lax.sort(
+      (choice, -gain, token), num_keys=3, is_stable=False
+    )
+    return tokens, experts
+  gain_bits = min(gain_bits, 22)
+  positive = jnp.clip(gain + 0.1, 0.0, 1e6)  # noise makes small losses of gains
+  rounded = positive / (positive + 0.2) * ((1 << gain_bits) - 1)
+  falling = np.uint32((1 << gain_bits) - 1) - rounded.astype(jnp.uint32)
+  key = choice.astype(jnp.uint32) << np.uint32(gain_bits + token_bits)
+  key |= falling << np.uint32(token_bits)
+  key |= token.astype(jnp.uint32)
+  key = lax.sort(key, is_stable=False)
+  tokens = key & np.uint32((1 << token_bits) - 1)
+  experts = key >> np.uint32(gain_bits + token_bits)
+  return tokens.astype(jnp.int32), experts.astype(jnp.int32)
+
+
 def _balance(
   values: jax.Array, mask: jax.Array, prices: jax.Array
 ) -> jax.Array:
-  """Slots [S] int32 from priced scores [S, E] = a - p."""
-  num_tokens, num_experts = values.shape
+  """Slots [S] int32 from scores [E, S] = a - p and the prices p [E]."""
+  num_experts, num_tokens = values.shape
   capacity = -(-num_tokens // num_experts)
   experts = jnp.arange(num_experts, dtype=jnp.int32)
   # Sampling from the softened shares splits equal tokens as the shares say;
   # the plain maximum would send all of them to one expert.
-  noise = _FINAL_TEMPERATURE * _gumbel_noise(num_tokens, num_experts)
-  choice = jnp.argmax(values + noise, axis=1).astype(jnp.int32)
-  chosen = choice[:, None] == experts[None]
-  gain = jnp.max(jnp.where(chosen, values, -jnp.inf), axis=1)
+  noise = _FINAL_TEMPERATURE * _gumbel_noise(num_experts, num_tokens)
+  choice = jnp.argmax(values + noise, axis=0).astype(jnp.int32)
+  chosen = choice[None] == experts[:, None]
+  gain = jnp.max(jnp.where(chosen, values, -jnp.inf), axis=0)
   if num_experts > 1:
-    gain -= jnp.max(jnp.where(chosen, -jnp.inf, values), axis=1)
-  order_expert, _, order = lax.sort(
-    (
-      jnp.where(mask, choice, num_experts),
-      -gain,
-      jnp.arange(num_tokens, dtype=jnp.int32),
-    ),
-    num_keys=3,
-    is_stable=False,
+    gain -= jnp.max(jnp.where(chosen, -jnp.inf, values), axis=0)
+  order, order_expert = _order(
+    jnp.where(mask, choice, num_experts), gain, num_experts
   )
-  count = jnp.sum(chosen & mask[:, None], axis=0, dtype=jnp.int32)
+  count = jnp.sum(chosen & mask[None], axis=1, dtype=jnp.int32)
   start = jnp.cumsum(count) - count
 
   # The window holds the tokens of an expert that lose least by moving.
@@ -312,7 +352,7 @@ def _balance(
   tokens = jnp.where(filled, order[index], num_tokens)
   slack = jnp.where(jnp.sum(mask) < num_experts * capacity, prices, 0.0)
   if num_experts > 1:
-    tokens = _repair(values, tokens, count, slack, capacity)
+    tokens = _repair(values.T, tokens, count, slack, capacity)
 
   # Slots: settled tokens by rank, the window's after them, then all others.
   position = jnp.arange(num_tokens, dtype=jnp.int32)
@@ -461,7 +501,8 @@ def _cheapest_paths(
   Bellman and Ford's iteration, cut off after _HOPS edges.
 
   Returns:
-    distance: [E], -inf where there is no path; origin is -inf where none starts.
+    distance: [E], -inf where there is no path. (Nor is one started where the
+      origin is -inf.)
     previous: [E] the expert before on the path; itself at the start.
   """
   num_experts = edge.shape[0]

@@ -122,6 +122,7 @@ class BaseLayer(nn.Module):
     Raises:
       ValueError: B, E or the mesh do not fit together.
     """
+    h = jnp.asarray(h)
     batch, _, width = h.shape
     settings = self._settings()
     centroids = nn_partitioning.param_with_axes(
@@ -145,17 +146,10 @@ class BaseLayer(nn.Module):
       self.zero_init_output,
       name="experts",
     )(width)
-    prices = nn_partitioning.variable_with_axes(
-      "prices",
-      "prices",
-      jnp.zeros,
-      (self.num_experts,),
-      jnp.float32,
-      axes=("unmodeled",),
-    )
+    prices = self._prices(train)
     if self.is_initializing():
       return h
-    mask = jnp.ones(h.shape[:2], bool) if mask is None else mask
+    mask = jnp.ones(h.shape[:2], bool) if mask is None else jnp.asarray(mask)
     enable_dropout = train if enable_dropout is None else enable_dropout
     key = None
     if enable_dropout and self.dropout_rate > 0:
@@ -167,14 +161,28 @@ class BaseLayer(nn.Module):
     else:
       apply = functools.partial(_test, settings)
     out, metrics = _on_devices(
-      apply, settings, h, mask, params, prices.value, key
+      apply, settings, h, mask, params, prices, key
     )
     new_prices = metrics.pop("prices")
     if train and self.is_mutable_collection("prices"):
-      prices.value = new_prices
+      self.put_variable("prices", "prices", new_prices)
     for name, value in metrics.items():
       self.sow("intermediates", name, value)
     return out
+
+  def _prices(self, train: bool) -> jax.Array:
+    """The prices; zero at test time where the caller has none to give."""
+    is_given = self.has_variable("prices", "prices")
+    if not (train or is_given or self.is_mutable_collection("prices")):
+      return jnp.zeros((self.num_experts,), jnp.float32)
+    return nn_partitioning.variable_with_axes(
+      "prices",
+      "prices",
+      jnp.zeros,
+      (self.num_experts,),
+      jnp.float32,
+      axes=("unmodeled",),
+    ).value
 
   def _settings(self) -> _Settings:
     mesh = self.mesh

@@ -8,6 +8,7 @@ Flags follow T5X: `--gin_file` (repeatable), `--gin.NAME=VALUE`,
 """
 
 import argparse
+import contextlib
 import os
 import pathlib
 import sys
@@ -37,6 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
   rest = [a for a in arguments if not a.startswith("--gin.")]
   options = _parser().parse_args(rest)
   options.bindings = bindings
+  _quiet_libraries()
   try:
     return options.command(options) or 0
   except KeyboardInterrupt:
@@ -48,6 +50,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(f"basemt: error: {_one_sentence(error)}", file=sys.stderr)
     print("(--traceback shows where it came from)", file=sys.stderr)
     return 1
+
+
+def _quiet_libraries() -> None:
+  """Libraries' warnings are for their developers, not for this command."""
+  import logging
+
+  for name in ("absl", "jax", "orbax"):
+    logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def _one_sentence(error: Exception) -> str:
@@ -159,7 +169,6 @@ def _parse(
 ) -> Callable[..., Any]:
   """Parses files and bindings; returns the configurable `run.Run`."""
   import gin
-
   from basemt_jax import run
 
   files = list(options.gin_file)
@@ -227,10 +236,10 @@ def _recipes() -> list[str]:
 
 
 def _as_gin(bindings: Sequence[str]) -> list[str]:
-  """`NAME=VALUE` as gin; a bare word or path is taken as a string.
+  r"""`NAME=VALUE` as gin; a bare word or path is taken as a string.
 
   A shell removes the quotes of --gin.MODEL_DIR="/tmp/run"; T5X users write
-  \\"...\\", which works too.
+  \"...\", which works too.
   """
   import gin
 
@@ -259,10 +268,12 @@ def _train(options: argparse.Namespace) -> int:
   _save_config(run.model_dir)
   with _Writer(run.model_dir) as writer:
     outcome = run_lib.train(run, writer, _console())
-  if outcome == "interrupted":
-    print("stopped; the same command goes on from the checkpoint just written")
-    return 0
-  _print_evaluation(run, run_lib.evaluate(run, _console()), writer)
+    if outcome == "interrupted":
+      print(
+        "stopped: the same command goes on from the checkpoint just written"
+      )
+      return 0
+    _print_evaluation(run, run_lib.evaluate(run, _console()), writer)
   return 0
 
 
@@ -304,7 +315,7 @@ def _print_evaluation(run: Any, result: Any, writer: Any = None) -> None:
   ]
   target = next((x for x in languages if x != "en"), languages[0])
   print(f"""
-{result.split} at step {result.step}; translations and scores: {result.directory}
+{result.split} at step {result.step}; scores, translations: {result.directory}
 next: echo "..." | basemt translate --model_dir {run.model_dir} --to {target}
       tensorboard --logdir {run.model_dir}""")
   if writer is not None:
@@ -346,12 +357,10 @@ def _translate(options: argparse.Namespace) -> None:
     lines,
     prefix=f"<2{options.to}> ",
   )
-  output = (
-    open(options.output, "w", encoding="utf-8")
-    if options.output
-    else sys.stdout
-  )
-  with output:
+  with contextlib.ExitStack() as stack:
+    output: Any = sys.stdout
+    if options.output:
+      output = stack.enter_context(open(options.output, "w", encoding="utf-8"))
     for hypotheses in nbest:
       for score, text in hypotheses:
         output.write(
@@ -415,8 +424,9 @@ def _cache(options: argparse.Namespace) -> None:
 
 def _save_config(model_dir: str) -> None:
   """Keeps the configuration with the run, for later commands and readers."""
-  import gin
   import jax
+
+  import gin
 
   if jax.process_index() == 0:
     pathlib.Path(model_dir).mkdir(parents=True, exist_ok=True)

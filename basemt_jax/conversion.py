@@ -12,7 +12,7 @@ at exactly 1, so the sparse model is the same function as the dense one.
 
 import dataclasses
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
@@ -22,6 +22,7 @@ from flax import linen as nn
 from flax import serialization, traverse_util
 
 from basemt_jax import base_layer, checkpointing
+from basemt_jax import model as model_lib
 
 Array = jax.Array
 Tree = Any
@@ -31,12 +32,12 @@ TOLERANCE = 1e-5
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-  """Where the parameters that match `pattern` come from.
+  r"""Where the parameters that match `pattern` come from.
 
   Attributes:
     pattern: Regular expression; must match the whole sparse path, such as
       'encoder/layers_1/base_layer/expert_centroids'.
-    source: Dense path, with \\1, \\2 for the pattern's groups; None: the
+    source: Dense path, with \1, \2 for the pattern's groups; None: the
       parameter is new and keeps its initial value.
     stack: Repeat the dense value for every expert (a new first axis).
   """
@@ -291,7 +292,7 @@ def _match_suffix(rule: Rule, path: str):
 
 
 def cluster_centroids(
-  model: nn.Module,
+  model: model_lib.Transformer,
   variables: Tree,
   batch: dict[str, Array],
   options: Options,
@@ -324,7 +325,7 @@ def cluster_centroids(
     return next_method(*args, **kwargs)
 
   with nn.intercept_methods(record):
-    model.apply(variables, **network_inputs(batch), train=False)
+    model_lib.forward(model, variables, batch, train=False)
   centroids = {}
   for path, (h, mask) in sorted(inputs.items()):
     tokens = np.asarray(h, np.float32)[np.asarray(mask)]
@@ -354,40 +355,24 @@ def _spherical_k_means(
   return centroids
 
 
-def network_inputs(batch: dict[str, Array]) -> dict[str, Array]:
-  """The arguments of `model.Transformer.__call__` out of a batch."""
-  names = (
-    "encoder_input_tokens",
-    "decoder_input_tokens",
-    "decoder_target_tokens",
-    "encoder_segment_ids",
-    "decoder_segment_ids",
-    "encoder_positions",
-    "decoder_positions",
-  )
-  return {name: batch[name] for name in names if name in batch}
-
-
 def relative_error(
-  dense_apply: Callable[..., Array],
-  sparse_apply: Callable[..., Array],
-  batch: dict[str, Array],
+  dense_logits: Array, sparse_logits: Array, weights: Array
 ) -> Array:
   """Largest difference of logits of real tokens, relative to the largest.
 
   Args:
-    dense_apply: inputs -> logits [B, L, V] float32 of the dense model.
-    sparse_apply: The same of the sparse model.
-    batch: A real training batch.
+    dense_logits: [B, L, V] float32.
+    sparse_logits: [B, L, V] float32.
+    weights: [B, L], 0 on padding.
 
   Returns:
     [] float32.
   """
-  expected = dense_apply(network_inputs(batch))
-  got = sparse_apply(network_inputs(batch))
-  weights = batch["decoder_loss_weights"][..., None] > 0
-  error = jnp.max(jnp.where(weights, jnp.abs(got - expected), 0.0))
-  return error / jnp.max(jnp.where(weights, jnp.abs(expected), 0.0))
+  is_real = weights[..., None] > 0
+  error = jnp.max(
+    jnp.where(is_real, jnp.abs(sparse_logits - dense_logits), 0.0)
+  )
+  return error / jnp.max(jnp.where(is_real, jnp.abs(dense_logits), 0.0))
 
 
 def replace_leaves(tree: Tree, leaves: dict[str, Any]) -> Tree:

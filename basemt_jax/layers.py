@@ -87,7 +87,7 @@ class RMSNorm(nn.Module):
 
 
 def rms_norm(x: Array, scale: Array, epsilon: float = 1e-6) -> Array:
-  """x / rms(x) * scale in float32; x [..., D], scale broadcastable to x."""
+  """X / rms(x) * scale in float32; x [..., D], scale broadcastable to x."""
   x = x.astype(jnp.float32)
   mean_square = jnp.mean(jnp.square(x), axis=-1, keepdims=True)
   scale = scale.reshape((1,) * (x.ndim - scale.ndim) + scale.shape)
@@ -148,7 +148,7 @@ class MlpBlock(nn.Module):
   @nn.compact
   def __call__(self, x: Array, *, enable_dropout: bool) -> Array:
     """Maps [B, L, D] to [B, L, D]."""
-    hidden: Array | None = None
+    hidden: Any = 1.0
     for i, name in enumerate(self.activations):
       y = Dense(
         self.mlp_dim,
@@ -156,8 +156,7 @@ class MlpBlock(nn.Module):
         self.dtype,
         name="wi" if len(self.activations) == 1 else f"wi_{i}",
       )(x)
-      y = activation(name)(y)
-      hidden = y if hidden is None else hidden * y
+      hidden = activation(name)(y) * hidden
     hidden = dropout(self, hidden, self.dropout_rate, enable_dropout)
     hidden = with_sharding_constraint(hidden, ("batch", "length", "mlp"))
     return Dense(x.shape[-1], ("mlp", "embed"), self.dtype, name="wo")(hidden)
@@ -217,7 +216,7 @@ class Attention(nn.Module):
   num_heads: int
   head_dim: int
   dtype: Any = jnp.float32
-  implementation: str | None = None
+  implementation: Any = None
 
   @nn.compact
   def __call__(

@@ -27,7 +27,7 @@ import numpy as np
 import seqio
 import tensorflow as tf
 
-from basemt_jax import heating, row_store, vocabulary
+from basemt_jax import heating, packing, row_store, vocabulary
 
 MixtureOrTask: TypeAlias = str | seqio.Task | seqio.Mixture
 Progress = Callable[[str, str, int, int | None], None]
@@ -363,7 +363,7 @@ def build_store(
   tasks = tasks_by_direction(mixture)
   parts = fingerprint(mixture, task_feature_lengths, splits)
   pieces = _vocabulary(get_mixture(mixture))
-  layout = row_store.RowLayout.of(task_feature_lengths, pieces.vocab_size)
+  layout = packing.RowLayout.of(task_feature_lengths, pieces.vocab_size)
   directory = pathlib.Path(directory)
   directory.mkdir(parents=True, exist_ok=True)
   with _lock(directory):
@@ -410,7 +410,7 @@ def _build_direction(
   split: str,
   direction: str,
   directory: pathlib.Path,
-  layout: row_store.RowLayout,
+  layout: packing.RowLayout,
   progress: Progress | None,
 ) -> row_store.RowStats:
   """Writes one direction of one split, from where it was left."""
@@ -440,15 +440,13 @@ def _build_direction(
 _TAG = re.compile(r"^<2[^<>\s]+>\s*")
 _SIDES = ("inputs", "targets")
 _TEXT = "_pretokenized"  # SeqIO's suffix of a feature's text.
-_Block: TypeAlias = tuple[
-  row_store.Ragged, row_store.Ragged, list[dict[str, str]]
-]
+_Block: TypeAlias = tuple[packing.Ragged, packing.Ragged, list[dict[str, str]]]
 
 
 def _read_task(
   task: seqio.Task,
   split: str,
-  layout: row_store.RowLayout,
+  layout: packing.RowLayout,
   skip: int,
   texts: bool,
 ) -> Iterator[_Block]:
@@ -486,15 +484,15 @@ def _read_texts(
     for side, feature in zip(ids, features, strict=True):
       if feature.add_eos:
         for sequence in side:
-          sequence.append(row_store.EOS_ID)
-    inputs, outputs = map(row_store.Ragged.of, ids)
+          sequence.append(packing.EOS_ID)
+    inputs, outputs = map(packing.Ragged.of, ids)
     yield inputs, outputs, _texts(sources, targets) if texts else []
 
 
 def _read_tokens(
   task: seqio.Task,
   split: str,
-  layout: row_store.RowLayout,
+  layout: packing.RowLayout,
   skip: int,
   texts: bool,
 ) -> Iterator[_Block]:
@@ -528,16 +526,16 @@ def _read_tokens(
     yield inputs, targets, _texts(*sides)
 
 
-def _decode(side: row_store.Ragged, pieces: seqio.Vocabulary) -> list[str]:
+def _decode(side: packing.Ragged, pieces: seqio.Vocabulary) -> list[str]:
   sequences = np.split(side.values, np.cumsum(side.lengths)[:-1])
   return [pieces.decode(ids.tolist()) for ids in sequences]
 
 
-def _ragged(tensor: tf.Tensor | tf.RaggedTensor) -> row_store.Ragged:
+def _ragged(tensor: tf.Tensor | tf.RaggedTensor) -> packing.Ragged:
   if isinstance(tensor, tf.RaggedTensor):
-    return row_store.Ragged(tensor.values.numpy(), tensor.row_lengths().numpy())
+    return packing.Ragged(tensor.values.numpy(), tensor.row_lengths().numpy())
   count, length = tensor.shape
-  return row_store.Ragged(
+  return packing.Ragged(
     tensor.numpy().reshape(-1), np.full(count, length, np.int64)
   )
 
@@ -584,10 +582,10 @@ def _vocabulary(
           f"Feature {name!r} of task {task.name!r} has a vocabulary of its "
           f"own: a store needs the same one for all tasks and both sides."
         )
-  if first.pad_id != 0 or first.eos_id != row_store.EOS_ID:
+  if first.pad_id != 0 or first.eos_id != packing.EOS_ID:
     raise ValueError(
       f"The vocabulary of {mixture.name!r} has padding id {first.pad_id} and "
-      f"EOS id {first.eos_id}: 0 and {row_store.EOS_ID} are needed."
+      f"EOS id {first.eos_id}: 0 and {packing.EOS_ID} are needed."
     )
   return vocabulary.Vocabulary.from_seqio(first)
 

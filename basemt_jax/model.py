@@ -11,7 +11,7 @@ layers are (arXiv:2103.16716).
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -79,7 +79,7 @@ class TransformerConfig:
   placement: str = "replace"
   num_experts: int = 8
   num_sublayers: int = 1
-  router: routing.Router = routing.BalancedRouter()
+  router: routing.Router = routing.BalancedRouter()  # noqa: RUF009
   rows_per_group: int = 16
   converted: bool = False
 
@@ -186,7 +186,7 @@ class Block(nn.Module):
     mask: Array | None,
     positions: Array,
     token_mask: Array,
-    memory: Array | None,
+    memory: Any,
     memory_mask: Array | None,
     train: bool,
     enable_dropout: bool,
@@ -485,6 +485,53 @@ class Transformer(nn.Module):
       mutable=["cache"],
       **kwargs,
     )
+
+
+def forward(
+  network: Transformer,
+  variables: Params,
+  batch: Mapping[str, Array],
+  *,
+  train: bool,
+  enable_dropout: bool | None = None,
+  dropout_rng: Array | None = None,
+) -> tuple[Array, dict[str, Any]]:
+  """Logits of a batch, and what the network's collections became.
+
+  Args:
+    network: The Transformer.
+    variables: {'params': ..., 'prices': ...}.
+    batch: T5X's features; others are ignored.
+    train: See `Transformer.__call__`.
+    enable_dropout: See `Transformer.__call__`.
+    dropout_rng: Key, needed with dropout.
+
+  Returns:
+    Logits [B, Lt, V] float32; and `intermediates` (what routers report) with,
+    in training, the other collections' new values.
+  """
+  names = (
+    "encoder_input_tokens",
+    "decoder_input_tokens",
+    "decoder_target_tokens",
+    "encoder_segment_ids",
+    "decoder_segment_ids",
+    "encoder_positions",
+    "decoder_positions",
+  )
+  mutable = ["intermediates"]
+  if train:
+    mutable += [name for name in variables if name != "params"]
+  call: Any = network.apply
+  logits, updates = call(
+    variables,
+    **{name: batch[name] for name in names if name in batch},
+    train=train,
+    enable_dropout=enable_dropout,
+    rngs=None if dropout_rng is None else {"dropout": dropout_rng},
+    mutable=mutable,
+  )
+  return logits, {"intermediates": {}, **updates}
 
 
 def _segments(tokens: Array, segment_ids: Array | None) -> Array:

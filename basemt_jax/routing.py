@@ -4,9 +4,9 @@ Axes: G groups of tokens, S tokens in a group, E experts, C slots of an expert
 for a group, K experts chosen per token, D model width, N and M any rows.
 
 A router sees affinities and never experts. In training it makes a `Plan` for
-one group, which fixes the slots; at test time it makes a `Choice` for any number
-of tokens, and nothing is dropped. To add a router, write one class with the
-methods of `Router`.
+one group, which fixes the slots; at test time it makes a `Choice` for any
+number of tokens, and nothing is dropped. To add a router, write one class with
+the methods of `Router`.
 """
 
 import dataclasses
@@ -144,8 +144,8 @@ class TopKRouter:
 
   Fedus et al. 2021 (arXiv:2101.03961), equations 4 to 6; the raw gate is the
   softmax of the affinities, not normalised over the chosen experts. In
-  training, the choices beyond an expert's capacity are dropped, later choices first,
-  then later tokens. At test time nothing is dropped.
+  training, the choices beyond an expert's capacity are dropped, later choices
+  first, then later tokens. At test time nothing is dropped.
 
   Attributes:
     num_selected_experts: K; 1 is Switch.

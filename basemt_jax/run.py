@@ -16,9 +16,11 @@ import jax
 import numpy as np
 
 from basemt_jax import (
+  batches,
   checkpointing,
   evaluation,
   heating,
+  packing,
   partitioning,
   reporting,
   row_store,
@@ -144,7 +146,7 @@ def train(run: Run, writer: trainer.Writer, console: Console) -> str:
     run.settings,
     mesh,
     store.directions,
-    row_store.TrainBatches(
+    batches.TrainBatches(
       store,
       run.temperature,
       run.batch_size,
@@ -215,11 +217,11 @@ def _has_pairs(store: row_store.RowStore, split: str) -> bool:
 
 def _dev_batches(
   run: Run, store: row_store.RowStore, split: str
-) -> Callable[[], Iterator[row_store.Batch]] | None:
+) -> Callable[[], Iterator[packing.Batch]] | None:
   """A function that starts over on a split's batches; None without pairs."""
   if not _has_pairs(store, split):
     return None
-  return lambda: row_store.eval_batches(
+  return lambda: batches.eval_batches(
     store,
     split,
     run.batch_size,
@@ -475,7 +477,7 @@ def convert(
       source.restore(step, dense.abstract_tree(), "the dense model")
     )
     position = source.position(step)
-    batches = row_store.TrainBatches(
+    train_batches = batches.TrainBatches(
       store,
       run.temperature,
       run.batch_size,
@@ -484,7 +486,7 @@ def convert(
       host_count=jax.process_count(),
       start_step=step,
     )
-    batch = partitioning.put_batch(next(batches), mesh)
+    batch = partitioning.put_batch(next(train_batches), mesh)
     converted, error = trainer.convert_state(dense, sparse, state, batch)
     target.save(step, converted.tree(), position)
     target.wait()

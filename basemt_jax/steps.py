@@ -62,7 +62,7 @@ class Settings:
   learning_rate: optimizer.Schedule
   optimizer: optax.GradientTransformation
   dense_steps: int = 0
-  conversion_options: conversion.Options = conversion.Options()
+  conversion_options: conversion.Options = conversion.Options()  # noqa: RUF009
   rewarm_steps: int = 0
   label_smoothing: float = 0.1
   z_loss: float = 1e-4
@@ -135,11 +135,7 @@ def init_state(
   key: Array,
 ) -> tuple[TrainState, dict[str, Tree]]:
   """A new state, and the logical axes of its variables (`*_axes`)."""
-  # The smallest batch that every mesh divides: parameters do not depend on it.
-  rows = model.config.rows_per_group
-  if model.mesh is not None:
-    rows *= model.mesh.shape["data"] * model.mesh.shape["expert"]
-  tokens = jnp.ones((rows, 8), jnp.int32)
+  tokens = jnp.ones((1, 8), jnp.int32)  # Parameters do not depend on it.
   variables = dict(model.init(key, tokens, tokens, tokens, train=True))
   variables.pop("intermediates", None)
   params = variables.pop("params")
@@ -172,7 +168,7 @@ def state_shardings(
     return replicated
 
   return TrainState(
-    step=replicated,
+    step=replicated,  # type: ignore[arg-type]
     params=params,
     opt_state=optax.tree_utils.tree_map_params(
       tx,
@@ -214,14 +210,14 @@ def microbatch_loss(
   Returns:
     Loss [] float32; new mutables and sums for reporting.
   """
-  logits, updates = model.apply(
+  logits, updates = model_lib.forward(
+    model,
     {"params": params, **mutables},
-    **conversion.network_inputs(batch),
+    batch,
     train=True,
-    rngs={"dropout": rng},
-    mutable=[*mutables, "intermediates"],
+    dropout_rng=rng,
   )
-  intermediates = updates.pop("intermediates", {})
+  intermediates = updates.pop("intermediates")
   rows = losses.loss_sums(
     logits,
     batch["decoder_target_tokens"],
@@ -246,7 +242,7 @@ def microbatch_loss(
     for mean in ("entropy", "auxiliary_loss"):
       layer[mean] /= settings.microbatches
   sums["router"] = router
-  return loss, (updates or mutables, sums)
+  return loss, (updates, sums)
 
 
 def gradients(
@@ -360,9 +356,7 @@ def eval_step(
 
   No smoothing, no z-loss: nll / weight is nats per target token.
   """
-  logits = model.apply(
-    variables, **conversion.network_inputs(batch), train=False
-  )
+  logits, _ = model_lib.forward(model, variables, batch, train=False)
   rows = losses.loss_sums(
     logits, batch["decoder_target_tokens"], batch["decoder_loss_weights"]
   )

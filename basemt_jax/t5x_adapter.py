@@ -19,7 +19,7 @@ from clu import metrics as clu_metrics
 from flax import struct
 from flax.core import freeze, unfreeze
 
-from basemt_jax import checkpointing, conversion, losses, translation
+from basemt_jax import checkpointing, losses, translation
 from basemt_jax import model as model_lib
 
 Array = jax.Array
@@ -116,7 +116,8 @@ class OptimizerDef:
       transform_non_params=lambda _: None,
     )
     return optimizer.replace(
-      target=param_logical_axes, state=OptimizerState(None, param_states)
+      target=param_logical_axes,
+      state=OptimizerState(None, param_states),  # type: ignore[arg-type]
     )
 
 
@@ -177,15 +178,15 @@ class Model:
   ) -> tuple[Array, Any]:
     """(loss, metrics), or (loss, (metrics, mutables)) with prices."""
     mutables = unfreeze(flax_mutables) if flax_mutables else {}
-    logits, updates = self.module.apply(
+    logits, updates = model_lib.forward(
+      self.module,
       {"params": params, **mutables},
-      **conversion.network_inputs(dict(batch)),
+      batch,
       train=True,
       enable_dropout=dropout_rng is not None,
-      rngs=None if dropout_rng is None else {"dropout": dropout_rng},
-      mutable=[*mutables, "intermediates"],
+      dropout_rng=dropout_rng,
     )
-    intermediates = updates.pop("intermediates", {})
+    intermediates = updates.pop("intermediates")
     loss, metrics = self._loss(logits, batch, intermediates)
     if not mutables:
       return loss, metrics
@@ -199,13 +200,10 @@ class Model:
   ) -> tuple[Array, dict[str, Any]]:
     """(loss, metrics) with test-time routing."""
     mutables = unfreeze(flax_mutables) if flax_mutables else {}
-    logits, updates = self.module.apply(
-      {"params": params, **mutables},
-      **conversion.network_inputs(dict(batch)),
-      train=False,
-      mutable=["intermediates"],
+    logits, updates = model_lib.forward(
+      self.module, {"params": params, **mutables}, batch, train=False
     )
-    return self._loss(logits, batch, updates.get("intermediates", {}))
+    return self._loss(logits, batch, updates["intermediates"])
 
   def _loss(
     self, logits: Array, batch: Mapping[str, Array], intermediates: Tree
@@ -250,26 +248,23 @@ class Model:
   ) -> tuple[Array, dict[str, Array]]:
     """Best translations [B, L] int32, and {'scores': [B] float32}."""
     del rng
-    params = _as_float32(params)
     tokens = batch["encoder_input_tokens"].astype(jnp.int32)
+    max_length = batch["decoder_input_tokens"].shape[1]
     lengths = jnp.sum(tokens > 0, axis=-1)
-    translator = translation.Translator(
-      self.module, {"params": params}, self._search
-    )
-    found = translator.search(
-      {"params": params},
+    found = translation.search(
+      self.module,
+      {"params": _as_float32(params)},
       tokens,
-      jax.vmap(self._search.limit_of)(lengths),
-      batch["decoder_input_tokens"].shape[1],
+      jnp.minimum(self._search.limit(lengths), max_length),
+      max_length,
+      self._search,
     )
     return found.ids[:, 0], {"scores": found.scores[:, 0]}
 
   def score_batch(self, params: Tree, batch: Mapping[str, Array]) -> Array:
     """Log-probability [B] float32 of each row's targets."""
-    logits = self.module.apply(
-      {"params": _as_float32(params)},
-      **conversion.network_inputs(dict(batch)),
-      train=False,
+    logits, _ = model_lib.forward(
+      self.module, {"params": _as_float32(params)}, batch, train=False
     )
     rows = losses.loss_sums(
       logits, batch["decoder_target_tokens"], batch["decoder_loss_weights"]

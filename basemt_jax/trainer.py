@@ -10,7 +10,6 @@ in the data.
 """
 
 import dataclasses
-import functools
 import math
 import signal
 import threading
@@ -23,11 +22,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from basemt_jax import (
+  batches,
   checkpointing,
   conversion,
   optimizer,
   partitioning,
-  row_store,
   steps,
 )
 from basemt_jax import model as model_lib
@@ -108,7 +107,7 @@ class Trainer:
     directions: Names, in the order that `direction` in batches indexes.
     batches: This host's rows of the global batches, from step 0 on: any
       iterator of dictionaries of arrays. With `state()` and `restore()`, as
-      `row_store.TrainBatches`, its position is kept in checkpoints; without,
+      `batches.TrainBatches`, its position is kept in checkpoints; without,
       a restart reads and drops the batches it has already seen.
     model_dir: Where checkpoints live.
     writer: Takes metrics.
@@ -209,11 +208,11 @@ class Trainer:
     outcome = "done"
     with (
       _on_sigterm(self.stop),
-      row_store.Prefetcher(self._batches) as batches,
+      batches.Prefetcher(self._batches) as ahead,
     ):
       self._log_time, self._log_step = time.monotonic(), self._step
       while self._step < end:
-        rows, position = next(batches)
+        rows, position = next(ahead)
         batch = partitioning.put_batch(rows, self._mesh)
         if self._conversion_is_due():
           self._convert(batch)
@@ -445,18 +444,19 @@ def convert_state(
   rules = conversion.default_rules(sparse.model.config.placement)
 
   def convert(
-    params: Tree, opt_state: Tree, fresh: steps.TrainState
+    params: Tree, opt_state: Tree, fresh: steps.TrainState, step: jax.Array
   ) -> steps.TrainState:
     new = conversion.convert_params(params, fresh.params, rules, options)
     if options.optimizer == "copy":
       moments = conversion.convert_opt_state(opt_state, fresh.opt_state, rules)
     else:
       moments = fresh.opt_state
-    return fresh.replace(params=new, opt_state=moments)
+    return dataclasses.replace(fresh, step=step, params=new, opt_state=moments)
 
   converted = jax.jit(convert, out_shardings=sparse.shardings)(
-    state.params, state.opt_state, sparse.init()
-  ).replace(step=state.step)
+    state.params, state.opt_state, sparse.init(), state.step
+  )
+
   rows = _first_microbatch(batch, sparse.settings.microbatches)
   if options.centroids == "activations":
     converted = _with_centroids(sparse, converted, rows)
@@ -488,7 +488,9 @@ def _with_centroids(
     sparse.settings.conversion_options,
   )
   params = conversion.replace_leaves(state.params, centroids)
-  return state.replace(params=jax.device_put(params, sparse.shardings.params))
+  return dataclasses.replace(
+    state, params=jax.device_put(params, sparse.shardings.params)
+  )
 
 
 def _function_error(
@@ -505,11 +507,16 @@ def _function_error(
     config = dataclasses.replace(program.model.config, dtype="float32")
     return model_lib.Transformer(config, program.model.mesh)
 
+  def logits(program: steps.Program, variables: Tree, batch: Batch):
+    return model_lib.forward(
+      in_float32(program), variables, batch, train=train, enable_dropout=False
+    )[0]
+
   def error(dense_variables: Tree, sparse_variables: Tree, batch: Batch):
     return conversion.relative_error(
-      functools.partial(_logits, in_float32(dense), dense_variables, train),
-      functools.partial(_logits, in_float32(sparse), sparse_variables, train),
-      batch,
+      logits(dense, dense_variables, batch),
+      logits(sparse, sparse_variables, batch),
+      batch["decoder_loss_weights"],
     )
 
   with jax.default_matmul_precision("float32"):
@@ -518,19 +525,6 @@ def _function_error(
         dense.variables(dense_state), sparse.variables(sparse_state), batch
       )
     )
-
-
-def _logits(
-  model: model_lib.Transformer, variables: Tree, train: bool, inputs: Batch
-) -> jax.Array:
-  logits, _ = model.apply(
-    variables,
-    **inputs,
-    train=train,
-    enable_dropout=False,
-    mutable=["prices", "intermediates"],
-  )
-  return logits
 
 
 def direction_losses(

@@ -5,12 +5,14 @@ side, Li source length, V vocabulary.
 """
 
 import dataclasses
+import functools
 import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from basemt_jax import decoding
@@ -92,10 +94,13 @@ class SearchOptions:
     doublings = max(0, math.ceil(math.log2(length / self.smallest_bucket)))
     return min(self.smallest_bucket << doublings, self.max_source_length)
 
-  def limit(self, length: int) -> int:
-    """The longest hypothesis of a source of `length` tokens."""
-    limit = math.ceil(self.length_ratio * length) + self.length_offset
-    return max(1, min(limit, self.max_target_length))
+  def limit(self, length: Any) -> Any:
+    """The longest hypothesis of sources of `length` (int or array) tokens."""
+    if isinstance(length, int):
+      limit = math.ceil(self.length_ratio * length) + self.length_offset
+      return max(1, min(limit, self.max_target_length))
+    limits = jnp.ceil(self.length_ratio * length).astype(jnp.int32)
+    return jnp.clip(limits + self.length_offset, 1, self.max_target_length)
 
 
 class Hypothesis(NamedTuple):
@@ -148,7 +153,10 @@ class Translator:
     self._batch_sharding = batch_sharding
     ways = batch_sharding.num_devices if batch_sharding else 1
     self._batch_size = math.ceil(self.options.batch_size / ways) * ways
-    self._jitted_search = jax.jit(self._search, static_argnames="max_length")
+    self._jitted_search = jax.jit(
+      functools.partial(search, model, options=self.options),
+      static_argnames="max_length",
+    )
 
   def translate(
     self,
@@ -209,33 +217,6 @@ class Translator:
         if score > -np.inf
       ]
 
-  def _search(
-    self, variables: Tree, tokens: Array, limits: Array, max_length: int
-  ) -> decoding.Hypotheses:
-    """Hypotheses of sources [B, Li]; compiled once per shape."""
-    options = self.options
-    memory = decoding.repeat_for_beams(
-      self._model.encode_tokens(variables, tokens), options.beam_size
-    )
-    cache = self._model.init_cache(variables, memory, max_length)
-
-    def tokens_to_logits(tokens: Array, cache: Tree) -> tuple[Array, Tree]:
-      return self._model.decode_step(variables, memory, cache, tokens)
-
-    if options.beam_size == 1:
-      return decoding.greedy_search(
-        tokens_to_logits, cache, limits, max_length, options.alpha
-      )
-    return decoding.beam_search(
-      tokens_to_logits,
-      cache,
-      limits,
-      max_length,
-      options.beam_size,
-      options.alpha,
-      options.num_return,
-    )
-
   def _warn_of_long(self, sources: Sequence[Sequence[int]]) -> None:
     longest = self.options.max_source_length
     lengths = [len(ids) + 1 for ids in sources if len(ids) + 1 > longest]
@@ -246,6 +227,50 @@ class Translator:
         " tokens): the rest of them is not translated",
         stacklevel=3,
       )
+
+
+def search(
+  model: TranslationModel,
+  variables: Tree,
+  tokens: Array,
+  limits: Array,
+  max_length: int,
+  options: SearchOptions,
+) -> decoding.Hypotheses:
+  """Translations of one batch; pure, so it can be compiled.
+
+  Args:
+    model: A TranslationModel.
+    variables: Its collections.
+    tokens: Sources [B, Li] int32, with EOS, padded with 0.
+    limits: [B] int32, the longest hypothesis of each.
+    max_length: L, the longest of all; static.
+    options: How to search.
+
+  Returns:
+    See `decoding.beam_search`.
+  """
+  memory = decoding.repeat_for_beams(
+    model.encode_tokens(variables, tokens), options.beam_size
+  )
+  cache = model.init_cache(variables, memory, max_length)
+
+  def tokens_to_logits(tokens: Array, cache: Tree) -> tuple[Array, Tree]:
+    return model.decode_step(variables, memory, cache, tokens)
+
+  if options.beam_size == 1:
+    return decoding.greedy_search(
+      tokens_to_logits, cache, limits, max_length, options.alpha
+    )
+  return decoding.beam_search(
+    tokens_to_logits,
+    cache,
+    limits,
+    max_length,
+    options.beam_size,
+    options.alpha,
+    options.num_return,
+  )
 
 
 def _strip(ids: Sequence[int]) -> tuple[int, ...]:

@@ -33,7 +33,7 @@ import numpy as np
 import seqio
 import tensorflow as tf
 
-from basemt_jax import heating, mixtures, row_store
+from basemt_jax import batches, heating, mixtures
 
 LENGTHS = {"inputs": 128, "targets": 128}
 SIZES = np.geomspace(20_000, 100, 12).astype(int)
@@ -147,7 +147,7 @@ def measure(repeats: int, seconds: float) -> dict[str, Any]:
       f"{PLAIN}, packed": lambda: _seqio_pairs(plain, True),
       f"{HEATED}, packed": lambda: _seqio_pairs(heated, True),
       f"{OURS}, packed": lambda: map(
-        _count, row_store.TrainBatches(store, schedule, BATCH, 0)
+        _count, batches.TrainBatches(store, schedule, BATCH, 0)
       ),
     }
     turns: dict[str, list[float]] = {name: [] for name in pipelines}

@@ -196,17 +196,12 @@ BALANCED, TOP_2 = routing.BalancedRouter(), routing.TopKRouter(2)
   ("shape", "num_experts", "router", "train"),
   [
     ((1, 2, 1), 8, BALANCED, True),
-    ((2, 2, 1), 8, BALANCED, True),
     ((8, 1, 1), 8, BALANCED, True),
     ((2, 4, 1), 4, BALANCED, True),
-    ((2, 4, 1), 8, BALANCED, True),
-    ((1, 8, 1), 8, BALANCED, True),
     ((1, 8, 1), 16, BALANCED, True),
     ((2, 2, 2), 8, BALANCED, True),
-    ((2, 2, 2), 8, TOP_2, True),
-    ((8, 1, 1), 8, BALANCED, False),
+    ((2, 2, 1), 8, TOP_2, True),
     ((1, 8, 1), 8, BALANCED, False),
-    ((2, 2, 2), 8, BALANCED, False),
     ((2, 2, 2), 8, TOP_2, False),
   ],
 )
@@ -273,61 +268,75 @@ def test_prices_follow_training_only():
   assert not np.asarray(updates["prices"]["prices"]).any()
 
 
+class Rematerialised(nn.Module):
+  """The layer inside nn.remat, as a network's block has it."""
+
+  @nn.compact
+  def __call__(self, h, mask, train):
+    class Block(nn.Module):
+      @nn.compact
+      def __call__(self, h, mask):
+        options = {"rows_per_group": 2, "dtype": jnp.bfloat16}
+        layer = base_layer.BaseLayer(4, F, **options, name="layer")
+        return layer(h, mask, train=train)
+
+    nn.share_scope(self, block := nn.remat(Block)())
+    return block(h, mask)
+
+
 def test_remat_and_bfloat16():
   layer = make(dtype=jnp.bfloat16)
   variables = variables_of(layer)
   h, mask = inputs()
   h = h.astype(jnp.bfloat16)
-  again = nn.remat(base_layer.BaseLayer, static_argnums=())(
-    4, F, rows_per_group=2, dtype=jnp.bfloat16
-  )
+  rematerialised = Rematerialised()
+  variables_again = {
+    name: {"layer": value} for name, value in variables.items()
+  }
 
-  def loss(params, which):
-    out, _ = which.apply(
-      {**variables, "params": params},
+  @functools.partial(jax.jit, static_argnums=0)
+  @functools.partial(jax.value_and_grad, argnums=1, has_aux=True)
+  def loss(which, params, prices):
+    out, updates = which.apply(
+      {"params": params, "prices": prices},
       h,
       mask,
       train=True,
       mutable=["prices", "intermediates"],
     )
     assert out.dtype == jnp.bfloat16
-    return jnp.sum(out.astype(jnp.float32) ** 2)
+    return jnp.sum(out.astype(jnp.float32) ** 2), updates["prices"]
 
-  gradient = jax.grad(loss)(variables["params"], layer)
+  expected = loss(layer, variables["params"], variables["prices"])
+  (value, prices), gradient = loss(
+    rematerialised, variables_again["params"], variables_again["prices"]
+  )
   assert all(g.dtype == jnp.float32 for g in jax.tree.leaves(gradient))
-  assert_close(jax.grad(loss)(variables["params"], again), gradient, 1e-2)
+  actual = ((value, prices["layer"]), gradient["layer"])
+  assert_close(actual, expected, 1e-2)
 
 
 @pytest.mark.parametrize("train", [True, False])
 def test_dropout(train):
   layer = make(dropout_rate=0.5)
   variables = variables_of(layer)
-  keys = [{"dropout": jax.random.key(i)} for i in (1, 1, 2)]
-  outs = [
-    run(layer, variables, train, rngs=key, enable_dropout=True)[0]
-    for key in keys
-  ]
-  np.testing.assert_array_equal(outs[0], outs[1])
-  assert not np.array_equal(outs[0], outs[2])
+  sharded = make(dropout_rate=0.5, mesh=mesh_of(2, 4, 1))
+
+  @functools.partial(jax.jit, static_argnums=0)
+  def sample(which, seed):
+    rngs = {"dropout": jax.random.key(seed)}
+    return run(which, variables, train, rngs=rngs, enable_dropout=True)[0]
+
+  samples = [np.asarray(sample(layer, seed)) for seed in range(60)]
+  np.testing.assert_array_equal(sample(layer, 0), samples[0])
+  assert not np.array_equal(samples[0], samples[1])
+  if train:  # Neither devices nor their order change the masks.
+    assert_close(np.asarray(sample(sharded, 0)), samples[0])
   plain = run(layer, variables, train, enable_dropout=False)[0]
-  if train:
-    sharded = make(dropout_rate=0.5, mesh=mesh_of(2, 4, 1))
-    out, _ = run(sharded, variables, True, rngs=keys[0])
-    assert_close(out, outs[0])
-  h, _ = inputs()
-  samples = [
-    run(
-      layer,
-      variables,
-      train,
-      rngs={"dropout": jax.random.key(100 + i)},
-      enable_dropout=True,
-    )[0]
-    for i in range(40)
-  ]
   error = np.mean(samples, axis=0) - np.asarray(plain)
-  scale = np.abs(np.asarray(plain - h)).mean()
-  assert np.abs(error).mean() < 0.35 * scale
+  # The mean of 60 masks is within a fraction of a single mask's deviation.
+  single = np.mean([np.abs(s - plain).mean() for s in samples])
+  assert single > 0 and np.abs(error).mean() < 0.3 * single
 
 
 def test_parameters_and_logical_axes():

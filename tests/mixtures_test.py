@@ -6,7 +6,7 @@ import scipy.stats
 import seqio
 import tensorflow as tf
 
-from basemt_jax import heating, mixtures, row_store
+from basemt_jax import heating, mixtures, packing, row_store
 
 LENGTHS = {"inputs": 64, "targets": 48}
 SIZES = {"en_de": 400, "en_fr": 120, "en_af": 9}
@@ -176,11 +176,11 @@ def test_one_open_row_packs_as_seqio_does(corpus):
     LENGTHS, "train", shuffle=False, num_epochs=1
   ).take(64)
   examples = list(dataset.as_numpy_iterator())
-  layout = row_store.RowLayout.of(LENGTHS, 259)
+  layout = packing.RowLayout.of(LENGTHS, 259)
   ours = layout.unpack(
     layout.pack(
-      row_store.Ragged.of([e["inputs"].tolist() for e in examples]),
-      row_store.Ragged.of([e["targets"].tolist() for e in examples]),
+      packing.Ragged.of([e["inputs"].tolist() for e in examples]),
+      packing.Ragged.of([e["targets"].tolist() for e in examples]),
       open_rows=1,
     )
   )

@@ -66,5 +66,5 @@ def test_batch_rows_lie_in_order_over_data_and_expert():
     data, expert, _ = np.argwhere(mesh.devices == shard.device)[0]
     first = 2 * (4 * data + expert)
     np.testing.assert_array_equal(shard.data[:, 0], [first, first + 1])
-  with pytest.raises(ValueError, match="12 rows .* 8 devices"):
+  with pytest.raises(ValueError, match=r"12 rows .* 8 devices"):
     partitioning.put_batch({"tokens": np.zeros((12, 1))}, mesh)

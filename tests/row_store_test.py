@@ -8,9 +8,9 @@ import pytest
 import scipy.stats
 from hypothesis import strategies as st
 
-from basemt_jax import heating, row_store
+from basemt_jax import batches, heating, packing, permutation, row_store
 
-LAYOUT = row_store.RowLayout(16, 12)
+LAYOUT = packing.RowLayout(16, 12)
 SIZES = {"en-de": 3000, "de-en": 700, "en-fr": 150, "en-af": 23}
 NAMES = sorted(SIZES)
 
@@ -40,7 +40,7 @@ def _write(directory, split, name, count, **options):
   for start in range(done, count, 100):
     part = slice(start, start + 100)
     writer.add(
-      row_store.Ragged.of(inputs[part]), row_store.Ragged.of(targets[part])
+      packing.Ragged.of(inputs[part]), packing.Ragged.of(targets[part])
     )
   return writer.finish()
 
@@ -71,7 +71,7 @@ def store(tmp_path_factory):
 
 def _heated(store, batch_size=32, seed=5, **options):
   schedule = heating.linear(1, 5, 300)
-  return row_store.TrainBatches(store, schedule, batch_size, seed, **options)
+  return batches.TrainBatches(store, schedule, batch_size, seed, **options)
 
 
 def _numbers(batch):
@@ -93,10 +93,10 @@ def _assert_equal(a, b):
 
 
 def test_unpacked_row_by_hand():
-  layout = row_store.RowLayout(10, 7)
+  layout = packing.RowLayout(10, 7)
   packed = layout.pack(
-    row_store.Ragged.of([[7, 8, 5, 1], [8, 4, 9, 3, 1]]),
-    row_store.Ragged.of([[3, 9, 1], [4, 1]]),
+    packing.Ragged.of([[7, 8, 5, 1], [8, 4, 9, 3, 1]]),
+    packing.Ragged.of([[3, 9, 1], [4, 1]]),
   )
   assert packed.dtype == np.uint16
   expected = {
@@ -130,7 +130,7 @@ _SEQUENCES = st.integers(1, 12).flatmap(
 def test_packing_keeps_every_pair_once_and_together(pairs, open_rows):
   inputs, targets = zip(*pairs, strict=True)
   packed = LAYOUT.pack(
-    row_store.Ragged.of(inputs), row_store.Ragged.of(targets), open_rows
+    packing.Ragged.of(inputs), packing.Ragged.of(targets), open_rows
   )
   features = LAYOUT.unpack(packed)
   found = []
@@ -156,22 +156,22 @@ def test_packing_keeps_every_pair_once_and_together(pairs, open_rows):
 
 
 def test_more_open_rows_waste_less():
-  inputs, targets = map(row_store.Ragged.of, _pairs(2000, seed=1))
+  inputs, targets = map(packing.Ragged.of, _pairs(2000, seed=1))
   rows = [len(LAYOUT.pack(inputs, targets, k)) for k in (1, 4, 32)]
   assert rows[0] > rows[1] > rows[2]
 
 
 def test_large_vocabularies_take_four_bytes():
   lengths = {"inputs": 8, "targets": 8}
-  assert row_store.RowLayout.of(lengths, 65536).dtype == "<u2"
-  layout = row_store.RowLayout.of(lengths, 65537)
-  ids = row_store.Ragged.of([[250_000, 1]])
+  assert packing.RowLayout.of(lengths, 65536).dtype == "<u2"
+  layout = packing.RowLayout.of(lengths, 65537)
+  ids = packing.Ragged.of([[250_000, 1]])
   features = layout.unpack(layout.pack(ids, ids))
   assert features["encoder_input_tokens"][0, 0] == 250_000
 
 
 def test_truncation_keeps_eos_last():
-  ragged = row_store.Ragged.of([[5, 6, 7, 1], [5, 6, 1], [9, 9, 9, 9, 1]])
+  ragged = packing.Ragged.of([[5, 6, 7, 1], [5, 6, 1], [9, 9, 9, 9, 1]])
   short, cut = ragged.truncate(3, eos=True)
   assert short.values.tolist() == [5, 6, 1, 5, 6, 1, 9, 9, 1]
   assert short.lengths.tolist() == [3, 3, 3]
@@ -185,7 +185,7 @@ def test_truncation_keeps_eos_last():
 )
 def test_unusable_lengths_are_refused(lengths):
   with pytest.raises(ValueError, match="'inputs' and 'targets' of at least 2"):
-    row_store.RowLayout.of(lengths, 100)
+    packing.RowLayout.of(lengths, 100)
 
 
 # ------------------------------------------------------------------- write
@@ -209,8 +209,8 @@ def _write_texts(directory, interrupt_at=None):
     if i == interrupt_at:
       raise KeyboardInterrupt
     writer.add(
-      row_store.Ragged.of([inputs[i]]),
-      row_store.Ragged.of([targets[i]]),
+      packing.Ragged.of([inputs[i]]),
+      packing.Ragged.of([targets[i]]),
       [{"source": f"s\u2028{i}", "target": "t", "tagged_source": f"<2de> {i}"}],
     )
   return writer.finish()
@@ -313,8 +313,8 @@ def test_pairs_of_a_chunk_are_shuffled(store):
 def test_long_pairs_are_cut_and_counted(tmp_path):
   writer = row_store.RowStoreWriter(tmp_path, "train", "en-de", LAYOUT)
   writer.add(
-    row_store.Ragged.of([[5] * 40 + [1], [5, 1], [6, 1]]),
-    row_store.Ragged.of([[7, 1], [7] * 12 + [1], [7, 1]]),
+    packing.Ragged.of([[5] * 40 + [1], [5, 1], [6, 1]]),
+    packing.Ragged.of([[7, 1], [7] * 12 + [1], [7, 1]]),
   )
   stats = writer.finish()
   assert (stats.pairs, stats.truncated) == (3, 2)
@@ -326,7 +326,7 @@ def test_long_pairs_are_cut_and_counted(tmp_path):
 def test_pair_without_tokens_is_refused(tmp_path):
   writer = row_store.RowStoreWriter(tmp_path, "train", "en-de", LAYOUT)
   with pytest.raises(ValueError, match="train/en-de: pair 1 has a side"):
-    writer.add(row_store.Ragged.of([[1], []]), row_store.Ragged.of([[1], [1]]))
+    writer.add(packing.Ragged.of([[1], []]), packing.Ragged.of([[1], [1]]))
 
 
 # -------------------------------------------------------------------- read
@@ -382,7 +382,7 @@ def test_unknown_split_and_direction_are_named(store):
 def test_eval_batches_hold_every_row_once(store, host_count):
   hosts = [
     list(
-      row_store.eval_batches(
+      batches.eval_batches(
         store, "train", 64, host_index=i, host_count=host_count
       )
     )
@@ -405,12 +405,12 @@ def test_eval_batches_hold_every_row_once(store, host_count):
 
 
 def test_eval_batches_of_one_direction(store):
-  batches = list(row_store.eval_batches(store, "train", 64, direction="en-af"))
-  assert len(batches) == 1
-  assert set(batches[0]["direction"]) == {NAMES.index("en-af")}
+  found = list(batches.eval_batches(store, "train", 64, direction="en-af"))
+  assert len(found) == 1
+  assert set(found[0]["direction"]) == {NAMES.index("en-af")}
   _, numbers = _numbers(batches[0])
   assert sorted(numbers.tolist()) == list(range(23))
-  empty = row_store.eval_batches(store, "validation", 4, direction="en-af")
+  empty = batches.eval_batches(store, "validation", 4, direction="en-af")
   assert list(empty) == []
 
 
@@ -421,16 +421,16 @@ def test_eval_batches_of_one_direction(store):
 def test_permuted_is_a_permutation(size):
   for key in (1, 2**63 + 11):
     keys = np.full(size, key, np.uint64)
-    out = row_store._permuted(np.arange(size), np.full(size, size), keys)
+    out = permutation.permuted(np.arange(size), np.full(size, size), keys)
     assert sorted(out.tolist()) == list(range(size))
 
 
 def test_permutations_differ_and_are_uniform():
   # Where element 0 of 6 goes, and which pair the first two make, over keys.
-  keys = row_store._mix(np.arange(1, 30_001).astype(np.uint64))
+  keys = permutation.mix(np.arange(1, 30_001).astype(np.uint64))
   size = np.full(len(keys), 6)
   first, second = (
-    row_store._permuted(np.full(len(keys), i), size, keys) for i in (0, 1)
+    permutation.permuted(np.full(len(keys), i), size, keys) for i in (0, 1)
   )
   counts = np.bincount(first, minlength=6)
   assert scipy.stats.chisquare(counts).pvalue > 1e-3
@@ -569,7 +569,7 @@ def test_seeds_and_names_give_other_batches(store):
 def test_rows_stay_in_random_order(store):
   # Groups of tokens are made of consecutive rows and need many languages.
   schedule = heating.constant(100)
-  batch = next(row_store.TrainBatches(store, schedule, 512, 0))
+  batch = next(batches.TrainBatches(store, schedule, 512, 0))
   neighbours = np.mean(batch["direction"][1:] == batch["direction"][:-1])
   assert 0.15 < neighbours < 0.35
 
@@ -625,9 +625,9 @@ def test_position_of_another_run_is_refused(store, change, message):
 def test_new_schedule_can_be_asked_for(store):
   state = _heated(store, start_step=10).state()
   schedule = heating.constant(3)
-  batches = row_store.TrainBatches(store, schedule, 32, 5)
-  batches.restore(state, new_schedule=True)
-  assert batches.step == 10 and batches.counters == state["counters"]
+  restored = batches.TrainBatches(store, schedule, 32, 5)
+  restored.restore(state, new_schedule=True)
+  assert restored.step == 10 and restored.counters == state["counters"]
 
 
 @pytest.mark.parametrize(
@@ -649,7 +649,7 @@ def test_impossible_batches_are_refused(store, options, message):
 
 def test_prefetching_changes_nothing(store):
   plain = _heated(store)
-  with row_store.Prefetcher(_heated(store), depth=3) as prefetched:
+  with batches.Prefetcher(_heated(store), depth=3) as prefetched:
     for _ in range(50):
       batch, state = next(prefetched)
       _assert_equal(batch, next(plain))
@@ -661,25 +661,25 @@ def test_prefetcher_ends_and_raises_as_its_iterator():
     yield {"x": np.zeros(1)}
     raise RuntimeError("disk on fire")
 
-  with row_store.Prefetcher(broken()) as batches:
-    batch, state = next(batches)
+  with batches.Prefetcher(broken()) as ahead:
+    batch, state = next(ahead)
     assert batch["x"].shape == (1,) and state is None
     with pytest.raises(RuntimeError, match="disk on fire"):
-      next(batches)
+      next(ahead)
     with pytest.raises(StopIteration):
-      next(batches)
-  assert len(list(row_store.Prefetcher(iter([{}, {}, {}])))) == 3
+      next(ahead)
+  assert len(list(batches.Prefetcher(iter([{}, {}, {}])))) == 3
 
 
 def test_closed_prefetcher_leaves_no_thread():
   before = threading.active_count()
   for _ in range(3):
-    batches = row_store.Prefetcher(({} for _ in itertools.count()), depth=1)
-    next(batches)
-    batches.close()
+    ahead = batches.Prefetcher(({} for _ in itertools.count()), depth=1)
+    next(ahead)
+    ahead.close()
     batches.close()
     with pytest.raises(StopIteration):
       next(batches)
   assert threading.active_count() == before
   with pytest.raises(ValueError, match="depth must be above 0"):
-    row_store.Prefetcher(iter([]), depth=0)
+    batches.Prefetcher(iter([]), depth=0)

@@ -1,0 +1,390 @@
+"""Batches drawn from a store of packed rows.
+
+Axis legend: B rows of the global batch, N directions, K steps planned
+together.
+
+The data contract: the global batch of step k is a pure function of (seed, k).
+Row r of step k draws its direction with the rates of the temperature T(k), from
+a counter-based random stream; the direction then gives its next row in a
+permutation of its own for every epoch. The position of a run is k and one
+counter per direction, for any number of hosts.
+"""
+
+import queue
+import threading
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from basemt_jax import heating, packing, permutation, row_store
+
+
+def eval_batches(
+  store: row_store.RowStore,
+  split: str,
+  batch_size: int,
+  *,
+  direction: str | None = None,
+  host_index: int = 0,
+  host_count: int = 1,
+) -> Iterator[packing.Batch]:
+  """All rows of a split once, in order, direction after direction.
+
+  Args:
+    store: an open store.
+    split: a split of it.
+    batch_size: B, rows of a global batch.
+    direction: only this one; None for all.
+    host_index: this host's slice of every batch, as in `TrainBatches`.
+    host_count: number of hosts; divides `batch_size`.
+
+  Yields:
+    Batches; the last is filled up with empty rows, in which all is 0 but the
+    direction, so that every batch has the same shape on every host.
+
+  Raises:
+    ValueError: sizes that do not fit, or an unknown split or direction.
+  """
+  share = _host_slice(batch_size, host_index, host_count)
+  counts = store.rows(split)
+  if direction is not None:
+    store.stats(split, direction)
+    counts = counts * (np.array(store.directions) == direction)
+  directions = np.repeat(np.arange(len(counts)), counts)
+  rows = packing.ranks(counts)
+  for start in range(0, len(rows), batch_size):
+    at = np.arange(start, start + batch_size)[share]
+    is_row = at < len(rows)
+    at = np.minimum(at, len(rows) - 1)
+    batch = store.read_mixed(split, directions[at], rows[at])
+    for name, value in batch.items():
+      if name != "direction":
+        value[~is_row] = 0
+    yield batch
+
+
+def _host_slice(batch_size: int, host_index: int, host_count: int) -> slice:
+  """The rows of a global batch that a host reads."""
+  if batch_size <= 0 or host_count <= 0 or batch_size % host_count:
+    raise ValueError(
+      f"A global batch of {batch_size} rows cannot be divided over "
+      f"{host_count} hosts: choose a multiple of the number of hosts."
+    )
+  if not 0 <= host_index < host_count:
+    raise ValueError(
+      f"host_index must be in 0 ... {host_count - 1}, got {host_index}."
+    )
+  share = batch_size // host_count
+  return slice(host_index * share, (host_index + 1) * share)
+
+
+class TrainBatches:
+  """Endless training batches, a pure function of (seed, step).
+
+  Neither the number of hosts nor prefetching, interruptions or the parts a run
+  is split into change the global batch of a step.
+
+  Attributes:
+    step: the step whose batch comes next.
+    batch_size: B, rows of the global batch.
+    directions: names; `direction` in a batch is an index into them.
+  """
+
+  def __init__(
+    self,
+    store: row_store.RowStore,
+    schedule: heating.Schedule,
+    batch_size: int,
+    seed: int,
+    *,
+    host_index: int = 0,
+    host_count: int = 1,
+    start_step: int = 0,
+    counters: Mapping[str, int] | None = None,
+    split: str = "train",
+  ):
+    """Starts at a step.
+
+    Args:
+      store: an open store.
+      schedule: the temperature at a step.
+      batch_size: B, rows of the global batch.
+      seed: any integer.
+      host_index: this host reads rows host_index B / host_count ... of every
+        global batch.
+      host_count: number of hosts; divides `batch_size`.
+      start_step: the first batch is this step's.
+      counters: rows already drawn per direction; recomputed when left out.
+      split: the split to draw from.
+
+    Raises:
+      ValueError: a direction without rows, or sizes that do not fit.
+    """
+    self._slice = _host_slice(batch_size, host_index, host_count)
+    if start_step < 0:
+      raise ValueError(f"start_step must not be negative, got {start_step}.")
+    self._store, self._schedule, self._split = store, schedule, split
+    self.batch_size, self._seed, self.step = batch_size, int(seed), start_step
+    self.directions = store.directions
+    self._pairs, self._rows = store.pairs(split), store.rows(split)
+    if not self._rows.all():
+      name = self.directions[int(np.argmin(self._rows))]
+      raise ValueError(
+        f"Direction {name!r} has no rows in split {split!r} of the store in "
+        f"{store.directory}: leave its task out of the mixture."
+      )
+    # Planned together: enough rows to make numpy's overhead small. A chunk of
+    # steps begins at a multiple of its length wherever a run begins, so that
+    # rates are always computed at the same place of the same array and cannot
+    # differ in the last bit. (The composite keys below need K <= 2047.)
+    self._chunk = int(np.clip(8192 // batch_size, 1, 1024))
+    self._keys = np.array(
+      [permutation.key_of("rows", self._seed, name) for name in self.directions]
+    )
+    self._plan_start = self._plan_end = start_step
+    if counters is None:
+      counters = self.position_at(start_step)
+    self._counters = np.array(
+      [counters[name] for name in self.directions], np.int64
+    )
+
+  def __iter__(self) -> "TrainBatches":
+    return self
+
+  def __next__(self) -> packing.Batch:
+    if self.step == self._plan_end:
+      self._plan()
+    at = self.step - self._plan_start
+    batch = self._store.read_mixed(
+      self._split,
+      self._plan_directions[at, self._slice],
+      self._plan_rows[at, self._slice],
+    )
+    self._counters = self._plan_counters[at]
+    self.step += 1
+    return batch
+
+  def _plan(self) -> None:
+    """Chooses the rows of the steps up to the end of the current chunk."""
+    chunk = self.step // self._chunk
+    skip = self.step - chunk * self._chunk
+    directions = self._draw(chunk)[skip:]
+    steps, count = len(directions), len(self.directions)
+    flat = directions.reshape(-1)
+    # The j-th row drawn from a direction has its counter + j.
+    order = np.argsort(flat, kind="stable")
+    counter = np.empty(len(flat), np.int64)
+    counter[order] = packing.ranks(np.bincount(flat, minlength=count))
+    counter += self._counters[flat]
+    epoch, index = np.divmod(counter, self._rows[flat])
+    key = permutation.mix(
+      self._keys[flat] + permutation.GOLDEN * epoch.astype(np.uint64)
+    )
+    rows = permutation.permuted(index, self._rows[flat], key)
+    cells = flat + count * np.repeat(np.arange(steps), self.batch_size)
+    drawn = np.bincount(cells, minlength=steps * count).reshape(steps, count)
+    self._plan_directions = directions
+    self._plan_rows = rows.reshape(directions.shape)
+    self._plan_counters = self._counters + np.cumsum(drawn, axis=0)
+    self._plan_start, self._plan_end = self.step, self.step + steps
+
+  def _draw(self, chunk: int) -> np.ndarray:
+    """Directions of all rows of a chunk of steps; int [K, B].
+
+    Philox is a counter-based generator whose raw words are the same in every
+    version of numpy (its floats and integers need not be); the chunk is part
+    of the counter.
+    """
+    steps = chunk * self._chunk + np.arange(self._chunk)
+    rates = heating.row_rates(
+      self._pairs, self._rows, heating.temperatures(self._schedule, steps)
+    )
+    cumulative = np.cumsum(rates, axis=1)
+    cumulative /= cumulative[:, -1:]
+    # In units of 2^-53, and with the step in the upper bits, so that one
+    # binary search serves all steps, exactly.
+    step = np.arange(self._chunk, dtype=np.uint64)[:, None] << np.uint64(53)
+    limits = step + np.floor(np.ldexp(cumulative, 53)).astype(np.uint64)
+    key = np.array(
+      [permutation.key_of("draw", self._seed), permutation.key_of("directions")]
+    )
+    counter = np.array([0, chunk, 0, 0], np.uint64)
+    words = np.random.Philox(key=key, counter=counter).random_raw(
+      self._chunk * self.batch_size
+    )
+    points = step + (words.reshape(self._chunk, -1) >> np.uint64(11))
+    found = np.searchsorted(limits.reshape(-1), points, side="right")
+    return found - len(self.directions) * np.arange(self._chunk)[:, None]
+
+  def position_at(self, step: int) -> dict[str, int]:
+    """Rows drawn from each direction before a step, computed from nothing."""
+    counts = np.zeros(len(self.directions), np.int64)
+    for start in range(0, step, self._chunk):
+      directions = self._draw(start // self._chunk)[: step - start]
+      counts += np.bincount(directions.reshape(-1), minlength=len(counts))
+    return self._by_name(counts)
+
+  @property
+  def counters(self) -> dict[str, int]:
+    """Rows drawn from each direction before the current step."""
+    return self._by_name(self._counters)
+
+  @property
+  def temperature(self) -> float:
+    """The temperature of the current step."""
+    steps = np.array([self.step])
+    return float(heating.temperatures(self._schedule, steps)[0])
+
+  def _identity(self) -> dict[str, Any]:
+    """What a position is only valid with."""
+    return {
+      "seed": self._seed,
+      "batch_size": self.batch_size,
+      "lengths": self._store.lengths,
+      "schedule": heating.describe(self._schedule),
+    }
+
+  def _data(self) -> dict[str, dict[str, int]]:
+    """Size and checksum of every direction's rows."""
+    stats = {d: self._store.stats(self._split, d) for d in self.directions}
+    return {d: {"rows": s.rows, "crc32": s.crc32} for d, s in stats.items()}
+
+  def state(self) -> dict[str, Any]:
+    """The position before the next batch; plain JSON, the same on all hosts."""
+    return {
+      "step": self.step,
+      "counters": self.counters,
+      "data": self._data(),
+      **self._identity(),
+    }
+
+  def restore(
+    self, state: Mapping[str, Any], *, new_schedule: bool = False
+  ) -> None:
+    """Goes to a position that `state` returned, on any number of hosts.
+
+    Args:
+      state: of a run with the same seed, batch size, rows and schedule.
+      new_schedule: go on from there even though the schedule is another; what
+        follows is then not what either schedule alone would have given.
+
+    Raises:
+      ValueError: naming everything that differs.
+    """
+    differences = [
+      f"{name} was {state.get(name)!r} and is {value!r}"
+      for name, value in self._identity().items()
+      if state.get(name) != value and not (name == "schedule" and new_schedule)
+    ]
+    differences += _row_differences(state.get("data", {}), self._data())
+    if differences:
+      raise ValueError(
+        "The saved data position does not fit this run: "
+        f"{'; '.join(differences)}. Set them back, or begin a new run."
+      )
+    self.step = self._plan_start = self._plan_end = int(state["step"])
+    self._counters = np.array(
+      [state["counters"][name] for name in self.directions], np.int64
+    )
+
+  def seek(self, step: int) -> None:
+    """Goes to a step, computing the position from nothing."""
+    counters = self.position_at(step)
+    self.step = self._plan_start = self._plan_end = step
+    self._counters = np.array(
+      [counters[name] for name in self.directions], np.int64
+    )
+
+  def _by_name(self, values: np.ndarray) -> dict[str, int]:
+    return dict(zip(self.directions, values.tolist(), strict=True))
+
+
+def _row_differences(
+  old: Mapping[str, Mapping[str, int]], new: Mapping[str, Mapping[str, int]]
+) -> list[str]:
+  """Directions that came, went or changed, in words."""
+  differences = []
+  for name in sorted(old.keys() | new.keys()):
+    if name not in new:
+      differences.append(f"direction {name!r} is no longer there")
+    elif name not in old:
+      differences.append(f"direction {name!r} is new")
+    elif old[name]["rows"] != new[name]["rows"]:
+      differences.append(
+        f"direction {name!r} had {old[name]['rows']} rows and has "
+        f"{new[name]['rows']}"
+      )
+    elif old[name] != new[name]:
+      differences.append(f"the rows of direction {name!r} hold other text")
+  return differences
+
+
+class Prefetcher:
+  """Reads batches ahead in a thread of its own.
+
+  Yields (batch, state): state is the iterator's after that batch, so that a
+  checkpoint never runs ahead of what was used; None for iterators without
+  `state()`. Use it as a context manager, or call `close`.
+  """
+
+  def __init__(self, iterator: Iterator[packing.Batch], depth: int = 2):
+    """Starts reading.
+
+    Args:
+      iterator: batches; from now on only the thread may use it.
+      depth: batches kept ready, above 0.
+    """
+    if depth <= 0:
+      raise ValueError(f"depth must be above 0, got {depth}.")
+    self._queue: queue.Queue[tuple[str, Any]] = queue.Queue(depth)
+    self._stop = threading.Event()
+    self._done = False
+    self._thread = threading.Thread(
+      target=self._read, args=(iterator,), daemon=True, name="prefetch"
+    )
+    self._thread.start()
+
+  def _read(self, iterator: Iterator[packing.Batch]) -> None:
+    state = getattr(iterator, "state", lambda: None)
+    try:
+      for batch in iterator:
+        if not self._put(("batch", (batch, state()))):
+          return
+      self._put(("end", StopIteration()))
+    except BaseException as error:  # Raised again by the reader.
+      self._put(("end", error))
+
+  def _put(self, item: tuple[str, Any]) -> bool:
+    """False when the prefetcher was closed in the meantime."""
+    while not self._stop.is_set():
+      try:
+        self._queue.put(item, timeout=0.1)
+        return True
+      except queue.Full:
+        continue
+    return False
+
+  def __iter__(self) -> "Prefetcher":
+    return self
+
+  def __next__(self) -> tuple[packing.Batch, Any]:
+    if self._done:
+      raise StopIteration
+    kind, value = self._queue.get()
+    if kind == "end":
+      self._done = True
+      raise value
+    return value
+
+  def close(self) -> None:
+    """Stops the thread; batches read ahead are dropped."""
+    self._done = True
+    self._stop.set()
+    self._thread.join()
+
+  def __enter__(self) -> "Prefetcher":
+    return self
+
+  def __exit__(self, *exception: object) -> None:
+    self.close()
