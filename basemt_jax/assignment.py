@@ -45,10 +45,10 @@ _WARM_STEPS = 8
 # The Newton system's inverse is a product of this many factors (I + M^(2^i)).
 _NUM_DOUBLINGS = 6
 
-# Repair: tokens of an expert that may move, moves of a path in one round,
-# rounds, and experts on a path.
-_WINDOW = 32
-_SPARE = 16
+# Repair: at least and at most so many tokens of an expert that may move, fewer
+# for more experts; moves of a path in one round, rounds, experts on a path.
+_MIN_WINDOW, _MAX_WINDOW = 16, 64
+_WINDOW_TOKENS = 512
 _MAX_MOVES = 8
 _REPAIR_ROUNDS = 8
 _HOPS = 4
@@ -342,8 +342,9 @@ def _balance(
   start = jnp.cumsum(count) - count
 
   # The window holds the tokens of an expert that lose least by moving.
-  window = min(num_tokens, _WINDOW)
-  spare = min(num_tokens, _SPARE)
+  window = min(max(_WINDOW_TOKENS // num_experts, _MIN_WINDOW), _MAX_WINDOW)
+  window = min(window, num_tokens)
+  spare = (window + 1) // 2
   settled = jnp.maximum(count - window, 0)
   place = jnp.arange(window + spare, dtype=jnp.int32)
   rank = settled[:, None] + place[None]
@@ -418,11 +419,9 @@ def _repair(
   # A move this much worse than the best one may go with it.
   tolerance = 2 * _FINAL_TEMPERATURE
 
-  def body(_, carry):
-    tokens, rows, load = carry
-    filled = tokens < num_tokens
-    own = jnp.sum(jnp.where(itself[:, None, :], rows, 0.0), axis=2)
-    change = jnp.where(filled[:, :, None], rows - own[:, :, None], -jnp.inf)
+  def repair_round(tokens, rows, own, load):
+    """One round; rows [E, W, E] and own [E, W] are the tokens' scores."""
+    change = rows - own[:, :, None]
     best = jnp.max(change, axis=1)
     edge = jnp.where(itself, -jnp.inf, jnp.minimum(best, 0.0))
     over = load > capacity
@@ -434,6 +433,7 @@ def _repair(
     distance, previous = _cheapest_paths(
       edge, jnp.where(source, origin, -jnp.inf)
     )
+    filled = tokens < num_tokens
     free_places = jnp.sum(~filled, axis=1)
     room = jnp.minimum(capacity - load, free_places)
     # Experts on the way back from every expert, [_, E], and the tree's root.
@@ -460,9 +460,7 @@ def _repair(
     sends = jnp.any(follows, axis=1)
     following = jnp.argmax(follows, axis=1)
     # The tokens to send, best first, and how many are about as good.
-    sent_change = jnp.take_along_axis(change, following[:, None, None], axis=2)[
-      :, :, 0
-    ]
+    sent_change = rows[experts, :, following] - own
     top, top_place = lax.top_k(sent_change, max_moves)
     similar = jnp.sum(top >= jnp.minimum(top[:, :1], 0.0) - tolerance, axis=1)
     amount = jnp.where(sends, similar, max_moves)
@@ -481,16 +479,46 @@ def _repair(
     new_tokens = jnp.where(receives[:, None], tokens[sender], num_tokens)
     target_place = jnp.where(moved, target_place, num_places)
     where = (experts[:, None], target_place)
-    new_rows = rows[sender]
+    incoming = receives[:, None]
+    new_rows = jnp.where(incoming[:, :, None], rows[sender], -jnp.inf)
+    new_own = rows[(*sender, experts[:, None])]
+    new_own = jnp.where(incoming, new_own, 0.0)
     tokens = tokens.at[where].set(new_tokens, mode="drop")
     rows = rows.at[where].set(new_rows, mode="drop")
+    own = own.at[where].set(new_own, mode="drop")
     load = load + jnp.where(receives, amount, 0) - jnp.where(sends, amount, 0)
-    return tokens, rows, load
+    return (tokens, rows, own, load), jnp.any(amount > 0)
 
+  filled = tokens < num_tokens
   rows = values[jnp.minimum(tokens, num_tokens - 1)]
-  carry = (tokens, rows, load)
-  tokens, _, _ = lax.fori_loop(0, _REPAIR_ROUNDS, body, carry)
-  return tokens
+  own = jnp.sum(jnp.where(itself[:, None, :], rows, 0.0), axis=2)
+  own = jnp.where(filled, own, 0.0)
+  rows = jnp.where(filled[:, :, None], rows, -jnp.inf)
+  state = (tokens, rows, own, load)
+
+  def every_round(state):
+    def body(_, state):
+      return repair_round(*state)[0]
+
+    return lax.fori_loop(0, _REPAIR_ROUNDS, body, state)
+
+  def while_moving(state):
+    def more(carry):
+      count, moving, _ = carry
+      return moving & (count < _REPAIR_ROUNDS)
+
+    def body(carry):
+      count, _, state = carry
+      state, moved = repair_round(*state)
+      return count + 1, moved, state
+
+    load = state[3]
+    moving = jnp.any(load > capacity) | jnp.any(slack != 0)
+    return lax.while_loop(more, body, (jnp.min(load) * 0, moving, state))[2]
+
+  # A round that moves nothing is the last that could have. On a CPU the rest
+  # is skipped; elsewhere that would make the host wait for the device.
+  return lax.platform_dependent(state, cpu=while_moving, default=every_round)[0]
 
 
 def _cheapest_paths(

@@ -436,7 +436,7 @@ class Program:
     @functools.wraps(function)
     def call(*args):
       with (
-        self.mesh,
+        jax.set_mesh(self.mesh),
         nn_partitioning.axis_rules(partitioning.LOGICAL_AXIS_RULES),
       ):
         return function(*args)

@@ -64,7 +64,7 @@ class Optimizer(struct.PyTreeNode):
   def state_dict(self) -> dict[str, Any]:
     """{'target', 'state'}: what is written to checkpoints."""
     return checkpointing.state_dict(
-      unfreeze(self.target), self.state.param_states, self.state.step, {}
+      self.target, self.state.param_states, self.state.step, {}
     )
 
   def restore_state(self, tree: Mapping[str, Any]) -> "Optimizer":
@@ -72,11 +72,8 @@ class Optimizer(struct.PyTreeNode):
     param_states = checkpointing.restored_opt_state(
       self.state.param_states, tree["state"].get("param_states", {})
     )
-    target = tree["target"]
-    if isinstance(self.target, type(freeze({}))):
-      target = freeze(target)
     return self.replace(
-      target=target,
+      target=unfreeze(tree["target"]),
       state=OptimizerState(tree["state"]["step"], param_states),
     )
 
@@ -92,7 +89,8 @@ class OptimizerDef:
     self.optimizer = optimizer
 
   def create(self, params: Tree) -> Optimizer:
-    """A new state for these parameters."""
+    """A new state for these parameters, held in plain dictionaries."""
+    params = unfreeze(params)
     state = OptimizerState(
       jnp.zeros((), jnp.int32), self.optimizer.init(params)
     )
@@ -112,11 +110,11 @@ class OptimizerDef:
       moment,
       optimizer.state.param_states,
       axes,
-      unfreeze(optimizer.target),
+      optimizer.target,
       transform_non_params=lambda _: None,
     )
     return optimizer.replace(
-      target=param_logical_axes,
+      target=axes,
       state=OptimizerState(None, param_states),  # type: ignore[arg-type]
     )
 

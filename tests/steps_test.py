@@ -1,0 +1,331 @@
+"""Steps on simulated devices, against one device and independent sums."""
+
+import dataclasses
+import functools
+
+import jax
+import numpy as np
+import optax
+import pytest
+import toy
+from flax import traverse_util
+from jax.sharding import PartitionSpec
+
+from basemt_jax import model as model_lib
+from basemt_jax import optimizer, partitioning, steps
+
+MESHES = [(2, 4, 1), (8, 1, 1), (2, 2, 2)]
+
+
+def recorder():
+  """Keeps the gradients themselves in its state."""
+  return optax.chain(optax.trace(decay=0.0), optax.scale(-1.0))
+
+
+PLAIN = toy.settings(
+  optimizer=recorder(), learning_rate=lambda step: 0.1, seed=3
+)
+
+
+@functools.cache
+def program(config=toy.DENSE, settings=PLAIN, shape=(1, 1, 1)):
+  return steps.Program(
+    config, settings, settings.learning_rate, toy.mesh(*shape), 3
+  )
+
+
+def one_step(program, batch):
+  """Gradients, sums and prices of the first step."""
+  state, sums = program.train_step(
+    program.init(), None, partitioning.put_batch(batch, program.mesh)
+  )
+  return jax.device_get((state.opt_state[0].trace, sums, state.mutables))
+
+
+def assert_close(found, expected, relative=1e-5):
+  """Every array to `relative` of its largest element."""
+  found, expected = (
+    traverse_util.flatten_dict(x, sep="/") for x in (found, expected)
+  )
+  assert found.keys() == expected.keys()
+  for path, value in expected.items():
+    np.testing.assert_allclose(
+      found[path],
+      value,
+      rtol=0,
+      atol=relative * np.abs(value).max() + 1e-12,
+      err_msg=path,
+    )
+
+
+# ---------------------------------------------------------------- devices
+
+
+@pytest.fixture(scope="module")
+def one_device():
+  return one_step(program(toy.SPARSE), toy.batch())
+
+
+@pytest.mark.parametrize("shape", MESHES, ids=str)
+def test_sparse_loss_and_gradients_equal_one_device_s(shape, one_device):
+  grads, sums, mutables = one_step(
+    program(toy.SPARSE, shape=shape), toy.batch()
+  )
+  expected_grads, expected, expected_mutables = one_device
+  # Same assignment: every expert got the same tokens of every direction.
+  for layer, router in expected["router"].items():
+    for name in ("expert", "favourite", "agreement"):
+      np.testing.assert_array_equal(sums["router"][layer][name], router[name])
+  assert_close(grads, expected_grads)
+  assert_close(sums, expected)
+  assert_close(mutables, expected_mutables)
+  assert all(
+    np.abs(g).max() > 0
+    for g in traverse_util.flatten_dict(expected_grads).values()
+  )
+
+
+def test_dense_losses_of_ten_steps_equal_one_device_s():
+  settings = dataclasses.replace(
+    PLAIN, optimizer=optimizer.adamw(), learning_rate=lambda step: 3e-3
+  )
+
+  def losses(shape):
+    trained = program(toy.DENSE, settings, shape)
+    state, found = trained.init(), []
+    for step in range(10):
+      rows = partitioning.put_batch(toy.batch(step), trained.mesh)
+      state, sums = trained.train_step(state, None, rows)
+      found.append(float(np.sum(sums["loss"]) / np.sum(sums["weight"])))
+    return found
+
+  expected = losses((1, 1, 1))
+  assert len(set(expected)) == 10
+  np.testing.assert_allclose(losses((2, 4, 1)), expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+  "parts, shape", [(4, (1, 1, 1)), (2, (8, 1, 1))], ids=str
+)
+def test_microbatches_give_the_gradients_of_the_whole_batch(parts, shape):
+  grads, sums, _ = one_step(
+    program(
+      toy.DENSE, dataclasses.replace(PLAIN, microbatches=parts), shape
+    ),
+    toy.batch(),
+  )
+  expected_grads, expected, _ = one_step(program(), toy.batch())
+  assert_close(grads, expected_grads)
+  assert_close(sums, expected)
+
+
+# ---------------------------------------------------------------- metrics
+
+
+def logits_of(config, variables, batch):
+  logits, updates = model_lib.forward(
+    model_lib.Transformer(config), variables, batch, train=True
+  )
+  return np.asarray(logits, np.float64), jax.device_get(updates)
+
+
+def test_sums_are_those_of_an_independent_computation(one_device):
+  trained, batch = program(toy.SPARSE), toy.batch()
+  logits, updates = logits_of(
+    toy.SPARSE, trained.variables(trained.init()), batch
+  )
+  log_z = np.log(np.exp(logits).sum(-1))
+  target, weight = (
+    batch["decoder_target_tokens"],
+    batch["decoder_loss_weights"],
+  )
+  nll = log_z - np.take_along_axis(logits, target[..., None], -1)[..., 0]
+  low = PLAIN.label_smoothing / (384 - 1)
+  smoothed = np.full(logits.shape, low)
+  np.put_along_axis(
+    smoothed, target[..., None], 1 - PLAIN.label_smoothing, axis=-1
+  )
+  # Kullback-Leibler divergence from the smoothed targets, and z-loss.
+  loss = np.sum(smoothed * (np.log(smoothed) + log_z[..., None] - logits), -1)
+  loss += PLAIN.z_loss * log_z**2
+  correct = logits.argmax(-1) == target
+  sums = one_device[1]
+  for i in range(3):
+    is_row = (batch["direction"] == i)[:, None] * weight
+    for name, values in (
+      ("nll", nll),
+      ("loss", loss),
+      ("correct", correct),
+      ("weight", weight),
+    ):
+      np.testing.assert_allclose(
+        sums[name][i], np.sum(values * is_row), rtol=1e-5
+      )
+  assert sums["tokens"] == weight.sum() + np.sum(
+    batch["encoder_input_tokens"] > 0
+  )
+  assert sums["steps"] == 1 and sums["bad_step"] == steps.NEVER
+  for side in ("encoder", "decoder"):
+    sown = updates["intermediates"][side]["layers_0"]["base_layer"]
+    router = sums["router"][f"{side}/layers_0"]
+    for name in ("expert", "favourite"):
+      table = np.zeros((3, 4))
+      for row, direction in zip(
+        sown[name][0], batch["direction"], strict=True
+      ):
+        for choice in row[row >= 0]:
+          table[direction, choice] += 1
+      np.testing.assert_array_equal(router[name], table)
+    agrees = (sown["expert"][0] == sown["favourite"][0]) & (
+      sown["expert"][0] >= 0
+    )
+    assert router["agreement"].sum() == agrees.sum()
+  # The norm of all gradients together.
+  norm = np.sqrt(sum(np.sum(g**2) for g in jax.tree.leaves(one_device[0])))
+  np.testing.assert_allclose(sums["grad_norm"], norm, rtol=1e-5)
+
+
+def test_sums_add_up_over_steps_and_start_anew_with_none():
+  trained = program()
+  parts = []
+  for step in range(2):
+    state, sums = trained.train_step(trained.init(), None, toy.batch(step))
+    parts.append(jax.device_get(sums))
+  still = dataclasses.replace(PLAIN, learning_rate=lambda step: 0.0)
+  trained = program(toy.DENSE, still)
+  state, sums = trained.init(), None
+  for step in range(2):
+    state, sums = trained.train_step(state, sums, toy.batch(step))
+  both = jax.device_get(sums)
+  assert int(both["steps"]) == int(state.step) == 2
+  for name in ("loss", "nll", "correct", "weight", "tokens", "grad_norm"):
+    np.testing.assert_allclose(
+      both[name], parts[0][name] + parts[1][name], rtol=1e-5
+    )
+
+
+def test_first_step_that_is_not_finite_and_its_directions_are_kept():
+  trained = program()
+  state, sums = trained.init(), None
+  for step in range(4):
+    batch = toy.batch(step)
+    batch["direction"][:] = np.arange(16) % 2
+    if step == 2:
+      batch["decoder_loss_weights"][1::2, 0] = np.inf
+    state, sums = trained.train_step(state, sums, batch)
+    if step < 2:
+      assert int(sums["bad_step"]) == steps.NEVER
+  # Step 3 was bad in all directions, for its parameters were not finite.
+  assert int(sums["bad_step"]) == 2
+  np.testing.assert_array_equal(sums["bad_direction"], [False, True, False])
+  assert not np.isfinite(sums["nll"][:2]).any()
+
+
+def test_evaluation_is_the_training_loss_without_smoothing():
+  trained = program(
+    toy.DENSE, dataclasses.replace(PLAIN, label_smoothing=0.0, z_loss=0.0)
+  )
+  state, batch = trained.init(), toy.batch(5)
+  measured = jax.device_get(trained.eval_step(trained.variables(state), batch))
+  _, sums = trained.train_step(state, None, batch)
+  assert set(measured) == {"nll", "correct", "weight"}
+  np.testing.assert_allclose(measured["nll"], sums["loss"], rtol=1e-5)
+  for name in ("correct", "weight"):
+    np.testing.assert_array_equal(measured[name], sums[name])
+
+
+def test_dropout_is_drawn_anew_each_step_and_repeats_with_the_seed():
+  dropped = dataclasses.replace(toy.DENSE, dropout_rate=0.5)
+  still = dataclasses.replace(PLAIN, learning_rate=lambda step: 0.0)
+  trained, found = program(dropped, still), []
+  for _ in range(2):
+    state = trained.init()
+    for _ in range(2):
+      state, sums = trained.train_step(state, None, toy.batch())
+      found.append(float(sums["nll"].sum()))
+  assert found[:2] == found[2:] and found[0] != found[1]
+
+
+# -------------------------------------------------------------- shardings
+
+
+@pytest.mark.parametrize(
+  "tx",
+  [optimizer.adamw(), optimizer.adafactor(min_dim_size_to_factor=8)],
+  ids=["adamw", "adafactor"],
+)
+def test_experts_and_their_moments_lie_on_the_expert_axis(tx):
+  trained = program(
+    toy.SPARSE, dataclasses.replace(PLAIN, optimizer=tx), (2, 2, 2)
+  )
+  specs = jax.tree.map(lambda s: s.spec, trained.shardings).tree()
+  flat = traverse_util.flatten_dict(specs, sep="/")
+  shapes = traverse_util.flatten_dict(trained.shapes.tree(), sep="/")
+  assert flat.keys() == shapes.keys()
+  seen = 0
+  for path, spec in flat.items():
+    is_expert = "/experts/" in path and len(shapes[path].shape) > 1
+    assert (spec[:1] == ("expert",)) == is_expert, path
+    seen += is_expert
+  # Norm and two kernels, in encoder and decoder; their two moments.
+  assert seen == 3 * 6 if "adam" in str(tx) else seen >= 6 * 2
+  kernel = "base_layer/experts/sublayer_0/wi/kernel"
+  assert flat[f"target/encoder/layers_0/{kernel}"] == PartitionSpec(
+    "expert", None, "model"
+  )
+  assert flat["state/step"] == PartitionSpec()
+  prices = flat["flax_mutables/prices/encoder/layers_0/base_layer/prices"]
+  assert prices in (PartitionSpec(), PartitionSpec(None))
+
+
+def test_factored_moments_of_experts_are_factored_and_split():
+  trained = program(
+    toy.SPARSE,
+    dataclasses.replace(
+      PLAIN, optimizer=optimizer.adafactor(min_dim_size_to_factor=8)
+    ),
+    (2, 2, 2),
+  )
+  flat = traverse_util.flatten_dict(trained.shapes.tree(), sep="/")
+  shardings = traverse_util.flatten_dict(
+    jax.tree.map(lambda s: s.spec, trained.shardings).tree(), sep="/"
+  )
+  rows = [
+    path
+    for path in flat
+    if "v_row" in path and path.endswith("experts/sublayer_0/wi/kernel")
+  ]
+  assert len(rows) == 2
+  for path in rows:
+    assert flat[path].shape in ((4, 16), (4, 32))
+    assert shardings[path] == PartitionSpec("expert")
+
+
+# --------------------------------------------------------------- settings
+
+
+@pytest.mark.parametrize(
+  "change, text",
+  [
+    ({"train_steps": 0}, "train_steps is 0"),
+    ({"microbatches": 0}, "microbatches is 0"),
+    ({"dense_steps": 9}, "dense_steps is 9.*train_steps = 4"),
+    ({"dense_steps": -1}, "dense_steps is -1"),
+  ],
+)
+def test_wrong_settings_are_refused(change, text):
+  with pytest.raises(ValueError, match=text):
+    toy.settings(**change)
+
+
+def test_share_of_rounds_and_checks():
+  assert steps.share_of(1000, 0.5) == 500
+  assert steps.share_of(9, 0.4) == 4
+  with pytest.raises(ValueError, match=r"in \[0, 1\], got 1.5"):
+    steps.share_of(10, 1.5)
+
+
+def test_experts_that_do_not_divide_over_devices_are_named():
+  odd = dataclasses.replace(toy.SPARSE, num_experts=6)
+  with pytest.raises(ValueError, match="num_experts is 6.*4"):
+    program(odd, shape=(2, 4, 1))

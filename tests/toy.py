@@ -1,0 +1,123 @@
+"""A network, a corpus and settings so small that compiling takes longest."""
+
+import dataclasses
+
+import numpy as np
+import optax
+
+from basemt_jax import (
+  model,
+  optimizer,
+  packing,
+  partitioning,
+  row_store,
+  steps,
+  vocabulary,
+)
+
+DENSE = model.TransformerConfig(
+  vocab_size=384,
+  emb_dim=16,
+  num_heads=2,
+  head_dim=8,
+  mlp_dim=32,
+  num_encoder_layers=1,
+  num_decoder_layers=1,
+  dropout_rate=0.0,
+  encoder_expert_blocks=(0,),
+  decoder_expert_blocks=(0,),
+  num_experts=4,
+  rows_per_group=2,
+)
+SPARSE = dataclasses.replace(DENSE, feed_forward="experts")
+
+LAYOUT = packing.RowLayout(32, 24)
+PAIRS = {"de-en": 60, "en-de": 60, "en-fr": 24}
+DIRECTIONS = tuple(sorted(PAIRS))
+
+
+def settings(train_steps=4, **changes):
+  values = {
+    "learning_rate": optimizer.inverse_square_root(1e-2, 4),
+    "optimizer": optimizer.adamw(),
+    "log_every": 2,
+    "eval_every": 4,
+    "save_every": 2,
+    **changes,
+  }
+  return steps.Settings(train_steps, **values)
+
+
+def sgd():
+  """Updates are the gradients themselves, the other way."""
+  return optax.scale(-1.0)
+
+
+def mesh(data=1, expert=1, model=1):
+  """Over the first of the simulated devices."""
+  import jax
+
+  devices = jax.devices()[: data * expert * model]
+  return partitioning.make_mesh(expert, model, devices)
+
+
+def texts(split, direction):
+  """Phrases that are copied in capitals; splits share none."""
+  count = PAIRS[direction] if split == "train" else 6
+  offset = {"train": 0, "validation": 1000, "test": 2000}[split]
+  records = []
+  for i in range(offset, offset + count):
+    source = f"no {i * 7919 % 10007}"
+    records.append(
+      {
+        "source": source,
+        "tagged_source": f"<2{direction[3:]}> {source}",
+        "target": source.upper(),
+      }
+    )
+  return records
+
+
+def write_store(directory, splits=("train", "validation", "test")):
+  """A row store of bytes; returns its directory as text."""
+  bytes_ = vocabulary.Vocabulary.load("bytes")
+  stats = {}
+  for split in splits:
+    stats[split] = {}
+    for name in DIRECTIONS:
+      records = texts(split, name)
+      writer = row_store.RowStoreWriter(directory, split, name, LAYOUT)
+      writer.add(
+        *(
+          packing.Ragged.of([[*bytes_.encode(r[side]), 1] for r in records])
+          for side in ("tagged_source", "target")
+        ),
+        () if split == "train" else records,
+      )
+      stats[split][name] = writer.finish()
+  row_store.write_header(
+    directory,
+    layout=LAYOUT,
+    vocabulary={"kind": "bytes", "file": None, "size": bytes_.vocab_size},
+    fingerprint={},
+    splits=stats,
+  )
+  return str(directory)
+
+
+def batch(seed=0, rows=16, length=8, directions=3):
+  """A batch of random tokens, a third of the rows padded."""
+  rng = np.random.RandomState(seed)
+  source, target = rng.randint(2, 384, size=(2, rows, length))
+  target[::3, 5:] = 0
+  source[1::3, 6:] = 0
+  shifted = np.pad(target, ((0, 0), (1, 0)))[:, :-1]
+  tokens = {
+    "encoder_input_tokens": source,
+    "decoder_input_tokens": shifted,
+    "decoder_target_tokens": target,
+    "direction": rng.randint(directions, size=rows),
+  }
+  features = {name: value.astype(np.int32) for name, value in tokens.items()}
+  features["decoder_loss_weights"] = (target > 0).astype(np.float32)
+  return features
