@@ -415,6 +415,7 @@ def _repair(
   experts = jnp.arange(num_experts, dtype=jnp.int32)
   itself = experts[:, None] == experts[None]
   num_places = tokens.shape[1]
+  places = jnp.arange(num_places, dtype=jnp.int32)
   max_moves = min(_MAX_MOVES, num_places)
   # A move this much worse than the best one may go with it.
   tolerance = 2 * _FINAL_TEMPERATURE
@@ -461,8 +462,14 @@ def _repair(
     following = jnp.argmax(follows, axis=1)
     # The tokens to send, best first, and how many are about as good.
     sent_change = rows[experts, :, following] - own
-    top, top_place = lax.top_k(sent_change, max_moves)
-    similar = jnp.sum(top >= jnp.minimum(top[:, :1], 0.0) - tolerance, axis=1)
+    top = jnp.max(sent_change, axis=1, keepdims=True)
+    top_place = jnp.argmax(sent_change, axis=1).astype(jnp.int32)[:, None]
+    alike = sent_change >= jnp.minimum(top, 0.0) - tolerance
+    similar = jnp.sum(alike, axis=1)
+    alike &= places[None] != top_place
+    top_place = jnp.concatenate(
+      [top_place, _first(alike, max_moves - 1)], axis=1
+    )
     amount = jnp.where(sends, similar, max_moves)
     amount = jnp.where(is_last, jnp.minimum(amount, room), amount)
     excess = jnp.maximum(load - capacity, 1)
@@ -472,7 +479,7 @@ def _repair(
     )[root]
     amount = jnp.where(on_path, amount, 0)
     # Who receives takes the places of what it sends, or else free places.
-    _, free_place = lax.top_k((~filled).astype(jnp.float32), max_moves)
+    free_place = _first(~filled, max_moves)
     target_place = jnp.where(sends[:, None], top_place, free_place)
     moved = jnp.arange(max_moves)[None] < amount[:, None]
     sender = (previous[:, None], top_place[previous])
@@ -510,15 +517,28 @@ def _repair(
     def body(carry):
       count, _, state = carry
       state, moved = repair_round(*state)
-      return count + 1, moved, state
+      left = jnp.any(state[3] > capacity) | has_slack
+      return count + 1, moved & left, state
 
     load = state[3]
-    moving = jnp.any(load > capacity) | jnp.any(slack != 0)
+    has_slack = jnp.any(slack != 0)
+    moving = jnp.any(load > capacity) | has_slack
     return lax.while_loop(more, body, (jnp.min(load) * 0, moving, state))[2]
 
   # A round that moves nothing is the last that could have. On a CPU the rest
   # is skipped; elsewhere that would make the host wait for the device.
   return lax.platform_dependent(state, cpu=while_moving, default=every_round)[0]
+
+
+def _first(flags: jax.Array, number: int) -> jax.Array:
+  """Indices [E, number] of each row's first set flags [E, W]; W if too few."""
+  width = flags.shape[1]
+  # A product with a triangle: running sums and sorts are slow for short rows.
+  triangle = np.triu(np.ones((width, width), np.float32))
+  running = flags.astype(jnp.float32) @ triangle
+  turn = jnp.arange(number, dtype=jnp.float32)
+  before = running[:, None] <= turn[None, :, None]
+  return jnp.sum(before, axis=2, dtype=jnp.int32)
 
 
 def _cheapest_paths(

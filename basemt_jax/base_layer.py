@@ -160,9 +160,7 @@ class BaseLayer(nn.Module):
       apply = functools.partial(_train, settings, rows)
     else:
       apply = functools.partial(_test, settings)
-    out, metrics = _on_devices(
-      apply, settings, h, mask, params, prices, key
-    )
+    out, metrics = _on_devices(apply, settings, h, mask, params, prices, key)
     new_prices = metrics.pop("prices")
     if train and self.is_mutable_collection("prices"):
       self.put_variable("prices", "prices", new_prices)

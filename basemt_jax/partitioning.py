@@ -101,7 +101,9 @@ def variable_shardings(shapes: Any, axes: Any, mesh: Mesh) -> Any:
   for path, leaf in traverse_util.flatten_dict(shapes, sep="/").items():
     if path not in names:
       raise ValueError(f"parameter {path} has no logical axes")
-    spec: Any = nn_partitioning.logical_to_mesh_axes(names[path], LOGICAL_AXIS_RULES)
+    spec: Any = nn_partitioning.logical_to_mesh_axes(
+      names[path], LOGICAL_AXIS_RULES
+    )
     for size, name, axis in zip(leaf.shape, names[path], spec, strict=True):
       parts = 1 if axis is None else mesh.shape[axis]
       if size % parts:

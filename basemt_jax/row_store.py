@@ -27,6 +27,14 @@ VERSION = 1
 PathLike = str | os.PathLike[str]
 
 
+def default_cache_dir() -> str:
+  """$BASEMT_CACHE, or basemt_jax in the user's cache directory."""
+  home = os.environ.get("XDG_CACHE_HOME", "~/.cache")
+  return os.environ.get(
+    "BASEMT_CACHE", os.path.join(os.path.expanduser(home), "basemt_jax")
+  )
+
+
 @dataclasses.dataclass
 class RowStats:
   """What is recorded of one direction in one split.

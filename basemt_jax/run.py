@@ -7,7 +7,6 @@ has to be built.
 
 import contextlib
 import dataclasses
-import os
 import pathlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -31,16 +30,6 @@ from basemt_jax import (
 )
 from basemt_jax import model as model_lib
 
-CACHE_VARIABLE = "BASEMT_CACHE"
-
-
-def default_cache_dir() -> str:
-  """$BASEMT_CACHE, or basemt_jax in the user's cache directory."""
-  home = os.environ.get("XDG_CACHE_HOME", "~/.cache")
-  return os.environ.get(
-    CACHE_VARIABLE, os.path.join(os.path.expanduser(home), "basemt_jax")
-  )
-
 
 @dataclasses.dataclass(frozen=True)
 class Run:
@@ -59,7 +48,8 @@ class Run:
     model_devices: Size of the mesh axis `model`.
     store_dir: An existing row store; then the mixture is not looked at, and
       nothing of SeqIO or TensorFlow is needed.
-    cache_dir: Where row stores are built; None: `default_cache_dir()`.
+    cache_dir: Where row stores are built; None: the default
+      (`row_store.default_cache_dir`).
     bands: Training pairs that make a direction high or mid resource.
     search: How to translate when evaluating.
     bleu_every: Steps between BLEU on dev during training; 0: never.
@@ -94,7 +84,7 @@ class Run:
     return mixtures.ensure_store(
       self.mixture_or_task_name,
       self.task_feature_lengths,
-      self.cache_dir or default_cache_dir(),
+      self.cache_dir or row_store.default_cache_dir(),
       progress=progress,
     )
 

@@ -331,7 +331,7 @@ def train_step(
   )
   rate = learning_rate(state.step)
   params = jax.tree.map(lambda p, u: p + rate * u, state.params, updates)
-  sums["grad_norm"] = optax.global_norm(grads)
+  sums["grad_norm"] = optax.tree.norm(grads)
   sums["steps"] = jnp.ones((), jnp.int32)
   is_finite = jnp.isfinite(loss) & jnp.isfinite(sums["grad_norm"])
   bad_step = jnp.where(is_finite, NEVER, state.step)

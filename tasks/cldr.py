@@ -32,6 +32,8 @@ from __future__ import annotations
 
 import datetime
 import functools
+import hashlib
+import importlib.metadata
 import pathlib
 import random
 import re
@@ -452,10 +454,27 @@ def _register() -> seqio.Mixture:
       read_language = functools.partial(read, language=code)
       tasks.append(
         common.add_direction(
-          "cldr", source, target, read_language, num_pairs(code), vocabulary
+          "cldr",
+          source,
+          target,
+          read_language,
+          num_pairs(code),
+          vocabulary,
+          _fingerprint(),
         )
       )
   return common.add_mixture("cldr", tasks)
+
+
+def _fingerprint() -> str:
+  """The generator and the data it formats."""
+  versions = [
+    importlib.metadata.version(name) for name in ("babel", "num2words")
+  ]
+  digest = hashlib.blake2b(
+    pathlib.Path(__file__).read_bytes(), digest_size=8
+  ).hexdigest()
+  return " ".join([*versions, digest])
 
 
 def train_vocabulary(path: pathlib.Path = MODEL_PATH) -> None:

@@ -45,14 +45,21 @@ class PairSource(seqio.DataSource):
   Nothing is read before a dataset is iterated.
   """
 
-  def __init__(self, read: ReadPairs, num_pairs: Mapping[str, int]):
+  def __init__(
+    self,
+    read: ReadPairs,
+    num_pairs: Mapping[str, int],
+    fingerprint: str = "",
+  ):
     """Makes a source of examples {'inputs': text, 'targets': text}.
 
     Args:
       read: gives the (source, target) pairs of a split, the same every time.
       num_pairs: the split's name to its number of pairs.
+      fingerprint: changes whenever the pairs do: rows that were packed from
+        other pairs are then packed again.
     """
-    self.read = read
+    self.read, self.fingerprint = read, fingerprint
     super().__init__(splits=tuple(num_pairs), num_input_examples=num_pairs)
 
   @property
@@ -148,6 +155,7 @@ def add_direction(
   read: ReadPairs,
   num_pairs: Mapping[str, int],
   vocabulary: seqio.Vocabulary,
+  fingerprint: str = "",
 ) -> seqio.Task:
   """Registers the SeqIO task of one direction.
 
@@ -158,6 +166,7 @@ def add_direction(
     read: gives the (source, target) texts of a split, untagged.
     num_pairs: the split's name to its number of pairs.
     vocabulary: of both sides.
+    fingerprint: see `PairSource`.
 
   Returns:
     The task. Its examples have `inputs` and `targets`, int32 ids with EOS, and
@@ -165,7 +174,7 @@ def add_direction(
   """
   return seqio.TaskRegistry.add(
     task_name(corpus, source, target),
-    source=PairSource(read, num_pairs),
+    source=PairSource(read, num_pairs, fingerprint),
     preprocessors=[
       functools.partial(add_tag, language=target),
       seqio.preprocessors.tokenize,

@@ -27,6 +27,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import gzip
+import hashlib
 import itertools
 import json
 import logging
@@ -39,6 +40,7 @@ from collections.abc import Iterator
 
 import seqio
 
+from basemt_jax import row_store
 from basemt_jax import vocabulary as vocabulary_lib
 from tasks import common
 
@@ -189,7 +191,7 @@ def mixture(
       f" vocabulary or another limit than {folder} now: give another `name`."
     )
   summary = _scan(folder, files, ignored, max_characters)
-  tasks = _add_tasks(name, summary, vocabulary, max_characters)
+  tasks = _add_tasks(name, summary, vocabulary, max_characters, repr(identity))
   made = common.add_mixture(name, tasks, mixture_cls=FilesMixture)
   made.summary, made.identity = summary, identity
   return made
@@ -232,6 +234,39 @@ def train_vocabulary(
   )
 
 
+def vocabulary_file(
+  data_dir: str | os.PathLike[str],
+  vocab_size: int = 8000,
+  temperature: float = 5.0,
+  max_characters: int = MAX_CHARACTERS,
+  cache_dir: str | os.PathLike[str] | None = None,
+) -> str:
+  """Path of the folder's own SentencePiece model, trained when first asked for.
+
+  Args:
+    data_dir: the folder.
+    vocab_size: pieces.
+    temperature: at which directions are sampled for training it.
+    max_characters: as `mixture`.
+    cache_dir: where models are kept; None: `row_store.default_cache_dir()`.
+  """
+  folder = pathlib.Path(data_dir)
+  files, _ = _discover(folder)
+  raw = vocabulary_lib.Vocabulary.load("bytes")
+  identity = _identity(folder, files, raw, max_characters)
+  text = repr((identity, vocab_size, temperature)).encode()
+  digest = hashlib.blake2b(text, digest_size=6).hexdigest()
+  path = pathlib.Path(
+    cache_dir or row_store.default_cache_dir(),
+    "vocabularies",
+    f"{default_name(folder)}-{digest}.model",
+  )
+  if not path.exists():
+    path.parent.mkdir(parents=True, exist_ok=True)
+    train_vocabulary(folder, path, vocab_size, temperature, max_characters)
+  return str(path)
+
+
 def read_pairs(file: SplitFile, max_characters: int) -> Iterator[common.Pair]:
   """The usable pairs of a file, in order, first language first."""
   for _, pair in _lines(file, max_characters):
@@ -266,6 +301,7 @@ def _add_tasks(
   summary: Summary,
   vocabulary: vocabulary_lib.Vocabulary,
   max_characters: int,
+  fingerprint: str,
 ) -> list[seqio.Task]:
   """Registers both directions of every pair of languages."""
   tasks = []
@@ -286,6 +322,7 @@ def _add_tasks(
           read,
           summary.num_pairs(languages),
           vocabulary.seqio(),
+          fingerprint,
         )
       )
   return tasks
@@ -427,7 +464,7 @@ def _scan(
 ) -> Summary:
   """Reads every file once: counts pairs, logs and counts unusable lines."""
   if ignored:
-    _log.info("%s: not parallel text: %s", folder, ", ".join(ignored))
+    _log.warning("%s: not parallel text: %s", folder, ", ".join(ignored))
   reports = {
     file: _report(file, max_characters)
     for splits in files.values()

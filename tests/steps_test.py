@@ -109,9 +109,7 @@ def test_dense_losses_of_ten_steps_equal_one_device_s():
 )
 def test_microbatches_give_the_gradients_of_the_whole_batch(parts, shape):
   grads, sums, _ = one_step(
-    program(
-      toy.DENSE, dataclasses.replace(PLAIN, microbatches=parts), shape
-    ),
+    program(toy.DENSE, dataclasses.replace(PLAIN, microbatches=parts), shape),
     toy.batch(),
   )
   expected_grads, expected, _ = one_step(program(), toy.batch())
@@ -170,9 +168,7 @@ def test_sums_are_those_of_an_independent_computation(one_device):
     router = sums["router"][f"{side}/layers_0"]
     for name in ("expert", "favourite"):
       table = np.zeros((3, 4))
-      for row, direction in zip(
-        sown[name][0], batch["direction"], strict=True
-      ):
+      for row, direction in zip(sown[name][0], batch["direction"], strict=True):
         for choice in row[row >= 0]:
           table[direction, choice] += 1
       np.testing.assert_array_equal(router[name], table)
