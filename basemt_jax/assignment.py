@@ -420,8 +420,8 @@ def _repair(
   # A move this much worse than the best one may go with it.
   tolerance = 2 * _FINAL_TEMPERATURE
 
-  def repair_round(tokens, rows, own, load):
-    """One round; rows [E, W, E] and own [E, W] are the tokens' scores."""
+  def body(_, state):
+    tokens, rows, own, load = state
     change = rows - own[:, :, None]
     best = jnp.max(change, axis=1)
     edge = jnp.where(itself, -jnp.inf, jnp.minimum(best, 0.0))
@@ -465,7 +465,7 @@ def _repair(
     top = jnp.max(sent_change, axis=1, keepdims=True)
     top_place = jnp.argmax(sent_change, axis=1).astype(jnp.int32)[:, None]
     alike = sent_change >= jnp.minimum(top, 0.0) - tolerance
-    similar = jnp.sum(alike, axis=1)
+    similar = jnp.minimum(jnp.sum(alike, axis=1), max_moves)
     alike &= places[None] != top_place
     top_place = jnp.concatenate(
       [top_place, _first(alike, max_moves - 1)], axis=1
@@ -494,7 +494,7 @@ def _repair(
     rows = rows.at[where].set(new_rows, mode="drop")
     own = own.at[where].set(new_own, mode="drop")
     load = load + jnp.where(receives, amount, 0) - jnp.where(sends, amount, 0)
-    return (tokens, rows, own, load), jnp.any(amount > 0)
+    return tokens, rows, own, load
 
   filled = tokens < num_tokens
   rows = values[jnp.minimum(tokens, num_tokens - 1)]
@@ -502,32 +502,7 @@ def _repair(
   own = jnp.where(filled, own, 0.0)
   rows = jnp.where(filled[:, :, None], rows, -jnp.inf)
   state = (tokens, rows, own, load)
-
-  def every_round(state):
-    def body(_, state):
-      return repair_round(*state)[0]
-
-    return lax.fori_loop(0, _REPAIR_ROUNDS, body, state)
-
-  def while_moving(state):
-    def more(carry):
-      count, moving, _ = carry
-      return moving & (count < _REPAIR_ROUNDS)
-
-    def body(carry):
-      count, _, state = carry
-      state, moved = repair_round(*state)
-      left = jnp.any(state[3] > capacity) | has_slack
-      return count + 1, moved & left, state
-
-    load = state[3]
-    has_slack = jnp.any(slack != 0)
-    moving = jnp.any(load > capacity) | has_slack
-    return lax.while_loop(more, body, (jnp.min(load) * 0, moving, state))[2]
-
-  # A round that moves nothing is the last that could have. On a CPU the rest
-  # is skipped; elsewhere that would make the host wait for the device.
-  return lax.platform_dependent(state, cpu=while_moving, default=every_round)[0]
+  return lax.fori_loop(0, _REPAIR_ROUNDS, body, state)[0]
 
 
 def _first(flags: jax.Array, number: int) -> jax.Array:

@@ -94,7 +94,6 @@ class Checkpoints:
           checkpoint_managers.LatestN(keep),
           checkpoint_managers.BestN(
             get_metric_fn=lambda metrics: -metrics["dev_loss"],
-            reverse=True,
             n=1,
             keep_checkpoints_without_metrics=False,
           ),

@@ -9,6 +9,7 @@ Flags follow T5X: `--gin_file` (repeatable), `--gin.NAME=VALUE`,
 
 import argparse
 import contextlib
+import logging
 import os
 import pathlib
 import sys
@@ -54,8 +55,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _quiet_libraries() -> None:
   """Libraries' warnings are for their developers, not for this command."""
-  import logging
-
   for name in ("absl", "jax", "orbax"):
     logging.getLogger(name).setLevel(logging.ERROR)
 
@@ -189,18 +188,28 @@ def _parse(
   ):
     gin.add_config_file_search_path(path)
   bindings = [f"{name} = {value!r}" for name, value in macros.items()]
+  # gin logs an error for every place where an include is not.
+  logging.disable(logging.ERROR)
   try:
     gin.parse_config_files_and_bindings(
       [_find(f, options) for f in files],
       [*_as_gin(options.bindings), *bindings],
       skip_unknown=False,
     )
-  except (ValueError, AttributeError, SyntaxError, KeyError) as error:
+  except (
+    ValueError,
+    LookupError,
+    AttributeError,
+    NameError,
+    SyntaxError,
+  ) as error:
     raise UsageError(f"configuration: {_one_sentence(error)}") from error
   except ImportError as error:
     raise UsageError(
       f"configuration: a module it imports is missing: {error}"
     ) from error
+  finally:
+    logging.disable(logging.NOTSET)
   try:
     return gin.get_configurable(run.Run)
   except ValueError as error:
@@ -494,9 +503,30 @@ def _console() -> Any:
   return run_lib.Console(
     message=say,
     progress=progress,
-    building=lambda *args: say("  ".join(str(a) for a in args)),
-    translating=lambda done, total: None,
+    building=_every_few_seconds(
+      lambda split, direction, done, total: say(
+        f"packing {split} {direction}: {done:,} of {total or '?'} pairs"
+      )
+    ),
+    translating=_every_few_seconds(
+      lambda done, total: say(f"translated {done:,} of {total:,} sentences")
+    ),
   )
+
+
+def _every_few_seconds(
+  function: Callable[..., None], seconds: float = 5.0
+) -> Callable[..., None]:
+  """Calls through once in `seconds`, first at once; drops the rest."""
+  last = -seconds
+
+  def call(*args: Any) -> None:
+    nonlocal last
+    if time.monotonic() - last >= seconds:
+      last = time.monotonic()
+      function(*args)
+
+  return call
 
 
 if __name__ == "__main__":

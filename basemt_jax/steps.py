@@ -299,7 +299,6 @@ def gradients(
 
 def train_step(
   state: TrainState,
-  metrics: dict[str, Any] | None,
   batch: Batch,
   model: model_lib.Transformer,
   settings: Settings,
@@ -310,7 +309,6 @@ def train_step(
 
   Args:
     state: Before the step.
-    metrics: Sums since the last report, or None: start anew.
     batch: Global arrays; see `microbatch_loss`.
     model: The network.
     settings: See `Settings`.
@@ -318,10 +316,10 @@ def train_step(
     num_directions: N.
 
   Returns:
-    The new state; sums with this step's added: by direction [N] `loss`, `nll`,
+    The new state; and sums over the batch: by direction [N] `loss`, `nll`,
     `correct`, `weight`; `router` by layer (see `losses.router_sums`); `tokens`,
-    `grad_norm`, `steps` []; and for the first step with a non-finite loss or
-    gradient, `bad_step` [] and `bad_direction` [N].
+    `grad_norm`, `steps` []; and where the loss or a gradient is not finite,
+    `bad_step` [], else `NEVER`, and `bad_direction` [N].
   """
   loss, grads, mutables, sums = gradients(
     state, batch, model, settings, num_directions
@@ -334,16 +332,18 @@ def train_step(
   sums["grad_norm"] = optax.tree.norm(grads)
   sums["steps"] = jnp.ones((), jnp.int32)
   is_finite = jnp.isfinite(loss) & jnp.isfinite(sums["grad_norm"])
-  bad_step = jnp.where(is_finite, NEVER, state.step)
-  bad_direction = ~jnp.isfinite(sums["loss"])
-  if metrics is not None:
-    is_first = metrics["bad_step"] == NEVER
-    bad_step = jnp.where(is_first, bad_step, metrics["bad_step"])
-    bad_direction = jnp.where(is_first, bad_direction, metrics["bad_direction"])
-    rest = {k: v for k, v in metrics.items() if not k.startswith("bad_")}
-    sums = jax.tree.map(jnp.add, rest, sums)
-  sums["bad_step"], sums["bad_direction"] = bad_step, bad_direction
+  sums["bad_step"] = jnp.where(is_finite, NEVER, state.step)
+  sums["bad_direction"] = ~jnp.isfinite(sums["loss"])
   return TrainState(state.step + 1, params, opt_state, mutables), sums
+
+
+def add_sums(total: dict[str, Any], sums: dict[str, Any]) -> dict[str, Any]:
+  """Sums of `train_step` over more steps; the first bad step is kept."""
+  is_first = total["bad_step"] == NEVER
+  added = jax.tree.map(jnp.add, total, sums)
+  for name in ("bad_step", "bad_direction"):
+    added[name] = jnp.where(is_first, sums[name], total[name])
+  return added
 
 
 def eval_step(
@@ -407,7 +407,7 @@ class Program:
     self.init = functools.partial(
       self._scoped(jax.jit(init, out_shardings=self.shardings)), key
     )
-    self.train_step = self._scoped(
+    self._train_step = self._scoped(
       jax.jit(
         functools.partial(
           train_step,
@@ -416,11 +416,13 @@ class Program:
           learning_rate=learning_rate,
           num_directions=num_directions,
         ),
-        in_shardings=(self.shardings, None, batch),
+        in_shardings=(self.shardings, batch),
         out_shardings=(self.shardings, partitioning.replicated(mesh)),
-        donate_argnums=(0, 1),
+        donate_argnums=0,
       )
     )
+    # Apart from the step, so that the step is compiled only once.
+    self._add_sums = jax.jit(add_sums, donate_argnums=0)
     self.eval_step = self._scoped(
       jax.jit(
         functools.partial(
@@ -442,6 +444,13 @@ class Program:
         return function(*args)
 
     return call
+
+  def train_step(
+    self, state: TrainState, metrics: dict[str, Any] | None, batch: Batch
+  ) -> tuple[TrainState, dict[str, Any]]:
+    """`train_step`, compiled; its sums are added to `metrics`, if given."""
+    state, sums = self._train_step(state, batch)
+    return state, sums if metrics is None else self._add_sums(metrics, sums)
 
   def abstract_tree(self) -> dict[str, Any]:
     """Shapes and shardings of the state, as a checkpoint holds it."""

@@ -42,17 +42,24 @@ def variables_of(layer):
   return {"params": params, "prices": variables["prices"]}
 
 
-def run(layer, variables, train, h=None, mask=None, **options):
-  if h is None:
-    h, mask = inputs()
+@functools.partial(jax.jit, static_argnames=("layer", "train", "options"))
+def jitted(layer, variables, train, h, mask, rngs, options):
   return layer.apply(
     variables,
     h,
     mask,
     train=train,
     mutable=["prices", "intermediates"],
-    **options,
+    rngs=rngs,
+    **dict(options),
   )
+
+
+def run(layer, variables, train, h=None, mask=None, rngs=None, **options):
+  if h is None:
+    h, mask = inputs()
+  options = tuple(options.items())
+  return jitted(layer, variables, train, h, mask, rngs, options)
 
 
 def loss_and_gradient(layer, variables, train):

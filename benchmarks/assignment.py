@@ -1,0 +1,185 @@
+"""Time and quality of the balanced assignment, on whatever device JAX finds.
+
+  python benchmarks/assignment.py --json out.json
+
+Scores are those of clustered, skewed features that drift from batch to batch.
+Cold means without prices, warm with the previous batch's. Quality is (score -
+random) / (optimum - random): where SciPy can find the optimum in reasonable
+time it is exact, else a lower bound from the dual problem, whose value no
+assignment exceeds. Times are medians over runs, several groups solved at once
+where the shape says so; `steps` is the curve to choose a step count by.
+"""
+
+import argparse
+import functools
+import importlib.util
+import json
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from basemt_jax import assignment
+
+# Groups, tokens of a group, experts.
+SHAPES = (
+  (4, 512, 8),
+  (4, 1024, 8),
+  (4, 1024, 32),
+  (1, 8192, 8),
+  (1, 8192, 32),
+  (1, 8192, 128),
+)
+STEPS = (1, 2, 3, 4, 6, 8, 12, 16)
+_EXACT_UP_TO = 1024
+
+
+def drifting_scores(
+  num_tokens: int, num_experts: int, seed: int, batches: int
+) -> list[np.ndarray]:
+  """[S, E] float32 scores of batches: Zipf clusters and a common mean."""
+  draw = np.random.default_rng(seed)
+  width, clusters = 64, 200
+  share = np.arange(1, clusters + 1) ** -1.1
+  centres = draw.normal(size=(clusters, width))
+  mean = 2 * draw.normal(size=width)
+  centroids = draw.normal(size=(num_experts, width))
+  result = []
+  for _ in range(batches):
+    which = draw.choice(clusters, size=num_tokens, p=share / share.sum())
+    noise = 0.5 * draw.normal(size=(num_tokens, width))
+    features = centres[which] + mean + noise
+    result.append((features @ centroids.T).astype(np.float32))
+    for part in (centres, mean, centroids):
+      part += 0.02 * draw.normal(size=part.shape)
+  return result
+
+
+def best_total(affinities: np.ndarray, prices: np.ndarray) -> float:
+  """The optimum, or for large groups an upper bound of it."""
+  values = affinities.astype(np.float64)
+  num_tokens, num_experts = values.shape
+  capacity = num_tokens // num_experts
+  exact = importlib.util.find_spec("scipy") and num_tokens <= _EXACT_UP_TO
+  if not exact:
+    # Weak duality holds for any prices, at equality for the best ones.
+    dual = prices.astype(np.float64)
+    return (values - dual).max(axis=1).sum() + capacity * dual.sum()
+  from scipy import optimize
+
+  columns = values[:, np.repeat(np.arange(num_experts), capacity)]
+  row, column = optimize.linear_sum_assignment(columns, maximize=True)
+  return columns[row, column].sum()
+
+
+def quality(affinities: np.ndarray, result: assignment.Assignment) -> float:
+  """(score - random) / (optimum - random) of one group; checks the balance."""
+  values = affinities.astype(np.float64)
+  expert = np.asarray(result.expert)
+  load = np.bincount(expert, minlength=values.shape[1])
+  assert load.max() == load.min(), "unbalanced"
+  score = values[np.arange(len(values)), expert].sum()
+  random = values.mean(axis=1).sum()
+  best = best_total(affinities, np.asarray(result.prices))
+  return (score - random) / (best - random)
+
+
+def measure(
+  solve: Any, inputs: list[tuple[Any, ...]], repeats: int
+) -> tuple[float, float]:
+  """Median milliseconds, and the worst quality over the inputs."""
+  results = [jax.block_until_ready(solve(*given)) for given in inputs]
+  times = []
+  for _ in range(repeats):
+    for given in inputs:
+      start = time.perf_counter()
+      jax.block_until_ready(solve(*given))
+      times.append(time.perf_counter() - start)
+  worst = min(
+    quality(np.asarray(given[0][g]), jax.tree.map(lambda x, g=g: x[g], result))
+    for given, result in zip(inputs, results, strict=True)
+    for g in range(given[0].shape[0])
+  )
+  return 1e3 * statistics.median(times), worst
+
+
+def rows_of(
+  shape: tuple[int, int, int], sets: int, repeats: int, curve: bool
+) -> list[dict[str, Any]]:
+  """Measurements of one shape: cold and warm, by number of steps."""
+  groups, num_tokens, num_experts = shape
+  cold_inputs, warm_inputs = [], []
+  first = jax.jit(jax.vmap(assignment.balanced_assignment))
+  for seed in range(sets):
+    pairs = [
+      drifting_scores(num_tokens, num_experts, 100 * seed + g, 2)
+      for g in range(groups)
+    ]
+    before, after = (jax.device_put(np.stack(x)) for x in zip(*pairs))  # noqa: B905
+    cold_inputs.append((after,))
+    warm_inputs.append((after, first(before).prices))
+
+  def solve(steps, affinities, prices=None):
+    return assignment.balanced_assignment(
+      affinities, None, prices, num_steps=steps
+    )
+
+  rows = []
+  for kind, inputs in (("cold", cold_inputs), ("warm", warm_inputs)):
+    for steps in (None, *(STEPS if curve else ())):
+      run = jax.jit(jax.vmap(functools.partial(solve, steps)))
+      milliseconds, worst = measure(run, inputs, repeats)
+      rows.append(
+        {
+          "groups": groups,
+          "tokens": num_tokens,
+          "experts": num_experts,
+          "start": kind,
+          "steps": steps or "default",
+          "milliseconds": round(milliseconds, 4),
+          "quality": round(worst, 6),
+        }
+      )
+      print("  ".join(f"{value!s:>12}" for value in rows[-1].values()))
+  return rows
+
+
+def main() -> None:
+  """Prints the table and writes it as JSON."""
+  parser = argparse.ArgumentParser(description=__doc__)
+  parser.add_argument("--json", type=Path, help="file to write")
+  parser.add_argument("--repeats", type=int, default=10)
+  parser.add_argument("--sets", type=int, default=3, help="input sets")
+  parser.add_argument("--no-curve", action="store_true")
+  parser.add_argument(
+    "--shape",
+    type=int,
+    nargs=3,
+    action="append",
+    metavar=("GROUPS", "TOKENS", "EXPERTS"),
+  )
+  options = parser.parse_args()
+  device = jax.devices()[0]
+  print(f"jax {jax.__version__} on {device.device_kind} ({device.platform})")
+  names = ("groups", "tokens", "experts", "start", "steps", "ms", "quality")
+  print("  ".join(f"{name:>12}" for name in names))
+  rows = []
+  for shape in options.shape or SHAPES:
+    rows += rows_of(
+      tuple(shape), options.sets, options.repeats, not options.no_curve
+    )
+  report = {
+    "jax": jax.__version__,
+    "device": device.device_kind,
+    "platform": device.platform,
+    "rows": rows,
+  }
+  if options.json:
+    options.json.write_text(json.dumps(report, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+  main()

@@ -1,0 +1,152 @@
+"""Time of a BASE layer beside the dense feed-forward with equal FLOPs.
+
+    python benchmarks/layer.py --tokens 8192 32768 --experts 8 32 128
+
+Forward and backward (gradients of input and parameters) in training, forward
+with greedy routing at test time. Both sides are timed in one process, in turn,
+on several input sets; the median is printed, and JSON written on request. T
+tokens, D model width, F feed-forward width, E experts.
+"""
+
+import argparse
+import functools
+import json
+import statistics
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from basemt_jax import base_layer, layers
+
+LENGTH = 256
+
+
+class DenseLayer(nn.Module):
+  """h + FF(LN(h)): what an expert computes for every token."""
+
+  mlp_dim: int
+  dtype: Any
+
+  @nn.compact
+  def __call__(self, h: jax.Array) -> jax.Array:
+    """Maps [B, L, D] to [B, L, D]."""
+    y = layers.RMSNorm(self.dtype)(h)
+    y = layers.MlpBlock(self.mlp_dim, dtype=self.dtype)(y, enable_dropout=False)
+    return h + y
+
+
+def clustered(key: jax.Array, tokens: int, width: int, dtype: Any) -> jax.Array:
+  """Activations [T / L, L, D] in skewed clusters, as a network's are."""
+  keys = jax.random.split(key, 3)
+  centres = jax.random.normal(keys[0], (40, width))
+  share = jax.nn.log_softmax(-0.15 * jnp.arange(40.0))
+  members = jax.random.categorical(keys[1], share, shape=(tokens // LENGTH,))
+  noise = jax.random.normal(keys[2], (tokens // LENGTH, LENGTH, width))
+  return (centres[members][:, None] * 0.7 + noise).astype(dtype)
+
+
+def time_each(
+  functions: dict[str, Any], inputs: list[Any], repeats: int
+) -> dict[str, float]:
+  """Median milliseconds of each function, called in turn on every input."""
+  for function in functions.values():
+    jax.block_until_ready(function(inputs[0]))
+  times: dict[str, list[float]] = {name: [] for name in functions}
+  for _ in range(repeats):
+    for name, function in functions.items():
+      start = time.perf_counter()
+      results = [function(x) for x in inputs]
+      jax.block_until_ready(results)
+      times[name].append((time.perf_counter() - start) / len(inputs) * 1e3)
+  return {name: statistics.median(t) for name, t in times.items()}
+
+
+def measure(tokens: int, experts: int, args: argparse.Namespace) -> dict:
+  """One row of the table."""
+  dtype = jnp.dtype(args.dtype)
+  inputs = [
+    clustered(jax.random.key(i), tokens, args.width, dtype) for i in range(4)
+  ]
+  sparse = base_layer.BaseLayer(
+    num_experts=experts,
+    mlp_dim=args.mlp_dim,
+    dtype=dtype,
+    rows_per_group=min(args.rows_per_group, tokens // LENGTH),
+  )
+  dense = DenseLayer(args.mlp_dim, dtype)
+  variables = dict(sparse.init(jax.random.key(0), inputs[0], train=True))
+  params, prices = variables["params"], variables["prices"]
+  dense_params = dense.init(jax.random.key(0), inputs[0])["params"]
+
+  def sparse_loss(params, h, prices):
+    out, updates = sparse.apply(
+      {"params": params, "prices": prices}, h, train=True, mutable=["prices"]
+    )
+    return jnp.sum(out.astype(jnp.float32) ** 2), updates["prices"]
+
+  def dense_loss(params, h):
+    return jnp.sum(dense.apply({"params": params}, h).astype(jnp.float32) ** 2)
+
+  step = jax.jit(jax.grad(sparse_loss, argnums=(0, 1), has_aux=True))
+  for h in inputs * 2:  # Prices of a run that is under way.
+    _, prices = step(params, h, prices)
+
+  greedy = jax.jit(
+    lambda p, h: sparse.apply({"params": p, "prices": prices}, h, train=False)
+  )
+  forward = jax.jit(lambda p, h: dense.apply({"params": p}, h))
+  dense_step = jax.jit(jax.grad(dense_loss, argnums=(0, 1)))
+  row = time_each(
+    {
+      "dense train": functools.partial(dense_step, dense_params),
+      "base train": lambda h: step(params, h, prices),
+      "dense test": functools.partial(forward, dense_params),
+      "base test": functools.partial(greedy, params),
+    },
+    inputs,
+    args.repeats,
+  )
+  return {
+    "tokens": tokens,
+    "experts": experts,
+    **row,
+    "train ratio": row["base train"] / row["dense train"],
+    "test ratio": row["base test"] / row["dense test"],
+  }
+
+
+def main() -> None:
+  """Prints the table."""
+  parser = argparse.ArgumentParser(description=__doc__)
+  parser.add_argument("--tokens", type=int, nargs="+", default=[2048])
+  parser.add_argument("--experts", type=int, nargs="+", default=[8])
+  parser.add_argument("--width", type=int, default=256)
+  parser.add_argument("--mlp_dim", type=int, default=1024)
+  parser.add_argument("--dtype", default="float32")
+  parser.add_argument("--rows_per_group", type=int, default=16)
+  parser.add_argument("--repeats", type=int, default=11)
+  parser.add_argument("--json", help="file for the figures")
+  args = parser.parse_args()
+  device = jax.devices()[0].device_kind
+  print(f"{device}, jax {jax.__version__}, {args.dtype}, D={args.width}")
+  rows = []
+  for tokens in args.tokens:
+    for experts in args.experts:
+      rows.append(measure(tokens, experts, args))
+      print(
+        "  ".join(
+          f"{k} {v:.3f}" if isinstance(v, float) else f"{k} {v}"
+          for k, v in rows[-1].items()
+        ),
+        flush=True,
+      )
+  if args.json:
+    with open(args.json, "w", encoding="utf-8") as file:
+      json.dump({"device": device, "jax": jax.__version__, "rows": rows}, file)
+
+
+if __name__ == "__main__":
+  main()
