@@ -23,11 +23,7 @@ with_sharding_constraint = nn_partitioning.with_sharding_constraint
 
 
 def kernel_init() -> Callable[..., Array]:
-  """Truncated normal with variance 1 / fan-in, T5X's choice for dense layers.
-
-  A kernel with leading expert axes is initialised per expert: pass it through
-  `jax.vmap` over keys, or use fan axes -2 and -1, which this one does.
-  """
+  """Truncated normal with variance 1 / fan-in, for kernels [in, out]."""
   return nn.initializers.variance_scaling(
     1.0, "fan_in", "truncated_normal", in_axis=-2, out_axis=-1, batch_axis=()
   )

@@ -407,20 +407,20 @@ class Program:
     self.init = functools.partial(
       self._scoped(jax.jit(init, out_shardings=self.shardings)), key
     )
-    self._train_step = self._scoped(
-      jax.jit(
-        functools.partial(
-          train_step,
-          model=self.model,
-          settings=settings,
-          learning_rate=learning_rate,
-          num_directions=num_directions,
-        ),
-        in_shardings=(self.shardings, batch),
-        out_shardings=(self.shardings, partitioning.replicated(mesh)),
-        donate_argnums=0,
-      )
+    step = jax.jit(
+      functools.partial(
+        train_step,
+        model=self.model,
+        settings=settings,
+        learning_rate=learning_rate,
+        num_directions=num_directions,
+      ),
+      in_shardings=(self.shardings, batch),
+      out_shardings=(self.shardings, partitioning.replicated(mesh)),
+      donate_argnums=0,
     )
+    self._train_step = self._scoped(step)
+    self._trace_step = self._scoped(functools.partial(jax.eval_shape, step))
     # Apart from the step, so that the step is compiled only once.
     self._add_sums = jax.jit(add_sums, donate_argnums=0)
     self.eval_step = self._scoped(
@@ -451,6 +451,10 @@ class Program:
     """`train_step`, compiled; its sums are added to `metrics`, if given."""
     state, sums = self._train_step(state, batch)
     return state, sums if metrics is None else self._add_sums(metrics, sums)
+
+  def check(self, batch: Batch) -> None:
+    """Traces a step, and so raises what is wrong with a batch's shapes."""
+    self._trace_step(self.shapes, batch)
 
   def abstract_tree(self) -> dict[str, Any]:
     """Shapes and shardings of the state, as a checkpoint holds it."""

@@ -20,6 +20,7 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import traverse_util
 
 from basemt_jax import (
   batches,
@@ -167,7 +168,9 @@ class Trainer:
       self.program = self._program("dense" if starts_dense else "sparse")
       self.state = self.program.init()
       return
-    self.program = self._program(self._checkpoints.phase(step))
+    phase = self._checkpoints.phase(step)
+    self._check_phase(step, phase)
+    self.program = self._program(phase)
     tree = self._checkpoints.restore(
       step, self.program.abstract_tree(), f"the {self.program.name} phase"
     )
@@ -180,6 +183,33 @@ class Trainer:
     self._hooks.message(
       f"going on from checkpoint_{step}, {self.program.name} phase"
     )
+
+  def _check_phase(self, step: int, phase: str) -> None:
+    """Refuses a checkpoint that is not of a phase of this run."""
+    is_sparse = self._config.feed_forward == "experts"
+    if phase == "sparse" and not is_sparse:
+      raise ValueError(
+        f"{self._checkpoints.path(step)} holds experts, but the configured "
+        f"network has feed_forward {self._config.feed_forward!r}; use the "
+        "configuration it was trained with, or another directory"
+      )
+    if phase == "dense" and is_sparse and not self._settings.dense_steps:
+      raise ValueError(
+        f"{self._checkpoints.path(step)} is dense, but the run has no dense "
+        "phase; set dense_steps, or convert it into another directory"
+      )
+
+  def _check_conversion(self, batch: Batch) -> None:
+    """Raises what would otherwise be found out after the dense phase."""
+    sparse = self._program("sparse")
+    conversion.plan(
+      *(
+        traverse_util.flatten_dict(program.shapes.params, sep="/")
+        for program in (self.program, sparse)
+      ),
+      conversion.default_rules(sparse.model.config.placement),
+    )
+    sparse.check(batch)
 
   def _restore_data(self, step: int, data: Any) -> None:
     restore = getattr(self._batches, "restore", None)
@@ -211,9 +241,15 @@ class Trainer:
       batches.Prefetcher(self._batches) as ahead,
     ):
       self._log_time, self._log_step = time.monotonic(), self._step
+      is_checked = not self._converts()
+      if self._gives_up():
+        return "stopped early"
       while self._step < end:
-        rows, position = next(ahead)
+        rows, position = self._next(ahead)
         batch = partitioning.put_batch(rows, self._mesh)
+        if not is_checked:
+          self._check_conversion(batch)
+          is_checked = True
         if self._conversion_is_due():
           self._convert(batch)
         self.state, self._metrics = self.program.train_step(
@@ -226,6 +262,15 @@ class Trainer:
       self._checkpoints.wait()
     self._writer.flush()
     return outcome
+
+  def _next(self, ahead: batches.Prefetcher) -> tuple[Batch, Any]:
+    try:
+      return next(ahead)
+    except StopIteration:
+      raise ValueError(
+        f"the training batches ended at step {self._step} of "
+        f"{self._settings.train_steps}; give an iterator that goes on"
+      ) from None
 
   def stop(self) -> None:
     """Ends `run` after the current step, with a checkpoint."""
@@ -258,9 +303,7 @@ class Trainer:
           self.program.model, self.program.variables(self.state), step
         )
       )
-    gives_up = (
-      settings.patience is not None and self._worse >= settings.patience
-    )
+    gives_up = self._gives_up()
     if saves or gives_up:
       self._save(position, dev_loss)
     if evaluates or saves:
@@ -271,6 +314,10 @@ class Trainer:
     if gives_up:
       return "stopped early"
     return "interrupted" if is_stopped else "done"
+
+  def _gives_up(self) -> bool:
+    patience = self._settings.patience
+    return patience is not None and self._worse >= patience
 
   def _report(self) -> None:
     """Checks, writes and forgets the sums since the last report."""
@@ -381,12 +428,16 @@ class Trainer:
 
   # ----------------------------------------------------------- conversion
 
-  def _conversion_is_due(self) -> bool:
+  def _converts(self) -> bool:
+    """Whether a conversion is still to come."""
     return (
       self.program.name == "dense"
       and self._config.feed_forward == "experts"
-      and self._step >= self._settings.dense_steps
+      and self._settings.dense_steps < self._settings.train_steps
     )
+
+  def _conversion_is_due(self) -> bool:
+    return self._converts() and self._step >= self._settings.dense_steps
 
   def _convert(self, batch: Batch) -> None:
     """Goes over to the sparse program; verified on the batch that is next."""

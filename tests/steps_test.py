@@ -107,9 +107,7 @@ def test_dense_losses_of_ten_steps_equal_one_device_s():
 
 def test_microbatches_give_the_gradients_of_the_whole_batch():
   grads, sums, _ = one_step(
-    program(
-      toy.DENSE, dataclasses.replace(PLAIN, microbatches=4), (2, 2, 1)
-    ),
+    program(toy.DENSE, dataclasses.replace(PLAIN, microbatches=4), (2, 2, 1)),
     toy.batch(),
   )
   expected_grads, expected, _ = one_step(program(), toy.batch())
@@ -321,5 +319,5 @@ def test_share_of_rounds_and_checks():
 
 def test_experts_that_do_not_divide_over_devices_are_named():
   odd = dataclasses.replace(toy.SPARSE, num_experts=6)
-  with pytest.raises(ValueError, match="num_experts is 6.*4"):
+  with pytest.raises(ValueError, match=r"num_experts is 6.*4"):
     program(odd, shape=(2, 4, 1))

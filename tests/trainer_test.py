@@ -1,0 +1,498 @@
+"""The training loop: interrupted or not, the same bits; and its refusals."""
+
+import contextlib
+import dataclasses
+import itertools
+import math
+import os
+import signal
+
+import jax
+import numpy as np
+import pytest
+import toy
+from flax import traverse_util
+from jax.experimental.compilation_cache import compilation_cache
+
+from basemt_jax import (
+  batches,
+  checkpointing,
+  conversion,
+  heating,
+  optimizer,
+  row_store,
+  steps,
+  trainer,
+)
+from basemt_jax import model as model_lib
+
+ROWS = 4
+# Often enough that there is something to find at every kind of step.
+SETTINGS = toy.settings(
+  12, dense_steps=6, log_every=1, eval_every=4, save_every=5
+)
+SHORT = toy.settings(4, log_every=1, eval_every=100, save_every=1)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_once(tmp_path_factory):
+  """The same programs are compiled by many trainers here."""
+  names = {
+    "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
+    "jax_persistent_cache_min_compile_time_secs": 0.0,
+    "jax_persistent_cache_min_entry_size_bytes": -1,
+  }
+  old = {name: getattr(jax.config, name) for name in names}
+  for name, value in names.items():
+    jax.config.update(name, value)
+  compilation_cache.reset_cache()
+  yield
+  for name, value in old.items():
+    jax.config.update(name, value)
+  compilation_cache.reset_cache()
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+  return row_store.RowStore.open(
+    toy.write_store(tmp_path_factory.mktemp("store"))
+  )
+
+
+class Log:
+  """Takes metrics and lines; does what a test asks for on one of them."""
+
+  def __init__(self, on_report=None, on_message=None):
+    self.scalars, self.reports, self.messages = {}, [], []
+    self._on_report, self._on_message = on_report, on_message
+
+  def write_scalars(self, step, scalars):
+    self.scalars.setdefault(step, {}).update(scalars)
+
+  def flush(self):
+    pass
+
+  def report(self, progress):
+    self.reports.append(progress)
+    if self._on_report:
+      self._on_report(progress)
+
+  def message(self, text):
+    self.messages.append(text)
+    if self._on_message:
+      self._on_message(text)
+
+  def hooks(self):
+    return trainer.Hooks(report=self.report, message=self.message)
+
+
+def data(store, seed=0):
+  schedule = heating.linear(1, 5, 12)
+  return batches.TrainBatches(store, schedule, ROWS, seed)
+
+
+@contextlib.contextmanager
+def make(
+  model_dir,
+  store,
+  settings=SETTINGS,
+  config=toy.SPARSE,
+  log=None,
+  rows=None,
+  dev=True,
+  mesh=None,
+):
+  log = log or Log()
+  loop = trainer.Trainer(
+    config,
+    settings,
+    mesh or toy.mesh(),
+    toy.DIRECTIONS,
+    rows or data(store),
+    str(model_dir),
+    log,
+    (lambda: batches.eval_batches(store, "validation", ROWS)) if dev else None,
+    log.hooks(),
+  )
+  with contextlib.closing(loop):
+    yield loop
+
+
+def run(model_dir, store, *args, **kwargs):
+  with make(model_dir, store, *args, **kwargs) as loop:
+    return loop.run()
+
+
+def checkpoint(model_dir, step, like):
+  with contextlib.closing(
+    checkpointing.Checkpoints(model_dir, read_only=True)
+  ) as checkpoints:
+    return (
+      traverse_util.flatten_dict(
+        jax.device_get(checkpoints.restore(step, like, "the test")), sep="/"
+      ),
+      checkpoints.position(step),
+    )
+
+
+def saved(model_dir):
+  """{step: phase} of the checkpoints."""
+  with contextlib.closing(
+    checkpointing.Checkpoints(model_dir, read_only=True)
+  ) as checkpoints:
+    return {step: checkpoints.phase(step) for step in checkpoints.steps()}
+
+
+def abstract_tree(config, settings, phase):
+  return steps.Program(
+    trainer.phase_config(config, settings, phase),
+    settings,
+    settings.learning_rate,
+    toy.mesh(),
+    3,
+  ).abstract_tree()
+
+
+def assert_same_run(left, right, step, config, settings, phase):
+  """All arrays and positions of two runs' checkpoints are equal."""
+  like = abstract_tree(config, settings, phase)
+  (found, position), (expected, expected_position) = (
+    checkpoint(x, step, like) for x in (left, right)
+  )
+  assert position == expected_position
+  different = [
+    path
+    for path, value in expected.items()
+    if not np.array_equal(found[path], value)
+  ]
+  assert not different
+  assert found.keys() == expected.keys() and len(expected) > 20
+
+
+# ---------------------------------------------------- dense, then sparse
+
+
+@pytest.fixture(scope="module")
+def whole(store, tmp_path_factory):
+  """Directory, log and last state of a run that nothing interrupted."""
+  directory = tmp_path_factory.mktemp("whole")
+  log = Log()
+  with make(directory, store, log=log) as loop:
+    assert loop.run() == "done"
+    return directory, log, loop
+
+
+def test_phases_reports_and_checkpoints(whole):
+  directory, log, _ = whole
+  assert [(r.step, r.phase) for r in log.reports] == [
+    (step, "dense" if step <= 6 else "sparse") for step in range(1, 13)
+  ]
+  # Every fifth, the last dense one and the last; the latest three of them.
+  assert saved(directory) == {6: "dense", 10: "sparse", 12: "sparse"}
+  assert [m.split(";")[0] for m in log.messages if "convert" in m] == [
+    "step 6: converting the dense model to 4 experts a layer",
+    "step 6: converted",
+  ]
+  assert log.scalars[6]["conversion/relative_error"] <= conversion.TOLERANCE
+  measured = [s for s, m in log.scalars.items() if "dev/loss" in m]
+  assert measured == [4, 6, 8, 12]
+  last = log.scalars[12]
+  assert last["dev/loss"] == np.mean(
+    [last[f"dev/loss/{d}"] for d in toy.DIRECTIONS]
+  )
+  assert "router/encoder/layers_0/load_max" in last
+  assert "router/encoder/layers_0/load_max" not in log.scalars[6]
+  assert all(math.isfinite(v) for m in log.scalars.values() for v in m.values())
+  # It learns.
+  assert last["dev/loss"] < log.scalars[4]["dev/loss"] - 0.05
+
+
+def test_dev_losses_are_those_of_each_direction_alone(whole, store):
+  _, _, loop = whole
+  model = loop.program.model
+  forward = jax.jit(
+    lambda variables, batch: model_lib.forward(
+      model, variables, batch, train=False
+    )[0]
+  )
+  for name in toy.DIRECTIONS:
+    count = int(store.stats("validation", name).rows)
+    rows = store.read("validation", name, np.arange(count))
+    # All rows in one shape, filled up with the last.
+    rows = {
+      k: np.pad(v, [(0, 8 - count)] + [(0, 0)] * (v.ndim - 1), "edge")
+      for k, v in rows.items()
+    }
+    logits = np.asarray(
+      forward(loop.program.variables(loop.state), rows), np.float64
+    )
+    rows, logits = {k: v[:count] for k, v in rows.items()}, logits[:count]
+    picked = np.take_along_axis(
+      logits, rows["decoder_target_tokens"][..., None], -1
+    )[..., 0]
+    nll = np.log(np.exp(logits).sum(-1)) - picked
+    weights = rows["decoder_loss_weights"]
+    np.testing.assert_allclose(
+      loop.dev_losses[name], (nll * weights).sum() / weights.sum(), rtol=1e-5
+    )
+
+
+def test_a_run_stopped_in_every_phase_ends_with_the_same_bits(
+  whole, store, tmp_path
+):
+  def stopped(at=None, on_message=None):
+    def report(progress):
+      # What is asked for in a report holds after the next step.
+      if at is not None and progress.step == at - 1:
+        loop.stop()
+
+    def message(text):
+      if on_message is not None and on_message in text:
+        loop.stop()
+
+    with make(tmp_path, store, log=Log(report, message)) as loop:
+      return loop.run()
+
+  assert stopped(at=3) == "interrupted"
+  assert saved(tmp_path) == {3: "dense"}
+  assert stopped(at=6) == "interrupted"
+  assert saved(tmp_path)[6] == "dense"
+  # Stopped while it converts: the step after the conversion is done first.
+  assert stopped(on_message="converting") == "interrupted"
+  assert saved(tmp_path)[7] == "sparse"
+  assert stopped(at=11) == "interrupted"
+  assert saved(tmp_path)[11] == "sparse"
+  assert stopped() == "done"
+  assert_same_run(tmp_path, whole[0], 12, toy.SPARSE, SETTINGS, "sparse")
+  # Once more changes nothing.
+  assert stopped() == "done"
+  assert_same_run(tmp_path, whole[0], 12, toy.SPARSE, SETTINGS, "sparse")
+
+
+def test_sigterm_saves_and_the_old_handler_comes_back(store, tmp_path):
+  old = signal.getsignal(signal.SIGTERM)
+
+  def terminate(progress):
+    if progress.step == 1:
+      os.kill(os.getpid(), signal.SIGTERM)
+
+  assert run(tmp_path, store, SHORT, toy.DENSE, Log(terminate), dev=False) in (
+    "interrupted",
+  )
+  assert max(saved(tmp_path)) == 2
+  assert signal.getsignal(signal.SIGTERM) is old
+
+
+OPTIONS = {
+  "reinitialised": (conversion.Options(reinitialise=0.5, noise=0.1), 0),
+  "clustered": (conversion.Options(centroids="activations"), 0),
+  "copied": (conversion.Options(optimizer="copy"), 2),
+}
+
+
+@pytest.mark.parametrize("variant", OPTIONS)
+def test_ways_to_convert(variant, store, tmp_path):
+  options, rewarm_steps = OPTIONS[variant]
+  settings = dataclasses.replace(
+    SHORT,
+    train_steps=3,
+    dense_steps=2,
+    conversion_options=options,
+    rewarm_steps=rewarm_steps,
+  )
+  log = Log()
+  assert run(tmp_path / "a", store, settings, log=log, dev=False) == "done"
+  error = log.scalars[2]["conversion/relative_error"]
+  assert (error <= conversion.TOLERANCE) == options.preserves_function
+  # The same after a restart at the conversion.
+  two = dataclasses.replace(settings, train_steps=2)
+  assert run(tmp_path / "b", store, two, dev=False) == "done"
+  assert saved(tmp_path / "b") == {1: "dense", 2: "dense"}
+  assert run(tmp_path / "b", store, settings, dev=False) == "done"
+  assert_same_run(
+    tmp_path / "a", tmp_path / "b", 3, toy.SPARSE, settings, "sparse"
+  )
+  arrays, _ = checkpoint(
+    tmp_path / "a", 3, abstract_tree(toy.SPARSE, settings, "sparse")
+  )
+  # The optimizer's own count of steps says whether its state was kept.
+  count = next(v for k, v in arrays.items() if k.endswith("1/count"))
+  assert count == (3 if options.optimizer == "copy" else 1)
+
+
+@pytest.mark.parametrize(
+  "changes, rows, text",
+  [
+    ({"num_sublayers": 2}, 8, r"no conversion rule matches .*sublayer_1"),
+    ({}, 8, r"8 rows.*rows_per_group=2 rows on 8 devices"),
+    ({"num_experts": 6}, 16, r"num_experts is 6.* 4 devices"),
+  ],
+)
+def test_a_conversion_that_cannot_work_is_refused_at_the_start(
+  changes, rows, text, store, tmp_path
+):
+  log = Log()
+  rows = batches.TrainBatches(store, heating.constant(1), rows, 0)
+  config = dataclasses.replace(toy.SPARSE, **changes)
+  with pytest.raises(ValueError, match=text):
+    run(tmp_path, store, SETTINGS, config, log, rows, False, toy.mesh(2, 4, 1))
+  assert not log.reports and not saved(tmp_path)
+
+
+# --------------------------------------------------- best, early stopping
+
+
+@pytest.fixture
+def scripted(monkeypatch):
+  """Dev losses as listed, one an evaluation."""
+
+  def script(losses):
+    losses = iter(losses)
+    monkeypatch.setattr(
+      trainer, "direction_losses", lambda *_: {"en-de": next(losses)}
+    )
+
+  return script
+
+
+def test_best_checkpoint_is_kept_and_patience_ends_the_run(
+  scripted, store, tmp_path
+):
+  settings = dataclasses.replace(
+    SHORT, train_steps=20, eval_every=1, keep_checkpoints=2, patience=3
+  )
+  scripted([3.0, 1.0, 2.0])
+  log = Log()
+
+  def stop(progress):
+    return progress.step == 2 and loop.stop()
+
+  with make(tmp_path, store, settings, toy.DENSE, Log(stop)) as loop:
+    assert loop.run() == "interrupted"
+  assert list(saved(tmp_path)) == [2, 3]
+  # Step 2 was the best, step 3 the first that was not better.
+  scripted([1.5, 1.25])
+  assert run(tmp_path, store, settings, toy.DENSE, log) == "stopped early"
+  assert list(saved(tmp_path)) == [2, 4, 5]
+  with contextlib.closing(
+    checkpointing.Checkpoints(tmp_path, read_only=True)
+  ) as checkpoints:
+    assert checkpoints.best_step() == 2
+  # The same command again does not train past the end it found.
+  scripted([])
+  assert run(tmp_path, store, settings, toy.DENSE, log) == "stopped early"
+  assert list(saved(tmp_path)) == [2, 4, 5]
+  # With more patience it goes on.
+  scripted([0.5])
+  more = dataclasses.replace(settings, patience=4, train_steps=6)
+  assert run(tmp_path, store, more, toy.DENSE, log) == "done"
+  assert list(saved(tmp_path)) == [5, 6]
+
+
+# ----------------------------------------------------------- what goes wrong
+
+
+class Poisoned:
+  """Batches of which one has an infinite weight in a row of one direction."""
+
+  def __init__(self, inner, step):
+    self._inner, self._step = inner, step
+    self.state, self.restore = inner.state, inner.restore
+
+  def __iter__(self):
+    return self
+
+  def __next__(self):
+    step, batch = self._inner.step, next(self._inner)
+    if step == self._step:
+      batch["direction"][:] = [0, 2, 0, 2]
+      batch["decoder_loss_weights"][1, 0] = np.inf
+    return batch
+
+
+def test_loss_that_is_not_finite_stops_and_keeps_the_last_good(store, tmp_path):
+  settings = dataclasses.replace(
+    SHORT, train_steps=6, log_every=3, save_every=2
+  )
+  with pytest.raises(
+    trainer.NonFiniteLossError,
+    match=r"not finite at step 2 \(sparse phase\), in rows of en-fr; "
+    r"checkpoint_2 is from before it and was kept: .*run the same command",
+  ):
+    run(tmp_path, store, settings, rows=Poisoned(data(store), 2), dev=False)
+  assert saved(tmp_path) == {2: "sparse"}
+  assert run(tmp_path, store, settings, dev=False) == "done"
+  assert run(tmp_path / "whole", store, settings, dev=False) == "done"
+  assert_same_run(
+    tmp_path, tmp_path / "whole", 6, toy.SPARSE, settings, "sparse"
+  )
+
+
+def test_without_a_checkpoint_the_error_says_so(store, tmp_path):
+  settings = dataclasses.replace(SHORT, train_steps=4, save_every=4)
+  with pytest.raises(
+    trainer.NonFiniteLossError, match=r"step 0 \(dense phase\).* no checkpoint"
+  ):
+    run(
+      tmp_path,
+      store,
+      settings,
+      toy.DENSE,
+      rows=Poisoned(data(store), 0),
+      dev=False,
+    )
+  assert not saved(tmp_path)
+
+
+def test_iterators_without_a_position_are_read_from_the_start(tmp_path):
+  def rows():
+    return (toy.batch(step, rows=ROWS) for step in itertools.count())
+
+  whole, parts = tmp_path / "whole", tmp_path / "parts"
+  assert run(whole, None, SHORT, toy.DENSE, rows=rows(), dev=False) == "done"
+  for end in (1, 3, 4):
+    settings = dataclasses.replace(SHORT, train_steps=end)
+    run(parts, None, settings, toy.DENSE, rows=rows(), dev=False)
+  assert_same_run(whole, parts, 4, toy.DENSE, SHORT, "dense")
+
+
+def test_batches_that_end_too_early_say_so(tmp_path):
+  rows = iter([toy.batch(0, rows=ROWS), toy.batch(1, rows=ROWS)])
+  with pytest.raises(ValueError, match="batches ended at step 2 of 4"):
+    run(tmp_path, None, SHORT, toy.DENSE, rows=rows, dev=False)
+  # They can be brought back with more data.
+  assert list(saved(tmp_path)) == [1, 2]
+
+
+def test_a_checkpoint_of_another_run_is_refused(store, tmp_path):
+  one = dataclasses.replace(SHORT, train_steps=1)
+  run(tmp_path, store, one, toy.DENSE, dev=False)
+  wider = dataclasses.replace(toy.DENSE, mlp_dim=64)
+  with pytest.raises(
+    ValueError,
+    match=r"mlp/wi/kernel has shape \(16, 32\) in .*checkpoint_1, but the "
+    r"dense phase needs \(16, 64\)",
+  ):
+    run(tmp_path, store, SHORT, wider, dev=False)
+  deeper = dataclasses.replace(toy.DENSE, num_encoder_layers=2)
+  with pytest.raises(ValueError, match=r"holds no array .*encoder/layers_1"):
+    run(tmp_path, store, SHORT, deeper, dev=False)
+  other = dataclasses.replace(
+    SHORT, optimizer=optimizer.adafactor(min_dim_size_to_factor=8)
+  )
+  with pytest.raises(ValueError, match=r"holds no array state/param_states"):
+    run(tmp_path, store, other, toy.DENSE, dev=False)
+  with pytest.raises(ValueError, match=r"seed was 0 and is 1"):
+    run(tmp_path, store, SHORT, toy.DENSE, rows=data(store, seed=1), dev=False)
+
+
+def test_a_sparse_checkpoint_does_not_fit_a_dense_network(whole, store):
+  with pytest.raises(ValueError, match="experts"):
+    run(whole[0], store, SETTINGS, toy.DENSE)
+
+
+def test_a_dense_checkpoint_needs_a_dense_phase(store, tmp_path):
+  one = dataclasses.replace(SHORT, train_steps=1)
+  run(tmp_path, store, one, toy.DENSE, dev=False)
+  with pytest.raises(ValueError, match=r"checkpoint_1 is dense.*dense_steps"):
+    run(tmp_path, store, SHORT, toy.SPARSE, dev=False)
