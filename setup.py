@@ -67,6 +67,7 @@ setuptools.setup(
       "hypothesis>=6.100",
       "mypy>=1.14",
       "pytest>=8",
+      "pytest-xdist>=3.5",
       "ruff>=0.14",
       "scipy>=1.13",
     ],

@@ -9,12 +9,14 @@ Flags follow T5X: `--gin_file` (repeatable), `--gin.NAME=VALUE`,
 
 import argparse
 import contextlib
+import difflib
 import logging
 import os
 import pathlib
+import re
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 # Quiet C++ logs; set before TensorFlow or XLA are loaded.
@@ -62,6 +64,8 @@ def _quiet_libraries() -> None:
 def _one_sentence(error: Exception) -> str:
   """The error's text without gin's and Python's trailing explanations."""
   text = str(error).strip() or type(error).__name__
+  # gin repeats the whole configuration there.
+  text = text.split(" in config string:")[0]
   lines = [line.strip() for line in text.splitlines() if line.strip()]
   # gin appends where a call came from ("In call to configurable ...").
   return " ".join(x for x in lines if not x.startswith("In call to"))
@@ -160,7 +164,10 @@ def _parser() -> argparse.ArgumentParser:
 def _configured(options: argparse.Namespace, **macros: Any) -> Any:
   """Parses the configuration and returns its `run.Run`."""
   run_class = _parse(options, macros)
-  return run_class()
+  try:
+    return run_class()
+  except TypeError as error:  # A value is missing, or of a wrong type.
+    raise UsageError(f"configuration: {str(error).splitlines()[0]}") from error
 
 
 def _parse(
@@ -174,11 +181,16 @@ def _parse(
   if options.model_dir:
     macros = {"MODEL_DIR": options.model_dir, **macros}
   if not files:
-    saved = pathlib.Path(options.model_dir or "") / CONFIG_FILE
-    if not options.model_dir or not saved.exists():
+    if not options.model_dir:
       raise UsageError(
         "nothing is configured: give --gin_file=gin/recipes/NAME.gin, or "
         "--model_dir of a run, which holds its configuration"
+      )
+    saved = pathlib.Path(options.model_dir) / CONFIG_FILE
+    if not saved.exists():
+      raise UsageError(
+        f"{options.model_dir} is not the directory of a run: it holds no "
+        f"{CONFIG_FILE}; give another, or --gin_file"
       )
     files = [str(saved)]
   for path in (
@@ -191,11 +203,18 @@ def _parse(
   # gin logs an error for every place where an include is not.
   logging.disable(logging.ERROR)
   try:
-    gin.parse_config_files_and_bindings(
-      [_find(f, options) for f in files],
-      [*_as_gin(options.bindings), *bindings],
-      skip_unknown=False,
-    )
+    paths = [_find(f, options) for f in files]
+    with _native_output_hidden():  # Imports tasks, and with them TensorFlow.
+      gin.parse_config_files_and_bindings(
+        paths,
+        [*_as_gin(options.bindings), *bindings],
+        finalize_config=False,
+        skip_unknown=False,
+      )
+      _check_macros(gin.config_str(), options.bindings)
+      gin.finalize()
+      if "seqio" in sys.modules:
+        from basemt_jax import mixtures  # noqa: F401
   except (
     ValueError,
     LookupError,
@@ -217,6 +236,55 @@ def _parse(
       f"{', '.join(files)} binds nothing of run.Run; include "
       "'gin/runs/train.gin'"
     ) from error
+
+
+@contextlib.contextmanager
+def _native_output_hidden() -> Iterator[None]:
+  """Hides what C++ libraries print when they are loaded.
+
+  TensorFlow greets on standard error whatever its log level. Exceptions are
+  Python's and not touched.
+  """
+  sys.stderr.flush()
+  saved = os.dup(2)
+  try:
+    with open(os.devnull, "wb") as nowhere:
+      os.dup2(nowhere.fileno(), 2)
+    yield
+  finally:
+    sys.stderr.flush()
+    os.dup2(saved, 2)
+    os.close(saved)
+
+
+def _check_macros(config: str, bindings: Sequence[str]) -> None:
+  """Refuses macros that have no value, and mistyped ones.
+
+  Args:
+    config: All bindings, as `gin.config_str` writes them.
+    bindings: Those of the command line; gin itself takes any macro.
+  """
+  lines = [x for x in config.splitlines() if not x.startswith("#")]
+  defined = [m[1] for x in lines if (m := re.match(r"(\w+) = ", x))]
+  used = set(re.findall(r"%(\w+)", "\n".join(lines)))
+  for name in (b.partition("=")[0].strip() for b in bindings):
+    if name in defined and name not in used:
+      near = difflib.get_close_matches(name, used, n=1)
+      hint = f"; did you mean {near[0]}?" if near else ""
+      raise UsageError(f"--gin.{name}: nothing uses that macro{hint}")
+  for name in sorted(used - {*defined, "gin"}):
+    hint = (
+      ": give a model, such as --gin_file=gin/models/tiny.gin, before the "
+      "recipe"
+      if name == "NETWORK"
+      else f": set it with --gin.{name}=VALUE"
+    )
+    raise UsageError(f"the macro {name} has no value{hint}")
+  for name in defined:
+    if f"{name} = %gin.REQUIRED" in lines:
+      raise UsageError(
+        f"the macro {name} has no value: set it with --gin.{name}=VALUE"
+      )
 
 
 def _roots() -> list[str]:
@@ -260,8 +328,10 @@ def _as_gin(bindings: Sequence[str]) -> list[str]:
         f"--gin.{binding} has no value; write --gin.{binding}=VALUE"
       )
     try:
-      gin.config.parse_value(value)
-    except Exception:  # noqa: BLE001: whatever does not parse is a string.
+      # References parse only once the files have imported their modules.
+      if value.lstrip("([{ ")[:1] not in ("@", "%"):
+        gin.config.parse_value(value)
+    except Exception:  # Whatever does not parse is a string.
       value = repr(value)
     result.append(f"{name.strip()} = {value}")
   return result
@@ -274,15 +344,19 @@ def _train(options: argparse.Namespace) -> int:
   from basemt_jax import run as run_lib
 
   run = _configured(options)
-  _save_config(run.model_dir)
   with _Writer(run.model_dir) as writer:
-    outcome = run_lib.train(run, writer, _console())
+    outcome = run_lib.train(
+      run, writer, _console(), lambda: _save_config(run.model_dir)
+    )
     if outcome == "interrupted":
       print(
         "stopped: the same command goes on from the checkpoint just written"
       )
       return 0
-    _print_evaluation(run, run_lib.evaluate(run, _console()), writer)
+    try:
+      _print_evaluation(run, run_lib.evaluate(run, _console()), writer)
+    except run_lib.NoPairsError as error:
+      print(f"trained, but not evaluated: {error}")
   return 0
 
 
@@ -305,7 +379,7 @@ def _with_search(run: Any, options: argparse.Namespace, n_best: int = 1) -> Any:
     for name in ("beam_size", "alpha")
     if getattr(options, name) is not None
   }
-  beam_size = max(changes.get("beam_size", run.search.beam_size), n_best)
+  beam_size = changes.get("beam_size", max(run.search.beam_size, n_best))
   search = dataclasses.replace(
     run.search, **{**changes, "beam_size": beam_size, "num_return": n_best}
   )
@@ -453,10 +527,12 @@ class _Writer:
     self._directory = model_dir
 
   def __enter__(self) -> "_Writer":
-    from clu import metric_writers
+    with _native_output_hidden():
+      from clu import metric_writers
 
     self._writers = []
     if self._is_first:
+      pathlib.Path(self._directory).mkdir(parents=True, exist_ok=True)
       self._writers.append(metric_writers.SummaryWriter(self._directory))
       self._file = open(
         pathlib.Path(self._directory) / "metrics.jsonl", "a", encoding="utf-8"

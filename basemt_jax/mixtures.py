@@ -29,6 +29,9 @@ import tensorflow as tf
 
 from basemt_jax import heating, packing, row_store, vocabulary
 
+# TensorFlow only reads data here; it would take JAX's accelerator memory.
+tf.config.set_visible_devices([], "GPU")
+
 MixtureOrTask: TypeAlias = str | seqio.Task | seqio.Mixture
 Progress = Callable[[str, str, int, int | None], None]
 

@@ -31,6 +31,10 @@ from basemt_jax import (
 from basemt_jax import model as model_lib
 
 
+class NoPairsError(ValueError):
+  """There is nothing to evaluate on."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Run:
   """A training run and all that evaluating it needs.
@@ -72,6 +76,12 @@ class Run:
   search: translation.SearchOptions = translation.SearchOptions()  # noqa: RUF009
   bleu_every: int = 0
   bleu_sentences: int = 50
+
+  def __post_init__(self):
+    """Checks the numbers, which a command line gets wrong most easily."""
+    for name in ("batch_size", "expert_devices", "model_devices"):
+      steps.check_count(f"Run.{name}", getattr(self, name))
+    steps.check_count("Run.bleu_every", self.bleu_every, least=0)
 
   def store(
     self, progress: Callable[..., None] | None = None
@@ -118,13 +128,19 @@ class Console:
   translating: Callable[[int, int], None]
 
 
-def train(run: Run, writer: trainer.Writer, console: Console) -> str:
+def train(
+  run: Run,
+  writer: trainer.Writer,
+  console: Console,
+  started: Callable[[], None] = lambda: None,
+) -> str:
   """Trains, or goes on training.
 
   Args:
     run: The run.
     writer: Takes metrics.
     console: Takes progress.
+    started: Called when run and directory have proved to fit together.
 
   Returns:
     The outcome; see `trainer.Trainer.run`.
@@ -150,6 +166,7 @@ def train(run: Run, writer: trainer.Writer, console: Console) -> str:
     hooks=_hooks(run, store, mesh, console),
   )
   with contextlib.closing(loop):
+    started()
     return loop.run()
 
 
@@ -360,7 +377,7 @@ def evaluate(
   run: Run,
   console: Console,
   which: str | int = "latest",
-  split: str = "test",
+  split: str | None = None,
 ) -> Evaluation:
   """Loss, BLEU and chrF++ of every direction; written to the model directory.
 
@@ -368,16 +385,19 @@ def evaluate(
     run: The run; its `search` says how to translate.
     console: Takes progress.
     which: See `load`.
-    split: 'test' or 'validation'.
+    split: 'test' or 'validation'; None: 'test' if the data has one.
 
   Raises:
-    ValueError: See `load`; or the split has no pairs.
+    NoPairsError: The split has no pairs.
+    ValueError: See `load`.
   """
   trained = load(run, console, which)
   store = trained.store
+  if split is None:
+    split = "test" if _has_pairs(store, "test") else "validation"
   batches = _dev_batches(run, store, split)
   if batches is None:
-    raise ValueError(
+    raise NoPairsError(
       f"the data has no pairs in split {split!r}; it has splits "
       f"{', '.join(s for s in store.splits if _has_pairs(store, s))}"
     )
@@ -413,8 +433,8 @@ def convert(
 ) -> tuple[int, float]:
   """Converts a dense checkpoint; `run.model_dir` gets the sparse one.
 
-  The sparse checkpoint has the dense one's step and data position, so that
-  training goes on from there.
+  The sparse checkpoint has the dense one's step, and the sparse run's own data
+  position at that step: its sampling temperature may be another.
 
   Args:
     run: The sparse run.
@@ -466,7 +486,6 @@ def convert(
     state = dense.shapes.from_tree(
       source.restore(step, dense.abstract_tree(), "the dense model")
     )
-    position = source.position(step)
     train_batches = batches.TrainBatches(
       store,
       run.temperature,
@@ -476,6 +495,7 @@ def convert(
       host_count=jax.process_count(),
       start_step=step,
     )
+    position = {"data": train_batches.state()}
     batch = partitioning.put_batch(next(train_batches), mesh)
     converted, error = trainer.convert_state(dense, sparse, state, batch)
     target.save(step, converted.tree(), position)

@@ -35,6 +35,14 @@ Tree = Any
 NEVER = np.iinfo(np.int32).max
 
 
+def check_count(name: str, value: Any, least: int = 1) -> None:
+  """Refuses what is not a whole number of at least `least`."""
+  if not isinstance(value, int) or value < least:
+    raise ValueError(
+      f"{name} is {value!r}; it must be a whole number of at least {least}"
+    )
+
+
 @dataclasses.dataclass(frozen=True)
 class Settings:
   """How to train; the network and the data are described elsewhere.
@@ -84,10 +92,8 @@ class Settings:
       "save_every",
       "keep_checkpoints",
     ):
-      if getattr(self, name) < 1:
-        raise ValueError(
-          f"Settings.{name} is {getattr(self, name)}; it must be at least 1"
-        )
+      check_count(f"Settings.{name}", getattr(self, name))
+    check_count("Settings.dense_steps", self.dense_steps, least=0)
     if not 0 <= self.dense_steps <= self.train_steps:
       raise ValueError(
         f"Settings.dense_steps is {self.dense_steps}; it must be between 0 "

@@ -203,10 +203,8 @@ class Trainer:
     """Raises what would otherwise be found out after the dense phase."""
     sparse = self._program("sparse")
     conversion.plan(
-      *(
-        traverse_util.flatten_dict(program.shapes.params, sep="/")
-        for program in (self.program, sparse)
-      ),
+      traverse_util.flatten_dict(self.program.shapes.params, sep="/"),
+      traverse_util.flatten_dict(sparse.shapes.params, sep="/"),
       conversion.default_rules(sparse.model.config.placement),
     )
     sparse.check(batch)

@@ -50,7 +50,7 @@ def batch(args: argparse.Namespace, seed: int) -> dict[str, np.ndarray]:
   shape = (args.rows, args.length)
   segments = np.repeat(np.arange(1, 5), args.length // 4)[None]
   positions = np.tile(np.arange(args.length // 4), 4)[None]
-  result = {}
+  result: dict[str, np.ndarray] = {}
   for side in ("encoder", "decoder"):
     tokens = rng.randint(2, VOCABULARY, size=shape).astype(np.int32)
     result[f"{side}_segment_ids"] = np.broadcast_to(segments, shape)
@@ -102,7 +102,8 @@ def main() -> None:
   batches = [
     partitioning.put_batch(batch(args, seed), mesh) for seed in range(4)
   ]
-  programs, states, times = {}, {}, {}
+  programs, states = {}, {}
+  times: dict[str, list[float]] = {}
   for name in ("dense", "experts"):
     program = steps.Program(
       config(args, name), settings, settings.learning_rate, mesh, 24

@@ -8,7 +8,8 @@ import pytest
 import scipy.stats
 from hypothesis import strategies as st
 
-from basemt_jax import batches, heating, packing, permutation, row_store
+from basemt_jax import batches as batches_lib
+from basemt_jax import heating, packing, permutation, row_store
 
 LAYOUT = packing.RowLayout(16, 12)
 SIZES = {"en-de": 3000, "de-en": 700, "en-fr": 150, "en-af": 23}
@@ -71,7 +72,7 @@ def store(tmp_path_factory):
 
 def _heated(store, batch_size=32, seed=5, **options):
   schedule = heating.linear(1, 5, 300)
-  return batches.TrainBatches(store, schedule, batch_size, seed, **options)
+  return batches_lib.TrainBatches(store, schedule, batch_size, seed, **options)
 
 
 def _numbers(batch):
@@ -382,7 +383,7 @@ def test_unknown_split_and_direction_are_named(store):
 def test_eval_batches_hold_every_row_once(store, host_count):
   hosts = [
     list(
-      batches.eval_batches(
+      batches_lib.eval_batches(
         store, "train", 64, host_index=i, host_count=host_count
       )
     )
@@ -405,12 +406,12 @@ def test_eval_batches_hold_every_row_once(store, host_count):
 
 
 def test_eval_batches_of_one_direction(store):
-  found = list(batches.eval_batches(store, "train", 64, direction="en-af"))
+  found = list(batches_lib.eval_batches(store, "train", 64, direction="en-af"))
   assert len(found) == 1
   assert set(found[0]["direction"]) == {NAMES.index("en-af")}
-  _, numbers = _numbers(batches[0])
+  _, numbers = _numbers(found[0])
   assert sorted(numbers.tolist()) == list(range(23))
-  empty = batches.eval_batches(store, "validation", 4, direction="en-af")
+  empty = batches_lib.eval_batches(store, "validation", 4, direction="en-af")
   assert list(empty) == []
 
 
@@ -569,7 +570,7 @@ def test_seeds_and_names_give_other_batches(store):
 def test_rows_stay_in_random_order(store):
   # Groups of tokens are made of consecutive rows and need many languages.
   schedule = heating.constant(100)
-  batch = next(batches.TrainBatches(store, schedule, 512, 0))
+  batch = next(batches_lib.TrainBatches(store, schedule, 512, 0))
   neighbours = np.mean(batch["direction"][1:] == batch["direction"][:-1])
   assert 0.15 < neighbours < 0.35
 
@@ -625,7 +626,7 @@ def test_position_of_another_run_is_refused(store, change, message):
 def test_new_schedule_can_be_asked_for(store):
   state = _heated(store, start_step=10).state()
   schedule = heating.constant(3)
-  restored = batches.TrainBatches(store, schedule, 32, 5)
+  restored = batches_lib.TrainBatches(store, schedule, 32, 5)
   restored.restore(state, new_schedule=True)
   assert restored.step == 10 and restored.counters == state["counters"]
 
@@ -649,7 +650,7 @@ def test_impossible_batches_are_refused(store, options, message):
 
 def test_prefetching_changes_nothing(store):
   plain = _heated(store)
-  with batches.Prefetcher(_heated(store), depth=3) as prefetched:
+  with batches_lib.Prefetcher(_heated(store), depth=3) as prefetched:
     for _ in range(50):
       batch, state = next(prefetched)
       _assert_equal(batch, next(plain))
@@ -661,25 +662,25 @@ def test_prefetcher_ends_and_raises_as_its_iterator():
     yield {"x": np.zeros(1)}
     raise RuntimeError("disk on fire")
 
-  with batches.Prefetcher(broken()) as ahead:
+  with batches_lib.Prefetcher(broken()) as ahead:
     batch, state = next(ahead)
     assert batch["x"].shape == (1,) and state is None
     with pytest.raises(RuntimeError, match="disk on fire"):
       next(ahead)
     with pytest.raises(StopIteration):
       next(ahead)
-  assert len(list(batches.Prefetcher(iter([{}, {}, {}])))) == 3
+  assert len(list(batches_lib.Prefetcher(iter([{}, {}, {}])))) == 3
 
 
 def test_closed_prefetcher_leaves_no_thread():
   before = threading.active_count()
   for _ in range(3):
-    ahead = batches.Prefetcher(({} for _ in itertools.count()), depth=1)
+    ahead = batches_lib.Prefetcher(({} for _ in itertools.count()), depth=1)
     next(ahead)
     ahead.close()
-    batches.close()
+    ahead.close()
     with pytest.raises(StopIteration):
-      next(batches)
+      next(ahead)
   assert threading.active_count() == before
   with pytest.raises(ValueError, match="depth must be above 0"):
-    batches.Prefetcher(iter([]), depth=0)
+    batches_lib.Prefetcher(iter([]), depth=0)

@@ -1,17 +1,22 @@
 """A network, a corpus and settings so small that compiling takes longest."""
 
+import contextlib
 import dataclasses
 
+import jax
 import numpy as np
 import optax
+from flax import traverse_util
 
 from basemt_jax import (
+  checkpointing,
   model,
   optimizer,
   packing,
   partitioning,
   row_store,
   steps,
+  trainer,
   vocabulary,
 )
 
@@ -55,8 +60,6 @@ def sgd():
 
 def mesh(data=1, expert=1, model=1):
   """Over the first of the simulated devices."""
-  import jax
-
   devices = jax.devices()[: data * expert * model]
   return partitioning.make_mesh(expert, model, devices)
 
@@ -121,3 +124,49 @@ def batch(seed=0, rows=16, length=8, directions=3):
   features = {name: value.astype(np.int32) for name, value in tokens.items()}
   features["decoder_loss_weights"] = (target > 0).astype(np.float32)
   return features
+
+
+def checkpoint(model_dir, step, like):
+  with contextlib.closing(
+    checkpointing.Checkpoints(model_dir, read_only=True)
+  ) as checkpoints:
+    return (
+      traverse_util.flatten_dict(
+        jax.device_get(checkpoints.restore(step, like, "the test")), sep="/"
+      ),
+      checkpoints.position(step),
+    )
+
+
+def saved(model_dir):
+  """{step: phase} of the checkpoints."""
+  with contextlib.closing(
+    checkpointing.Checkpoints(model_dir, read_only=True)
+  ) as checkpoints:
+    return {step: checkpoints.phase(step) for step in checkpoints.steps()}
+
+
+def abstract_tree(config, settings, phase):
+  return steps.Program(
+    trainer.phase_config(config, settings, phase),
+    settings,
+    settings.learning_rate,
+    mesh(),
+    3,
+  ).abstract_tree()
+
+
+def assert_same_run(left, right, step, config, settings, phase):
+  """All arrays and positions of two runs' checkpoints are equal."""
+  like = abstract_tree(config, settings, phase)
+  (found, position), (expected, expected_position) = (
+    checkpoint(x, step, like) for x in (left, right)
+  )
+  assert position == expected_position
+  different = [
+    path
+    for path, value in expected.items()
+    if not np.array_equal(found[path], value)
+  ]
+  assert not different
+  assert found.keys() == expected.keys() and len(expected) > 20

@@ -1,0 +1,281 @@
+"""Every gin file: it parses, gives a run, and its network can be traced."""
+
+import dataclasses
+import functools
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import toy
+from flax import traverse_util
+
+import gin
+from basemt_jax import cli, heating, routing, steps, trainer
+from basemt_jax import model as model_lib
+
+ROOT = pathlib.Path(__file__).parent.parent
+MODELS = ["tiny", "base", "big"]
+SYSTEMS = [
+  "dense",
+  "dense_wide",
+  "base",
+  "base_heated",
+  "base_dense_pretrained",
+  "base_heated_dense_pretrained",
+  "switch",
+]
+STEPS = 1000
+
+
+@pytest.fixture(autouse=True)
+def clean_gin():
+  yield
+  gin.clear_config()
+
+
+def configured(files, *bindings):
+  """The `run.Run` of a command line, and its network."""
+  gin.clear_config()
+  options = cli._parser().parse_args(
+    ["train", *(f"--gin_file=gin/{name}.gin" for name in files)]
+  )
+  options.bindings = list(bindings)
+  return with_network(cli._configured(options))
+
+
+def with_network(run):
+  # Before the next configuration takes the place of this one.
+  return run, run.network(vocab_size=384)
+
+
+@functools.cache
+def system(name, model="tiny"):
+  return configured(
+    [f"models/{model}", f"recipes/{name}"],
+    "MODEL_DIR=/nowhere",
+    "MIXTURE_OR_TASK_NAME=none",
+    f"TRAIN_STEPS={STEPS}",
+  )
+
+
+@functools.cache
+def parameters(name, model="tiny"):
+  """Shapes by path of a system's last phase, traced with its loss."""
+  run, config = system(name, model)
+  config = trainer.phase_config(config, run.settings, "sparse")
+  network = model_lib.Transformer(config)
+  state, _ = jax.eval_shape(
+    lambda key: steps.init_state(network, run.settings.optimizer, key),
+    jax.random.key(0),
+  )
+  batch = {
+    name: jax.ShapeDtypeStruct(value.shape, value.dtype)
+    for name, value in toy.batch(rows=config.rows_per_group).items()
+  }
+  loss, grads, _, _ = jax.eval_shape(
+    lambda state, batch: steps.gradients(
+      state, batch, network, run.settings, 3
+    ),
+    state,
+    batch,
+  )
+  assert loss.shape == () and loss.dtype == jnp.float32
+  shapes = traverse_util.flatten_dict(state.params, sep="/")
+  assert {k: v.shape for k, v in shapes.items()} == {
+    k: v.shape for k, v in traverse_util.flatten_dict(grads, sep="/").items()
+  }
+  return {path: leaf.shape for path, leaf in shapes.items()}
+
+
+def size(shapes):
+  return sum(int(np.prod(shape)) for shape in shapes.values())
+
+
+def is_expert(path):
+  return "/base_layer/" in path
+
+
+# ---------------------------------------------------------------- files
+
+
+def test_all_files_are_known_here():
+  found = {
+    str(p.relative_to(ROOT / "gin").with_suffix(""))
+    for p in (ROOT / "gin").rglob("*.gin")
+  }
+  assert found == {
+    *(f"models/{name}" for name in MODELS),
+    *(f"recipes/{name}" for name in SYSTEMS),
+    "recipes/quickstart",
+    "recipes/files",
+    "runs/train",
+    "t5x/pretrain",
+  }
+  assert not list((ROOT / "gin").rglob("__init__.py"))
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_models_are_traced_at_their_size(model):
+  run, config = system("base", model)
+  shapes = parameters("base", model)
+  blocks = {p.split("/base_layer")[0] for p in shapes if is_expert(p)}
+  assert blocks == {
+    *(f"encoder/layers_{i}" for i in config.encoder_expert_blocks),
+    *(f"decoder/layers_{i}" for i in config.decoder_expert_blocks),
+  }
+  kernel = next(p for p in shapes if p.endswith("sublayer_0/wi/kernel"))
+  assert shapes[kernel] == (config.num_experts, config.emb_dim, config.mlp_dim)
+  assert config.num_heads * config.head_dim == config.emb_dim
+  assert run.batch_size % config.rows_per_group == 0
+
+
+@pytest.mark.parametrize("name", SYSTEMS)
+def test_systems_are_traced(name):
+  assert parameters(name)
+
+
+def test_quickstart_is_what_it_says():
+  pytest.importorskip("seqio")
+  run, config = configured(["recipes/quickstart"])
+  assert run.model_dir == "runs/quickstart"
+  assert run.mixture_or_task_name == "cldr"
+  assert config.feed_forward == "experts"
+  assert 0 < run.settings.dense_steps < run.settings.train_steps
+  assert run.temperature(run.settings.train_steps) > run.temperature(0)
+  assert run.batch_size % config.rows_per_group == 0
+
+
+def test_files_recipe_takes_a_folder(tmp_path):
+  pytest.importorskip("seqio")
+  (tmp_path / "en-de.train.tsv").write_text("a b\tA B\nc d\tC D\n")
+  run, config = configured(
+    ["recipes/files"], f"DATA_DIR={tmp_path}", "VOCABULARY=bytes"
+  )
+  assert {t.name for t in run.mixture_or_task_name.tasks}
+  assert config.feed_forward == "experts"
+
+
+# -------------------------------------------------------------- systems
+
+
+def temperatures(run):
+  return heating.temperatures(run.temperature, np.arange(STEPS + 1))
+
+
+def test_dense_systems_have_no_experts_and_wide_has_their_parameters():
+  dense, wide, base = (
+    parameters(name) for name in ("dense", "dense_wide", "base")
+  )
+  assert not any(map(is_expert, [*dense, *wide]))
+
+  def kernels(shapes):
+    return size({p: s for p, s in shapes.items() if "/wi/" in p or "/wo/" in p})
+
+  assert kernels(wide) == kernels(base) > 2 * kernels(dense)
+  # Beyond those, experts add norms, centroids and gates: less than 1 %.
+  assert size(wide) < size(base) < 1.01 * size(wide)
+
+
+@pytest.mark.parametrize("name", SYSTEMS)
+def test_phases_router_and_temperature_are_the_system_s(name):
+  run, config = system(name)
+  is_sparse = not name.startswith("dense")
+  assert any(map(is_expert, parameters(name))) == is_sparse
+  assert run.settings.train_steps == STEPS
+  pretrained = "dense_pretrained" in name
+  assert run.settings.dense_steps == (STEPS // 2 if pretrained else 0)
+  router = routing.TopKRouter if name == "switch" else routing.BalancedRouter
+  assert isinstance(config.router, router)
+  values = temperatures(run)
+  assert values[0] == 1
+  if "heated" in name:
+    assert (np.diff(values) > 0).all() and values[-1] == 5
+  else:
+    assert (values == 1).all()
+  # Gates are 1 after a conversion, sigmoids from scratch.
+  last = trainer.phase_config(config, run.settings, "sparse")
+  assert last.converted == pretrained
+
+
+# ----------------------------------------------------------- overriding
+
+
+def test_macros_are_overridden_on_the_command_line():
+  run, config = configured(
+    ["models/tiny", "recipes/base_heated_dense_pretrained"],
+    "MODEL_DIR=/some/where",
+    'MIXTURE_OR_TASK_NAME="quoted"',
+    "TRAIN_STEPS=300",
+    "NUM_EXPERTS=2",
+    "END_TEMPERATURE=9",
+    "steps.share_of.share=0.1",
+    "TASK_FEATURE_LENGTHS={'inputs': 8, 'targets': 9}",
+    "TEMPERATURE=@heating.square_root()",
+    "OPTIMIZER=@optimizer.adafactor()",
+    "WEIGHT_DECAY=0.5",
+    "conversion.Options.reinitialise=0.5",
+  )
+  assert run.model_dir == "/some/where"
+  assert run.mixture_or_task_name == "quoted"
+  assert run.settings.train_steps == 300
+  assert run.settings.dense_steps == 30
+  assert config.num_experts == 2
+  assert run.temperature(150) == pytest.approx(np.sqrt((1 + 81) / 2))
+  assert run.temperature(300) == 9
+  assert run.task_feature_lengths == {"inputs": 8, "targets": 9}
+  assert run.settings.conversion_options.reinitialise == 0.5
+  state = run.settings.optimizer.init({"w": jnp.ones((256, 128))})
+  assert max(leaf.size for leaf in jax.tree.leaves(state)) <= 256
+
+
+def test_later_files_win(tmp_path):
+  path = tmp_path / "mine.gin"
+  path.write_text("BATCH_SIZE = 48\nSEED = 7\n")
+  gin.clear_config()
+  options = cli._parser().parse_args(
+    [
+      "train",
+      "--gin_file=gin/models/tiny.gin",
+      "--gin_file=gin/recipes/base.gin",
+      "--gin_file=mine.gin",
+      f"--gin_search_paths={tmp_path}",
+      "--model_dir=/nowhere",
+    ]
+  )
+  options.bindings = ["MIXTURE_OR_TASK_NAME=none"]
+  run = cli._configured(options)
+  assert (run.batch_size, run.data_seed, run.settings.seed) == (48, 7, 7)
+  assert run.model_dir == "/nowhere"
+
+
+def described(run, network):
+  """Everything of a run that can be compared."""
+  settings = dataclasses.replace(
+    run.settings, optimizer=None, learning_rate=None
+  )
+  rates = [float(run.settings.learning_rate(s)) for s in range(0, STEPS, 99)]
+  rest = dataclasses.replace(
+    run, network=network, settings=settings, temperature=None
+  )
+  return rest, rates, temperatures(run).tolist()
+
+
+@pytest.mark.parametrize("name", ["dense_wide", "switch", SYSTEMS[5]])
+def test_saved_configuration_gives_the_same_run(name, tmp_path):
+  bindings = (
+    f"MODEL_DIR={tmp_path}",
+    "MIXTURE_OR_TASK_NAME=none",
+    f"TRAIN_STEPS={STEPS}",
+    "LEARNING_RATE=3e-4",
+    "model.TransformerConfig.rows_per_group=4",
+  )
+  expected = described(
+    *configured(["models/tiny", f"recipes/{name}"], *bindings)
+  )
+  cli._save_config(str(tmp_path))
+  gin.clear_config()
+  options = cli._parser().parse_args(["evaluate", f"--model_dir={tmp_path}"])
+  options.bindings = []
+  assert described(*with_network(cli._configured(options))) == expected
