@@ -26,7 +26,7 @@ from jax import lax
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from basemt_jax import layers, routing
+from basemt_jax import grouped_matmul, layers, routing
 
 _BATCH_AXES = ("data", "expert")
 
@@ -609,7 +609,12 @@ def _run_blocks(
   """
   num_experts = weights[0]["norm"].shape[0]
   num_choices = expert.size
-  block = _block_size(num_choices, num_experts)
+  # Under shard_map the kernel has not been tried.
+  use_kernel = key is None and settings.mesh is None and _has_kernel(weights)
+  if use_kernel:
+    block = grouped_matmul.block_size(num_choices, num_experts)
+  else:
+    block = _block_size(num_choices, num_experts)
   busy = min(num_experts, num_choices)
   num_blocks = (num_choices + busy * (block - 1)) // block
   moves, block_expert, used = _blocks(expert, num_experts, block, num_blocks)
@@ -618,6 +623,96 @@ def _run_blocks(
     # Their gradients are summed over the axis once, outside of the loop, and
     # never in a branch, which not all devices take.
     weights = lax.pcast(weights, "data", to="varying")
+  if use_kernel:
+    change = _grouped(settings, num_choices, rows, block_expert, used, weights)
+  else:
+    change = _scan(settings, rows, block_expert, used, weights, key)
+  return moves.combine(change)
+
+
+def _has_kernel(weights: Weights) -> bool:
+  """Whether `grouped_matmul` can run here, with these shapes."""
+  _, hidden, width = weights[0]["wo"].shape
+  return jax.default_backend() == "gpu" and grouped_matmul.is_supported(
+    width, hidden
+  )
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _grouped(
+  settings: _Settings,
+  num_rows: int,
+  rows: jax.Array,
+  block_expert: jax.Array,
+  used: jax.Array,
+  weights: Weights,
+) -> jax.Array:
+  """`_scan` in two products for each sublayer, with the gradient of `_scan`."""
+  num_experts = weights[0]["norm"].shape[0]
+  if grouped_matmul.round_once(num_rows, num_experts):
+    weights = [
+      {
+        **w,
+        **jax.tree.map(
+          lambda x: x.astype(settings.dtype), {"wi": w["wi"], "wo": w["wo"]}
+        ),
+      }
+      for w in weights
+    ]
+  change = jnp.zeros_like(rows)
+  for j, sublayer in enumerate(weights):
+    y = rows if j == 0 else rows + change
+    y = layers.rms_norm(y, sublayer["norm"][block_expert][:, None])
+    hidden = grouped_matmul.grouped_matmul(
+      y.astype(settings.dtype),
+      sublayer["wi"],
+      settings.activations,
+      block_expert,
+      used,
+    )
+    out = grouped_matmul.grouped_matmul(
+      hidden, [sublayer["wo"]], ["linear"], block_expert, used
+    )
+    change = out if j == 0 else change + out
+  return change
+
+
+def _grouped_forward(settings, num_rows, rows, block_expert, used, weights):
+  change = _grouped(settings, num_rows, rows, block_expert, used, weights)
+  return change, (rows, block_expert, used, weights)
+
+
+def _grouped_backward(settings, num_rows, saved, cotangent):
+  del num_rows
+  rows, block_expert, used, weights = saved
+  _, backward = jax.vjp(
+    lambda x, w: _scan(settings, x, block_expert, used, w, None), rows, weights
+  )
+  rows_gradient, weights_gradient = backward(cotangent)
+  return rows_gradient, None, None, weights_gradient
+
+
+_grouped.defvjp(_grouped_forward, _grouped_backward)
+
+
+def _scan(
+  settings: _Settings,
+  rows: jax.Array,
+  block_expert: jax.Array,
+  used: jax.Array,
+  weights: Weights,
+  key: jax.Array | None,
+) -> jax.Array:
+  """Changes [R, M, D] of the blocks in turn: plain JAX, for any platform.
+
+  Args:
+    settings: The layer's.
+    rows: [R, M, D] in the compute type, the rows of R blocks.
+    block_expert: [R] int32.
+    used: [] int32; blocks from this one on may be skipped.
+    weights: Of the local experts.
+    key: Of dropout, or None.
+  """
   if key is not None:
     key = jax.random.fold_in(key, settings.axis_index("data"))
     key = jax.random.fold_in(key, settings.axis_index("expert"))
@@ -646,9 +741,9 @@ def _run_blocks(
       index < used, run, lambda i, x, e: jnp.zeros_like(x), index, x, e
     )
 
-  indices = jnp.arange(num_blocks, dtype=jnp.int32)
+  indices = jnp.arange(rows.shape[0], dtype=jnp.int32)
   _, change = lax.scan(body, None, (indices, rows, block_expert))
-  return moves.combine(change)
+  return change
 
 
 def _blocks(
@@ -662,7 +757,12 @@ def _blocks(
   """
   flat = expert.reshape(-1)
   position = jnp.arange(flat.size, dtype=jnp.int32)
-  ordered, order = lax.sort((flat, position), num_keys=1)
+  if (num_experts + 1) * flat.size <= 2**31:
+    # One sort key in place of a pair.
+    key = lax.sort(flat * flat.size + position, is_stable=False)
+    ordered, order = jnp.divmod(key, flat.size)
+  else:
+    ordered, order = lax.sort((flat, position), num_keys=1)
   experts = jnp.arange(num_experts, dtype=jnp.int32)
   count = jnp.sum(flat[:, None] == experts[None], axis=0, dtype=jnp.int32)
   blocks = (count + block - 1) // block

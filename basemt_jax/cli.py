@@ -24,6 +24,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 PACKAGE = pathlib.Path(__file__).parent
 CONFIG_FILE = "config.gin"
+OPERATIVE_FILE = "operative_config.gin"
 
 
 class UsageError(ValueError):
@@ -513,8 +514,12 @@ def _save_config(model_dir: str) -> None:
 
   if jax.process_index() == 0:
     pathlib.Path(model_dir).mkdir(parents=True, exist_ok=True)
-    path = pathlib.Path(model_dir) / CONFIG_FILE
-    path.write_text(gin.config_str(), encoding="utf-8")
+    directory = pathlib.Path(model_dir)
+    for name, text in (
+      (CONFIG_FILE, gin.config_str()),  # All bindings: what commands read.
+      (OPERATIVE_FILE, gin.operative_config_str()),  # Those that had effect.
+    ):
+      (directory / name).write_text(text, encoding="utf-8")
 
 
 class _Writer:

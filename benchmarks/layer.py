@@ -3,9 +3,10 @@
     python benchmarks/layer.py --tokens 8192 32768 --experts 8 32 128
 
 Forward and backward (gradients of input and parameters) in training, forward
-with greedy routing at test time. Both sides are timed in one process, in turn,
-on several input sets; the median is printed, and JSON written on request. T
-tokens, D model width, F feed-forward width, E experts.
+with greedy routing at test time, also with every token at one expert. All are
+timed in one process, in turn, on several input sets; the median is printed, and
+JSON written on request. T tokens, D model width, F feed-forward width, E
+experts.
 """
 
 import argparse
@@ -43,8 +44,9 @@ def clustered(key: jax.Array, tokens: int, width: int, dtype: Any) -> jax.Array:
   keys = jax.random.split(key, 3)
   centres = jax.random.normal(keys[0], (40, width))
   share = jax.nn.log_softmax(-0.15 * jnp.arange(40.0))
-  members = jax.random.categorical(keys[1], share, shape=(tokens // LENGTH,))
-  noise = jax.random.normal(keys[2], (tokens // LENGTH, LENGTH, width))
+  length = min(LENGTH, tokens)
+  members = jax.random.categorical(keys[1], share, shape=(tokens // length,))
+  noise = jax.random.normal(keys[2], (tokens // length, length, width))
   return (centres[members][:, None] * 0.7 + noise).astype(dtype)
 
 
@@ -74,7 +76,7 @@ def measure(tokens: int, experts: int, args: argparse.Namespace) -> dict:
     num_experts=experts,
     mlp_dim=args.mlp_dim,
     dtype=dtype,
-    rows_per_group=min(args.rows_per_group, tokens // LENGTH),
+    rows_per_group=min(args.rows_per_group, max(tokens // LENGTH, 1)),
   )
   dense = DenseLayer(args.mlp_dim, dtype)
   variables = dict(sparse.init(jax.random.key(0), inputs[0], train=True))
@@ -91,31 +93,32 @@ def measure(tokens: int, experts: int, args: argparse.Namespace) -> dict:
     return jnp.sum(dense.apply({"params": params}, h).astype(jnp.float32) ** 2)
 
   step = jax.jit(jax.grad(sparse_loss, argnums=(0, 1), has_aux=True))
-  for h in inputs * 2:  # Prices of a run that is under way.
-    _, prices = step(params, h, prices)
-
-  greedy = jax.jit(
-    lambda p, h: sparse.apply({"params": p, "prices": prices}, h, train=False)
-  )
+  greedy = jax.jit(lambda p, h: sparse.apply({"params": p}, h, train=False))
   forward = jax.jit(lambda p, h: dense.apply({"params": p}, h))
   dense_step = jax.jit(jax.grad(dense_loss, argnums=(0, 1)))
-  row = time_each(
-    {
+  # Equal affinities: every token goes to the first expert.
+  zero = jnp.zeros_like(params["expert_centroids"])
+  skewed = {**params, "expert_centroids": zero}
+  functions = {}
+  if "train" in args.modes:
+    for h in inputs * 2:  # Prices of a run that is under way.
+      _, prices = step(params, h, prices)
+    functions = {
       "dense train": functools.partial(dense_step, dense_params),
       "base train": lambda h: step(params, h, prices),
+    }
+  if "test" in args.modes:
+    functions |= {
       "dense test": functools.partial(forward, dense_params),
       "base test": functools.partial(greedy, params),
-    },
-    inputs,
-    args.repeats,
-  )
-  return {
-    "tokens": tokens,
-    "experts": experts,
-    **row,
-    "train ratio": row["base train"] / row["dense train"],
-    "test ratio": row["base test"] / row["dense test"],
+      "base skewed test": functools.partial(greedy, skewed),
+    }
+  row = time_each(functions, inputs, args.repeats)
+  ratios = {
+    f"{mode} ratio": row[f"base {mode}"] / row[f"dense {mode}"]
+    for mode in args.modes
   }
+  return {"tokens": tokens, "experts": experts, **row, **ratios}
 
 
 def main() -> None:
@@ -127,6 +130,9 @@ def main() -> None:
   parser.add_argument("--mlp_dim", type=int, default=1024)
   parser.add_argument("--dtype", default="float32")
   parser.add_argument("--rows_per_group", type=int, default=16)
+  parser.add_argument(
+    "--modes", nargs="+", choices=("train", "test"), default=["train", "test"]
+  )
   parser.add_argument("--repeats", type=int, default=11)
   parser.add_argument("--json", help="file for the figures")
   args = parser.parse_args()

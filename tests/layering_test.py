@@ -11,9 +11,16 @@ PACKAGE = pathlib.Path(__file__).parent.parent / "basemt_jax"
 
 # Lower layers first; a module imports only from layers before its own.
 LAYERS = [
-  ["assignment", "heating", "packing", "permutation", "decoding"],
+  [
+    "assignment",
+    "decoding",
+    "heating",
+    "packing",
+    "permutation",
+  ],
   ["routing", "row_store", "losses", "optimizer", "partitioning"],
   ["layers", "batches", "translation"],
+  ["grouped_matmul"],
   ["base_layer"],
   ["model"],
   ["checkpointing"],
