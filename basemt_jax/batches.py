@@ -281,7 +281,8 @@ class TrainBatches:
     if differences:
       raise ValueError(
         "The saved data position does not fit this run: "
-        f"{'; '.join(differences)}. Set them back, or begin a new run."
+        f"{'; '.join(differences)}. Set them back (a longer run keeps its "
+        "temperatures with HEATING_STEPS), or begin a new run."
       )
     self.step = self._plan_start = self._plan_end = int(state["step"])
     self._counters = np.array(
