@@ -93,10 +93,10 @@ def sacrebleu_tokenizer(language: str) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class BandThresholds:
-  """Training pairs that divide the bands; the paper's by default.
+  """Training pairs that divide the bands.
 
-  Dua et al., "Tricks for Training Sparse Translation Models" (NAACL 2022),
-  after ML-50: high resource from 1,000,000, low resource below 100,000.
+  By default those of NLLB (arXiv:2207.04672): high resource from 1,000,000,
+  low resource below 100,000.
 
   Attributes:
     high: The fewest pairs of a high-resource direction.
