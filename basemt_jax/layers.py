@@ -117,12 +117,36 @@ class Embed(nn.Module):
   def attend(self, x: Array) -> Array:
     """Logits [B, L, V] float32 of x [B, L, D]."""
     x = (x * self.features**-0.5).astype(self.dtype)
-    return jnp.einsum(
-      "bld,vd->blv",
-      x,
-      self.embedding.astype(self.dtype),
-      preferred_element_type=jnp.float32,
-    )
+    return _logits(x, self.embedding.astype(self.dtype))
+
+
+@jax.custom_vjp
+def _logits(x: Array, embedding: Array) -> Array:
+  """[B, L, D], [V, D] to [B, L, V] float32, products in the inputs' type.
+
+  The gradient of logits is rounded to that type too, as that of any other
+  layer's output: two of the three largest products of a network would
+  otherwise run in float32.
+  """
+  return jnp.einsum(
+    "bld,vd->blv", x, embedding, preferred_element_type=jnp.float32
+  )
+
+
+def _logits_forward(x, embedding):
+  return _logits(x, embedding), (x, embedding)
+
+
+def _logits_backward(saved, cotangent):
+  x, embedding = saved
+  cotangent = cotangent.astype(x.dtype)
+  return (
+    jnp.einsum("blv,vd->bld", cotangent, embedding),
+    jnp.einsum("blv,bld->vd", cotangent, x),
+  )
+
+
+_logits.defvjp(_logits_forward, _logits_backward)
 
 
 class MlpBlock(nn.Module):
@@ -205,8 +229,8 @@ class Attention(nn.Module):
     num_heads: H.
     head_dim: K.
     dtype: Computation type.
-    implementation: Passed to `jax.nn.dot_product_attention`: None lets JAX
-      choose, 'cudnn' asks for the fused GPU kernel.
+    implementation: Of `jax.nn.dot_product_attention`, 'xla' or 'cudnn'; None:
+      cuDNN's fused kernel where it can run, else XLA.
   """
 
   num_heads: int
@@ -263,8 +287,12 @@ class Attention(nn.Module):
       else:
         query = rotary_embedding(query, positions)
         key = rotary_embedding(key, positions)
+    implementation = self.implementation or _implementation(query, key)
+    if implementation == "cudnn" and mask is not None:
+      shape = (*mask.shape[:2], query.shape[1], key.shape[1])
+      mask = jnp.broadcast_to(mask, shape)  # cuDNN does not broadcast these.
     y = jax.nn.dot_product_attention(
-      query, key, value, mask=mask, implementation=self.implementation
+      query, key, value, mask=mask, implementation=implementation
     )
     y = y.reshape(*inputs_q.shape[:-1], self.num_heads * self.head_dim)
     return Dense(
@@ -311,6 +339,24 @@ class Attention(nn.Module):
     length = cached_key.value.shape[1]
     mask = (jnp.arange(length) <= step)[None, None, None]
     return query, cached_key.value, cached_value.value, mask
+
+
+def _implementation(query: Array, key: Array) -> str:
+  """'cudnn' on GPUs for what its fused attention takes, else 'xla'.
+
+  The fused kernel does not write scores [B, H, Lq, Lk] to memory. It takes
+  half precision only, and is of no use for a single query.
+  """
+  _, length, _, width = query.shape
+  fits = (
+    jax.default_backend() == "gpu"
+    and query.dtype in (jnp.bfloat16, jnp.float16)
+    and width % 8 == 0
+    and width <= 128
+    and length % 2 == 0
+    and key.shape[1] % 2 == 0
+  )
+  return "cudnn" if fits else "xla"
 
 
 def segment_mask(

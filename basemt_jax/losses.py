@@ -3,6 +3,8 @@
 Axes: B batch, L length, V vocabulary, N directions.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -14,7 +16,7 @@ def token_losses(
   targets: Array,
   label_smoothing: float = 0.0,
   z_loss: float = 0.0,
-) -> tuple[Array, Array]:
+) -> tuple[Array, Array, Array]:
   """Smoothed cross-entropy of every token.
 
   With smoothing s the target distribution is 1 - s on the target and
@@ -31,14 +33,35 @@ def token_losses(
   Returns:
     loss: [B, L] float32, z-loss included, in nats.
     nll: [B, L] float32, the plain negative log-likelihood.
+    correct: [B, L] bool, whether the target has the largest logit.
   """
+  loss, nll, favourite = _token_losses(label_smoothing, z_loss, logits, targets)
+  return loss, nll, favourite == targets
+
+
+# Logits are the largest array of a step by far, so passes over them count:
+# the gradient in closed form is one, and needs nothing saved but the logits.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _token_losses(
+  label_smoothing: float, z_loss: float, logits: Array, targets: Array
+) -> tuple[Array, Array, Array]:
+  """`token_losses`, with the token of the largest logit in the last place."""
+  return _token_losses_forward(label_smoothing, z_loss, logits, targets)[0]
+
+
+def _token_losses_forward(label_smoothing, z_loss, logits, targets):
   vocab_size = logits.shape[-1]
-  log_z = jax.nn.logsumexp(logits, axis=-1)
-  target_logit = jnp.take_along_axis(logits, targets[..., None], axis=-1)
-  nll = log_z - target_logit[..., 0]
+  favourite = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+  largest = _pick(logits, favourite)
+  # An infinite largest logit makes the loss infinite or NaN, never the
+  # difference of two infinities hidden here.
+  log_z = largest + jnp.log(
+    jnp.sum(jnp.exp(logits - largest[..., None]), axis=-1)
+  )
+  nll = log_z - _pick(logits, targets)
   loss = nll
   if label_smoothing:
-    confidence, low = 1.0 - label_smoothing, label_smoothing / (vocab_size - 1)
+    confidence, low = _target_distribution(label_smoothing, vocab_size)
     # sum_v q_v (log Z - l_v), with q low everywhere but at the target.
     all_nll = vocab_size * log_z - jnp.sum(logits, axis=-1)
     entropy = -(
@@ -46,7 +69,38 @@ def token_losses(
       + (vocab_size - 1) * low * jnp.log(low + 1e-20)
     )
     loss = (confidence - low) * nll + low * all_nll - entropy
-  return loss + z_loss * jnp.square(log_z), nll
+  loss = loss + z_loss * jnp.square(log_z)
+  return (loss, nll, favourite), (logits, targets, log_z)
+
+
+def _token_losses_backward(label_smoothing, z_loss, saved, cotangents):
+  """Closed form: (1 + 2 z log Z) p_v - q_v of the loss, p_v - 1[v] of nll."""
+  logits, targets, log_z = saved
+  loss, nll, _ = cotangents
+  confidence, low = _target_distribution(label_smoothing, logits.shape[-1])
+  shares = jnp.exp(logits - log_z[..., None])
+  tokens = jnp.arange(logits.shape[-1], dtype=jnp.int32)[None, None]
+  is_target = tokens == targets[..., None]
+  of_share = (1.0 + 2.0 * z_loss * log_z) * loss + nll
+  of_target = (confidence - low) * loss + nll
+  gradient = of_share[..., None] * shares - (low * loss)[..., None]
+  gradient -= jnp.where(is_target, of_target[..., None], 0.0)
+  return gradient, None
+
+
+_token_losses.defvjp(_token_losses_forward, _token_losses_backward)
+
+
+def _target_distribution(
+  label_smoothing: float, vocab_size: int
+) -> tuple[float, float]:
+  """Probability of the target and of each other token."""
+  return 1.0 - label_smoothing, label_smoothing / (vocab_size - 1)
+
+
+def _pick(values: Array, index: Array) -> Array:
+  """values[b, l, index[b, l]]."""
+  return jnp.take_along_axis(values, index[..., None], axis=-1)[..., 0]
 
 
 def loss_sums(
@@ -69,12 +123,11 @@ def loss_sums(
     `loss`, `nll`, `correct` (argmax is the target) and `weight`, each [B]
     float32.
   """
-  loss, nll = token_losses(logits, targets, label_smoothing, z_loss)
-  correct = (jnp.argmax(logits, axis=-1) == targets).astype(jnp.float32)
+  loss, nll, correct = token_losses(logits, targets, label_smoothing, z_loss)
   return {
     "loss": jnp.sum(loss * weights, axis=-1),
     "nll": jnp.sum(nll * weights, axis=-1),
-    "correct": jnp.sum(correct * weights, axis=-1),
+    "correct": jnp.sum(jnp.where(correct, weights, 0.0), axis=-1),
     "weight": jnp.sum(weights, axis=-1),
   }
 

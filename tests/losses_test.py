@@ -26,20 +26,21 @@ def test_token_losses_match_the_definition(smoothing, z_loss):
   rng = np.random.RandomState(0)
   logits = rng.normal(size=(2, 3, 11)).astype(np.float32) * 4
   targets = rng.randint(11, size=(2, 3))
-  loss, nll = losses.token_losses(
+  loss, nll, correct = losses.token_losses(
     jnp.asarray(logits), jnp.asarray(targets), smoothing, z_loss
   )
   for i, j in np.ndindex(2, 3):
     expected = reference(logits[i, j], targets[i, j], smoothing, z_loss)
     np.testing.assert_allclose(loss[i, j], expected[0], rtol=2e-5, atol=2e-5)
     np.testing.assert_allclose(nll[i, j], expected[1], rtol=1e-5, atol=1e-5)
+    assert correct[i, j] == (logits[i, j].argmax() == targets[i, j])
 
 
 def test_perfect_prediction_under_smoothing_costs_nothing():
   vocab, smoothing = 7, 0.2
   q = np.full(vocab, smoothing / (vocab - 1), np.float32)
   q[3] = 1 - smoothing
-  loss, _ = losses.token_losses(
+  loss, _, _ = losses.token_losses(
     jnp.log(q)[None, None], jnp.array([[3]]), smoothing
   )
   np.testing.assert_allclose(loss, 0.0, atol=1e-6)
@@ -109,14 +110,42 @@ def test_router_sums_count_tokens_by_direction_and_expert():
   assert float(losses.auxiliary_loss({})) == 0.0
 
 
-def test_gradient_of_smoothed_loss_is_softmax_minus_target():
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("z_loss", [0.0, 1e-1])
+def test_gradients_are_those_of_finite_differences(smoothing, z_loss):
   rng = np.random.RandomState(3)
-  logits = jnp.asarray(rng.normal(size=(1, 1, 8)).astype(np.float32))
-  gradient = jax.grad(
-    lambda x: losses.token_losses(x, jnp.array([[5]]), 0.1)[0].sum()
-  )(logits)
-  q = np.full(8, 0.1 / 7)
-  q[5] = 0.9
-  np.testing.assert_allclose(
-    gradient[0, 0], jax.nn.softmax(logits[0, 0]) - q, atol=1e-6
-  )
+  logits = rng.normal(size=(2, 3, 8)) * 3
+  targets = rng.randint(8, size=(2, 3))
+  weights = rng.normal(size=(2, 2, 3))  # Of loss and nll.
+
+  def total(x):
+    pairs = np.array(
+      [
+        [reference(x[i, j], targets[i, j], smoothing, z_loss) for j in range(3)]
+        for i in range(2)
+      ]
+    )
+    return np.sum(weights * np.moveaxis(pairs, -1, 0))
+
+  def program(x):
+    loss, nll, _ = losses.token_losses(
+      x, jnp.asarray(targets), smoothing, z_loss
+    )
+    return jnp.sum(loss * weights[0]) + jnp.sum(nll * weights[1])
+
+  gradient = jax.grad(program)(jnp.asarray(logits, jnp.float32))
+  expected = np.zeros_like(logits)
+  for index in np.ndindex(*logits.shape):
+    for sign in (1, -1):
+      moved = logits.copy()
+      moved[index] += sign * 1e-6
+      expected[index] += sign * total(moved) / 2e-6
+  np.testing.assert_allclose(gradient, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_loss_of_infinite_and_nan_logits_is_not_finite():
+  for bad in (np.nan, np.inf):
+    logits = jnp.zeros((1, 1, 4)).at[0, 0, 2].set(bad)
+    loss, nll, _ = losses.token_losses(logits, jnp.array([[1]]), 0.1, 1e-4)
+    assert not np.isfinite(loss).any()
+    assert not np.isfinite(nll).any()

@@ -1,0 +1,106 @@
+"""What a device did while a function ran: kernels, their sources, busy time.
+
+    with device_trace.recorded() as trace:
+      run()
+    print(trace.table(10, compiled.as_text()))
+
+Reads the profile that `jax.profiler` writes. A kernel's source is the JAX name
+stack of the HLO instruction it came from, so that time can be summed by parts
+of the model.
+"""
+
+import contextlib
+import dataclasses
+import pathlib
+import re
+import tempfile
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+
+import jax
+
+
+@dataclasses.dataclass
+class Trace:
+  """Kernels of one device, in the order they started.
+
+  Attributes:
+    kernels: (name, HLO instruction or '', start ns, duration ns).
+  """
+
+  kernels: list[tuple[str, str, float, float]] = dataclasses.field(
+    default_factory=list
+  )
+
+  def span_ms(self) -> float:
+    """From the first kernel's start to the last one's end."""
+    if not self.kernels:
+      return 0.0
+    last = max(start + length for _, _, start, length in self.kernels)
+    return (last - self.kernels[0][2]) / 1e6
+
+  def busy_ms(self) -> float:
+    """Time in which at least one kernel ran."""
+    busy, end = 0.0, 0.0
+    for _, _, start, length in self.kernels:
+      busy += max(start + length - max(start, end), 0.0)
+      end = max(end, start + length)
+    return busy / 1e6
+
+  def by_source(
+    self, hlo: str, groups: Mapping[str, str]
+  ) -> dict[str, tuple[float, int]]:
+    """(Milliseconds, kernels) by the first group whose pattern is found.
+
+    Args:
+      hlo: Text of the compiled program.
+      groups: Group to regular expression over 'name stack | instruction |
+        kernel'.
+    """
+    sources = dict(re.findall(r"%?([\w.-]+) = [^\n]*op_name=\"([^\"]*)\"", hlo))
+    sums: dict[str, tuple[float, int]] = defaultdict(lambda: (0.0, 0))
+    for name, op, _, length in self.kernels:
+      text = f"{sources.get(op, '')} | {op} | {name}"
+      group = next(
+        (g for g, pattern in groups.items() if re.search(pattern, text)),
+        "other",
+      )
+      total, count = sums[group]
+      sums[group] = (total + length / 1e6, count + 1)
+    return dict(sorted(sums.items(), key=lambda item: -item[1][0]))
+
+  def longest(self, hlo: str, count: int) -> list[tuple[float, int, str, str]]:
+    """(Milliseconds, launches, instruction, name stack), longest first."""
+    sources = dict(re.findall(r"%?([\w.-]+) = [^\n]*op_name=\"([^\"]*)\"", hlo))
+    sums: dict[str, tuple[float, int]] = defaultdict(lambda: (0.0, 0))
+    for name, op, _, length in self.kernels:
+      total, launches = sums[op or name]
+      sums[op or name] = (total + length / 1e6, launches + 1)
+    rows = [
+      (total, launches, op, sources.get(op, ""))
+      for op, (total, launches) in sums.items()
+    ]
+    return sorted(rows, reverse=True)[:count]
+
+
+@contextlib.contextmanager
+def recorded(device: int = 0) -> Iterator[Trace]:
+  """Records what device number `device` does; complete after the block."""
+  trace = Trace()
+  with tempfile.TemporaryDirectory() as folder:
+    with jax.profiler.trace(folder):
+      yield trace
+    for path in sorted(pathlib.Path(folder).rglob("*.xplane.pb")):
+      data = jax.profiler.ProfileData.from_file(str(path))
+      for plane in data.planes:
+        if not re.fullmatch(rf"/device:(GPU|TPU):{device}.*", plane.name):
+          continue
+        for line in plane.lines:
+          if line.name.startswith("Stream") or line.name == "XLA Ops":
+            for event in line.events:
+              stats = {k: v for k, v in event.stats if k is not None}
+              op = str(stats.get("hlo_op", ""))
+              trace.kernels.append(
+                (event.name, op, event.start_ns, event.duration_ns)
+              )
+  trace.kernels.sort(key=lambda kernel: kernel[2])
