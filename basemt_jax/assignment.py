@@ -26,6 +26,7 @@ All trip counts are static: no host synchronisation, and work is bounded. After
 step 4 the slots are a one-to-one map of tokens whatever the scores were.
 """
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -34,13 +35,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from basemt_jax import assignment_kernels
+
 # Temperatures are in units of the scores' spread. Warm prices are off by the
 # drift between batches and by sampling noise, about a tenth of the spread.
 _COLD_TEMPERATURE = 1.0
 _WARM_TEMPERATURE = 0.2
 _FINAL_TEMPERATURE = 0.005
 _COLD_STEPS = 12
-_WARM_STEPS = 8
+_WARM_STEPS = 6
 
 # The Newton system's inverse is a product of this many factors (I + M^(2^i)).
 _NUM_DOUBLINGS = 6
@@ -52,6 +55,8 @@ _WINDOW_TOKENS = 512
 _MAX_MOVES = 8
 _REPAIR_ROUNDS = 8
 _HOPS = 4
+# A move this much worse than the best one may go with it.
+_TOLERANCE = 2 * _FINAL_TEMPERATURE
 
 # Finite stand-ins for infinities; a million times more still fits float32.
 _HUGE = 1e30
@@ -117,7 +122,7 @@ def balanced_assignment(
       scores are never read.
     prices: [E] prices of a previous, similar problem. All zero counts as not
       known yet.
-    num_steps: Newton steps; more is slower and better. By default 12, or 8
+    num_steps: Newton steps; more is slower and better. By default 12, or 6
       where prices are given.
 
   Returns:
@@ -216,20 +221,30 @@ def _solve_dual(
   falling = max(num_steps - 2, 1)  # the last two steps are at the end value
   ratio = _FINAL_TEMPERATURE / first_temperature
 
-  def step(i, prices):
+  def step(newton_step, i, prices):
     fraction = jnp.minimum(i / falling, 1.0)
     temperature = first_temperature * jnp.power(ratio, fraction)
-    return _newton_step(
+    return newton_step(
       scores.values,
       weights,
       free_values,
       free_weight,
       prices,
       temperature,
-      capacity,
+      capacity=capacity,
     )
 
-  return lax.fori_loop(0, num_steps, step, start)
+  if not assignment_kernels.is_supported(num_experts):
+    return lax.fori_loop(
+      0, num_steps, functools.partial(step, _newton_step), start
+    )
+  newton_step = functools.partial(
+    assignment_kernels.newton_step, num_doublings=_NUM_DOUBLINGS
+  )
+  prices = start
+  for i in range(num_steps):  # A loop would cost more launches than a step.
+    prices = step(newton_step, i, prices)
+  return prices
 
 
 def _newton_step(
@@ -352,7 +367,19 @@ def _balance(
   index = jnp.minimum(start[:, None] + rank, num_tokens - 1)
   tokens = jnp.where(filled, order[index], num_tokens)
   slack = jnp.where(jnp.sum(mask) < num_experts * capacity, prices, 0.0)
-  if num_experts > 1:
+  if assignment_kernels.is_repair_supported(num_experts):
+    tokens = assignment_kernels.repair(
+      values.T,
+      tokens,
+      count,
+      slack,
+      capacity=capacity,
+      rounds=_REPAIR_ROUNDS,
+      hops=_HOPS,
+      max_moves=_MAX_MOVES,
+      tolerance=_TOLERANCE,
+    )
+  elif num_experts > 1:
     tokens = _repair(values.T, tokens, count, slack, capacity)
 
   # Slots: settled tokens by rank, the window's after them, then all others.
@@ -417,9 +444,6 @@ def _repair(
   num_places = tokens.shape[1]
   places = jnp.arange(num_places, dtype=jnp.int32)
   max_moves = min(_MAX_MOVES, num_places)
-  # A move this much worse than the best one may go with it.
-  tolerance = 2 * _FINAL_TEMPERATURE
-
   def body(_, state):
     tokens, rows, own, load = state
     change = rows - own[:, :, None]
@@ -444,7 +468,7 @@ def _repair(
     root = path[-1]
     target = (room > 0) & source[root] & (previous[root] == root)
     worth = distance + slack
-    target &= any_over | ((worth > tolerance) & (root != experts))
+    target &= any_over | ((worth > _TOLERANCE) & (root != experts))
     worth = jnp.where(target, worth, -jnp.inf)
     of_root = root[None] == experts[:, None]
     worth_of_root = jnp.where(of_root, worth[None], -jnp.inf)
@@ -464,7 +488,7 @@ def _repair(
     sent_change = rows[experts, :, following] - own
     top = jnp.max(sent_change, axis=1, keepdims=True)
     top_place = jnp.argmax(sent_change, axis=1).astype(jnp.int32)[:, None]
-    alike = sent_change >= jnp.minimum(top, 0.0) - tolerance
+    alike = sent_change >= jnp.minimum(top, 0.0) - _TOLERANCE
     similar = jnp.minimum(jnp.sum(alike, axis=1), max_moves)
     alike &= places[None] != top_place
     top_place = jnp.concatenate(
