@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -26,6 +26,7 @@ _SHUFFLE_BUFFER = 10_000
 
 Pair = tuple[str, str]
 ReadPairs = Callable[[str], Iterator[Pair]]
+NumPairs = Mapping[str, int] | Callable[[], Mapping[str, int]]
 
 
 def tag(language: str) -> str:
@@ -42,25 +43,50 @@ def task_name(corpus: str, source: str, target: str) -> str:
 class PairSource(seqio.DataSource):
   """Sentence pairs read by a Python function, lazily, in a fixed order.
 
-  Nothing is read before a dataset is iterated.
+  Nothing is read before a dataset is iterated. `text_pairs` gives the same
+  texts without TensorFlow, for readers in a hurry.
   """
 
   def __init__(
     self,
     read: ReadPairs,
-    num_pairs: Mapping[str, int],
-    fingerprint: str = "",
+    num_pairs: NumPairs,
+    fingerprint: str | Callable[[], str] = "",
+    prefix: str = "",
   ):
     """Makes a source of examples {'inputs': text, 'targets': text}.
 
     Args:
       read: gives the (source, target) pairs of a split, the same every time.
-      num_pairs: the split's name to its number of pairs.
+      num_pairs: the split's name to its number of pairs; or a function that
+        gives that, called when it is first asked for.
       fingerprint: changes whenever the pairs do: rows that were packed from
-        other pairs are then packed again.
+        other pairs are then packed again. Or a function, as `num_pairs`.
+      prefix: put before every source text: its tag.
     """
-    self.read, self.fingerprint = read, fingerprint
-    super().__init__(splits=tuple(num_pairs), num_input_examples=num_pairs)
+    self.read, self.prefix = read, prefix
+    self._num_pairs, self._fingerprint = num_pairs, fingerprint
+    super().__init__(splits=())
+
+  @property
+  def splits(self) -> tuple[str, ...]:
+    """Names of the splits."""
+    return tuple(self._sizes)
+
+  @property
+  def fingerprint(self) -> str:
+    """Stands for the pairs."""
+    known = self._fingerprint
+    return known if isinstance(known, str) else known()
+
+  @functools.cached_property
+  def _sizes(self) -> Mapping[str, int]:
+    known = self._num_pairs
+    return known() if callable(known) else known
+
+  def num_input_examples(self, split: str) -> int:
+    """Pairs of a split; 0 if there is no such split."""
+    return self._sizes.get(split, 0)
 
   @property
   def supports_arbitrary_sharding(self) -> bool:
@@ -70,6 +96,11 @@ class PairSource(seqio.DataSource):
   def list_shards(self, split: str) -> list[str]:
     """A split is one shard."""
     return [split]
+
+  def text_pairs(self, split: str) -> Iterator[Pair]:
+    """The (source, target) texts of a split, the source with its prefix."""
+    for source, target in self.read(split):
+      yield self.prefix + source, target
 
   def get_dataset(
     self,
@@ -90,7 +121,7 @@ class PairSource(seqio.DataSource):
       )
 
     def chunks() -> Iterator[np.ndarray]:
-      pairs = self.read(split)
+      pairs = self.text_pairs(split)
       while chunk := list(itertools.islice(pairs, _CHUNK)):
         yield np.array(
           [(a.encode(), b.encode()) for a, b in chunk], dtype=object
@@ -102,15 +133,6 @@ class PairSource(seqio.DataSource):
     if shard_info is not None and shard_info.num_shards > 1:
       dataset = dataset.shard(shard_info.num_shards, shard_info.index)
     return dataset.map(lambda pair: {"inputs": pair[0], "targets": pair[1]})
-
-
-def add_tag(dataset: tf.data.Dataset, language: str) -> tf.data.Dataset:
-  """Puts the tag of the language wanted before every source text."""
-  prefix = tag(language) + " "
-  return dataset.map(
-    lambda example: {**example, "inputs": prefix + example["inputs"]},
-    num_parallel_calls=tf.data.AUTOTUNE,
-  )
 
 
 def features(vocabulary: seqio.Vocabulary) -> dict[str, seqio.Feature]:
@@ -153,9 +175,9 @@ def add_direction(
   source: str,
   target: str,
   read: ReadPairs,
-  num_pairs: Mapping[str, int],
+  num_pairs: NumPairs,
   vocabulary: seqio.Vocabulary,
-  fingerprint: str = "",
+  fingerprint: str | Callable[[], str] = "",
 ) -> seqio.Task:
   """Registers the SeqIO task of one direction.
 
@@ -164,7 +186,7 @@ def add_direction(
     source: source language.
     target: target language.
     read: gives the (source, target) texts of a split, untagged.
-    num_pairs: the split's name to its number of pairs.
+    num_pairs: see `PairSource`.
     vocabulary: of both sides.
     fingerprint: see `PairSource`.
 
@@ -172,11 +194,33 @@ def add_direction(
     The task. Its examples have `inputs` and `targets`, int32 ids with EOS, and
     their texts as `inputs_pretokenized` (tagged) and `targets_pretokenized`.
   """
+  pairs = PairSource(read, num_pairs, fingerprint, prefix=f"{tag(target)} ")
+  return add_task(corpus, source, target, pairs, vocabulary)
+
+
+def add_task(
+  corpus: str,
+  source: str,
+  target: str,
+  data: seqio.DataSource,
+  vocabulary: seqio.Vocabulary,
+  first_steps: Sequence[Callable[..., tf.data.Dataset]] = (),
+) -> seqio.Task:
+  """As `add_direction`, of any data source.
+
+  Args:
+    corpus: what the task's name begins with.
+    source: source language.
+    target: target language.
+    data: after `first_steps`, gives the texts `inputs`, tagged, and `targets`.
+    vocabulary: of both sides.
+    first_steps: SeqIO preprocessors.
+  """
   return seqio.TaskRegistry.add(
     task_name(corpus, source, target),
-    source=PairSource(read, num_pairs, fingerprint),
+    source=data,
     preprocessors=[
-      functools.partial(add_tag, language=target),
+      *first_steps,
       seqio.preprocessors.tokenize,
       seqio.CacheDatasetPlaceholder(),
       seqio.preprocessors.append_eos_after_trim,
@@ -196,6 +240,11 @@ def add_mixture(
   """Registers the mixture of tasks, each at the rate of its training size."""
   return seqio.MixtureRegistry.add(
     name,
-    [(task.name, task.num_input_examples("train")) for task in tasks],
+    [(task.name, _train_pairs) for task in tasks],
     mixture_cls=mixture_cls,
   )
+
+
+def _train_pairs(task: seqio.Task) -> float:
+  """A rate that is not asked for before the mixture is used."""
+  return float(task.num_input_examples("train"))

@@ -7,10 +7,12 @@ A folder may mix these, each also gzipped (`.gz`), in UTF-8:
 - `en-de.train.jsonl`: a line is `{"en": "...", "de": "..."}`, or has that
   object as its `translation`; other keys are ignored.
 
+TSV and JSONL files may be in shards, `en-de.train-00000-of-00004.tsv.gz`.
 Splits are `train`, `dev` (also `valid`, `validation`) and `test`; only `train`
 is required. Languages are two or three small letters, with script or region
 (`pt_BR`, `zh-Hans`, `deu_Latn`). Both directions of every pair of languages
-are made, whatever the order in the file's name.
+are made, whatever the order in the file's name; only when there are dev or test
+files of both orders is each of its own direction (as WMT's are since 2019).
 
 A line that cannot be used is logged with its file and number, counted and
 skipped: see `Summary`. What puts a whole file in doubt is an error instead:
@@ -18,8 +20,8 @@ Moses files of unequal length (any line may be the misplaced one), a broken
 gzip file, a split without a usable line.
 
 Files are read as streams, with memory for a line at a time. `mixture` reads
-them once, to count (about 300,000 lines a second); later reads check that the
-count is still the same.
+them once, to count (about 300,000 lines a second), unless `basemt prepare` made
+and counted them; later reads check that the count is still the same.
 """
 
 from __future__ import annotations
@@ -40,7 +42,7 @@ from collections.abc import Iterator
 
 import seqio
 
-from basemt_jax import row_store
+from basemt_jax import preparation, row_store
 from basemt_jax import vocabulary as vocabulary_lib
 from tasks import common
 
@@ -49,8 +51,9 @@ _LOGGED_PER_FILE = 5
 _LANGUAGE = r"[a-z]{2,3}(?:[-_][A-Z0-9][A-Za-z0-9]*)*"
 _PAIR = rf"(?P<first>{_LANGUAGE})-(?P<second>{_LANGUAGE})"
 _SPLIT = r"(?P<split>train|dev|valid|validation|test)"
+_SHARD = r"(?:-(?P<shard>\d{5})-of-(?P<shards>\d{5}))?"
 _NAMES = (
-  re.compile(rf"{_PAIR}\.{_SPLIT}\.(?P<kind>tsv|jsonl)(?:\.gz)?"),
+  re.compile(rf"{_PAIR}\.{_SPLIT}{_SHARD}\.(?P<kind>tsv|jsonl)(?:\.gz)?"),
   re.compile(rf"{_SPLIT}\.{_PAIR}\.(?P<side>{_LANGUAGE})(?:\.gz)?"),
 )
 _SPLIT_NAMES = {"dev": "validation", "valid": "validation"}
@@ -66,14 +69,14 @@ class _UnusableLineError(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class SplitFile:
-  """The file, or the two Moses files, of a split of two languages.
+  """The file, shards, or two Moses files, of a split of two languages.
 
   Attributes:
     kind: 'tsv', 'jsonl' or 'moses'.
     split: 'train', 'validation' or 'test'.
     first: language of the first column or file, as it is spelled in the name.
     second: the other language.
-    paths: one path, or two for Moses.
+    paths: one path, one for every shard, or two for Moses.
   """
 
   kind: str
@@ -88,6 +91,8 @@ class SplitFile:
     return self.first.replace("-", "_"), self.second.replace("-", "_")
 
   def __str__(self) -> str:
+    if len(self.paths) > 2:
+      return f"{self.paths[0]} ... {self.paths[-1].name}"
     return " and ".join(str(path) for path in self.paths)
 
 
@@ -114,26 +119,34 @@ class Summary:
 
   Attributes:
     folder: its path.
-    files: by (first language, second language) and split.
+    files: by (first language, second language) and split. Dev and test files
+      of both orders stand under both.
     reports: what was found in each file.
     ignored: names of files that are not parallel text by their names.
+    max_characters: lines with a longer side are skipped.
   """
 
   folder: str
   files: dict[tuple[str, str], dict[str, SplitFile]]
   reports: dict[SplitFile, FileReport]
   ignored: tuple[str, ...]
+  max_characters: int
 
   @property
   def skipped(self) -> int:
     """Lines that could not be used, in all files."""
     return sum(sum(r.skipped.values()) for r in self.reports.values())
 
+  def direction(self, source: str, target: str) -> dict[str, SplitFile]:
+    """The files of a direction, by split: of its order, else of the other."""
+    found = self.files.get((target, source), {})
+    return _in_order(found | self.files.get((source, target), {}))
+
   def num_pairs(self, languages: tuple[str, str]) -> dict[str, int]:
-    """Usable pairs of every split that two languages have."""
+    """Usable pairs of every split of a direction."""
     return {
       split: self.reports[file].pairs
-      for split, file in self.files[languages].items()
+      for split, file in self.direction(*languages).items()
     }
 
 
@@ -191,7 +204,7 @@ def mixture(
       f" vocabulary or another limit than {folder} now: give another `name`."
     )
   summary = _scan(folder, files, ignored, max_characters)
-  tasks = _add_tasks(name, summary, vocabulary, max_characters, repr(identity))
+  tasks = _add_tasks(name, summary, vocabulary, repr(identity))
   made = common.add_mixture(name, tasks, mixture_cls=FilesMixture)
   made.summary, made.identity = summary, identity
   return made
@@ -213,6 +226,26 @@ def scan(
   """
   folder = pathlib.Path(data_dir)
   return _scan(folder, *_discover(folder), max_characters)
+
+
+def languages_with_text(
+  data_dir: str | os.PathLike[str],
+) -> set[tuple[str, str]]:
+  """Pairs of languages, in both orders, that have a file for training.
+
+  Goes by the names of the files, and finds no fault with any of them.
+  """
+  found = set()
+  for path in pathlib.Path(data_dir).iterdir():
+    matches = (pattern.fullmatch(path.name) for pattern in _NAMES)
+    match = next((m for m in matches if m and m["split"] == "train"), None)
+    if match:
+      pair = (
+        match["first"].replace("-", "_"),
+        match["second"].replace("-", "_"),
+      )
+      found |= {pair, pair[::-1]}
+  return found
 
 
 def train_vocabulary(
@@ -274,6 +307,42 @@ def read_pairs(file: SplitFile, max_characters: int) -> Iterator[common.Pair]:
       yield pair
 
 
+def read_direction(
+  summary: Summary, split: str, source: str, target: str
+) -> Iterator[common.Pair]:
+  """The (source, target) texts of a split.
+
+  Raises:
+    ValueError: at the end, for a file that changed since it was counted.
+  """
+  file, count = summary.direction(source, target)[split], 0
+  backwards = file.languages[0] != source
+  for pair in read_pairs(file, summary.max_characters):
+    count += 1
+    yield pair[::-1] if backwards else pair
+  expected = summary.reports[file].pairs
+  if count != expected:
+    raise ValueError(
+      f"{file} had {expected} usable pairs when it was registered and has"
+      f" {count} now: start again with files that stay as they are."
+    )
+
+
+def _read_split(
+  split: str, *, summary: Summary, source: str, target: str
+) -> Iterator[common.Pair]:
+  return read_direction(summary, split, source, target)
+
+
+def fingerprint(
+  data_dir: str | os.PathLike[str], max_characters: int = MAX_CHARACTERS
+) -> str:
+  """Stands for the files of a folder, without reading them."""
+  folder = pathlib.Path(data_dir)
+  files, _ = _discover(folder)
+  return repr((*_stamps(folder, files), max_characters))
+
+
 def _identity(
   folder: pathlib.Path,
   files: dict[tuple[str, str], dict[str, SplitFile]],
@@ -281,6 +350,12 @@ def _identity(
   max_characters: int,
 ) -> tuple[object, ...]:
   """Everything that a mixture depends on, without reading the files."""
+  return (*_stamps(folder, files), vocabulary.fingerprint, max_characters)
+
+
+def _stamps(
+  folder: pathlib.Path, files: dict[tuple[str, str], dict[str, SplitFile]]
+) -> tuple[object, ...]:
   paths = sorted(
     path
     for splits in files.values()
@@ -291,8 +366,6 @@ def _identity(
   return (
     str(folder.resolve()),
     tuple((name, stat.st_size, stat.st_mtime_ns) for name, stat in stats),
-    vocabulary.fingerprint,
-    max_characters,
   )
 
 
@@ -300,53 +373,22 @@ def _add_tasks(
   name: str,
   summary: Summary,
   vocabulary: vocabulary_lib.Vocabulary,
-  max_characters: int,
-  fingerprint: str,
+  stamp: str,
 ) -> list[seqio.Task]:
   """Registers both directions of every pair of languages."""
   tasks = []
-  for languages, splits in summary.files.items():
-    for source, target in (languages, languages[::-1]):
-      read = functools.partial(
-        _read_direction,
-        splits=splits,
-        source=source,
-        sizes=summary.num_pairs(languages),
-        max_characters=max_characters,
-      )
-      tasks.append(
-        common.add_direction(
-          name,
-          source,
-          target,
-          read,
-          summary.num_pairs(languages),
-          vocabulary.seqio(),
-          fingerprint,
-        )
-      )
-  return tasks
-
-
-def _read_direction(
-  split: str,
-  *,
-  splits: dict[str, SplitFile],
-  source: str,
-  sizes: dict[str, int],
-  max_characters: int,
-) -> Iterator[common.Pair]:
-  """(source, target) pairs; notices a file that changed since the count."""
-  file, count = splits[split], 0
-  backwards = file.languages[0] != source
-  for pair in read_pairs(file, max_characters):
-    count += 1
-    yield pair[::-1] if backwards else pair
-  if count != sizes[split]:
-    raise ValueError(
-      f"{file} had {sizes[split]} usable pairs when it was registered and has"
-      f" {count} now: start again with files that stay as they are."
+  directions = [d for key in summary.files for d in (key, key[::-1])]
+  for source, target in dict.fromkeys(directions):
+    sizes = summary.num_pairs((source, target))
+    read = functools.partial(
+      _read_split, summary=summary, source=source, target=target
     )
+    tasks.append(
+      common.add_direction(
+        name, source, target, read, sizes, vocabulary.seqio(), stamp
+      )
+    )
+  return tasks
 
 
 # ------------------------------------------------------------------ finding
@@ -374,6 +416,9 @@ def _discover(
       raise ValueError(f"{file} pairs {first!r} with itself.")
     # The same languages in the other order are the same directions.
     key = (second, first) if (second, first) in found else (first, second)
+    same = found.get(key, {}).get(file.split)
+    if same and same.languages != file.languages and file.split != "train":
+      key = (first, second) if same.languages == key else key[::-1]
     other = found.setdefault(key, {}).setdefault(file.split, file)
     if other is not file:
       raise ValueError(
@@ -386,7 +431,7 @@ def _discover(
       f" {_LAYOUTS}."
     )
   for (first, second), splits in found.items():
-    if "train" not in splits:
+    if "train" not in splits | found.get((second, first), {}):
       raise ValueError(
         f"{next(iter(splits.values()))} has no training file beside it: add"
         f" {first}-{second}.train.tsv or remove it."
@@ -403,8 +448,11 @@ def _match_names(
 ) -> tuple[list[SplitFile], list[tuple[str, SplitFile]], tuple[str, ...]]:
   """Sorts a folder's files: whole ones, Moses sides, and those ignored."""
   whole, sides, ignored = [], [], []
+  shards: dict[SplitFile, dict[int, pathlib.Path]] = {}
   for path in sorted(folder.iterdir()):
     if path.name.startswith(".") or not path.is_file():
+      continue
+    if path.name == preparation.REPORT:
       continue
     matches = (pattern.fullmatch(path.name) for pattern in _NAMES)
     match = next((m for m in matches if m), None)
@@ -420,13 +468,29 @@ def _match_names(
       groups["second"],
       (path,),
     )
-    if "side" not in groups:
+    if groups.get("shards"):
+      # The same key for all shards of a text, with their number.
+      key = dataclasses.replace(file, paths=(folder,) * int(groups["shards"]))
+      shards.setdefault(key, {})[int(groups["shard"])] = path
+    elif "side" not in groups:
       whole.append(file)
     elif groups["side"] in (file.first, file.second):
       sides.append((groups["side"], file))
     else:
       ignored.append(path.name)
+  whole += [_all_shards(key, found) for key, found in shards.items()]
   return whole, sides, tuple(ignored)
+
+
+def _all_shards(key: SplitFile, found: dict[int, pathlib.Path]) -> SplitFile:
+  """The text that shards make; `key` has as many paths as there must be."""
+  missing = [i for i in range(len(key.paths)) if i not in found]
+  if missing or len(found) != len(key.paths):
+    raise ValueError(
+      f"{next(iter(found.values()))} is one of {len(key.paths)} shards and"
+      f" shard {missing[0] if missing else max(found)} is not there: add it."
+    )
+  return dataclasses.replace(key, paths=tuple(found[i] for i in sorted(found)))
 
 
 def _moses_pairs(sides: list[tuple[str, SplitFile]]) -> list[SplitFile]:
@@ -465,12 +529,36 @@ def _scan(
   """Reads every file once: counts pairs, logs and counts unusable lines."""
   if ignored:
     _log.warning("%s: not parallel text: %s", folder, ", ".join(ignored))
+  counted = _counted(folder, max_characters)
   reports = {
-    file: _report(file, max_characters)
+    file: _known_report(file, counted) or _report(file, max_characters)
     for splits in files.values()
     for file in splits.values()
   }
-  return Summary(str(folder), files, reports, ignored)
+  return Summary(str(folder), files, reports, ignored, max_characters)
+
+
+def _counted(folder: pathlib.Path, max_characters: int) -> dict[str, dict]:
+  """The files that `basemt prepare` made here, as long as all lines fit."""
+  path = folder / preparation.REPORT
+  if not path.exists():
+    return {}
+  report = json.loads(path.read_text(encoding="utf-8"))
+  fits = report["max_characters"] <= max_characters
+  return report["train_files"] if fits else {}
+
+
+def _known_report(
+  file: SplitFile, counted: dict[str, dict]
+) -> FileReport | None:
+  """The report of files that were counted and have not changed since."""
+  pairs = 0
+  for path in file.paths:
+    known = counted.get(path.name)
+    if known is None or known["bytes"] != path.stat().st_size:
+      return None
+    pairs += known["pairs"]
+  return FileReport(str(file), pairs) if pairs else None
 
 
 def _report(file: SplitFile, max_characters: int) -> FileReport:
@@ -508,8 +596,7 @@ def _lines(
 ) -> Iterator[tuple[str, common.Pair | _UnusableLineError]]:
   """Every line: its 'file:number', and its pair or why it has none."""
   parse = {"tsv": _parse_tsv, "jsonl": _parse_json, "moses": _parse_moses}
-  for number, lines in enumerate(_raw_lines(file), start=1):
-    place = f"{file.paths[0]}:{number}"
+  for place, lines in _places(file):
     try:
       texts = [line.decode("utf-8") for line in lines]
       sides = parse[file.kind](texts, file)
@@ -518,6 +605,15 @@ def _lines(
       yield place, _UnusableLineError("bad UTF-8")
     except _UnusableLineError as reason:
       yield place, reason
+
+
+def _places(file: SplitFile) -> Iterator[tuple[str, tuple[bytes, ...]]]:
+  """'file:number' and line of each shard, or of both Moses files."""
+  parts = [file.paths] if file.kind == "moses" else [(p,) for p in file.paths]
+  for paths in parts:
+    part = dataclasses.replace(file, paths=tuple(paths))
+    for number, lines in enumerate(_raw_lines(part), start=1):
+      yield f"{paths[0]}:{number}", lines
 
 
 def _raw_lines(file: SplitFile) -> Iterator[tuple[bytes, ...]]:

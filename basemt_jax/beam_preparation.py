@@ -1,0 +1,167 @@
+"""`preparation`'s steps as an Apache Beam pipeline, for more than a machine.
+
+The files are the same, byte for byte. Beam has its own way to go on after
+failures and to use workers, so there is none here. All workers must see the
+folders of raw text and of the result under the same names: a shared or mounted
+file system.
+
+Beam is no dependency of the package; `pip install apache_beam` adds it.
+"""
+
+import os
+import pathlib
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from basemt_jax import cleaning, preparation, raw_text
+
+_Key = tuple[raw_text.Pair, int]
+
+
+def prepare(
+  raw: str | os.PathLike[str],
+  out: str | os.PathLike[str],
+  names: raw_text.Names,
+  options: cleaning.Options | None = None,
+  *,
+  beam_options: Sequence[str] = (),
+) -> dict[str, Any]:
+  """Prepares a folder of raw text on a Beam runner.
+
+  Args:
+    raw: folder of downloaded files.
+    out: folder for the result.
+    names: of the corpus.
+    options: what training text must be like.
+    beam_options: as Beam's command lines have them, '--runner=DirectRunner'.
+
+  Returns:
+    The report, as `preparation.prepare`.
+
+  Raises:
+    ValueError: as `preparation.prepare`.
+    ImportError: Beam is not installed.
+  """
+  import apache_beam as beam
+  from apache_beam.options import pipeline_options
+
+  raw, out = pathlib.Path(raw).resolve(), pathlib.Path(out).resolve()
+  options = options or cleaning.Options()
+  with preparation.begun(raw, out, names, options) as (work, report):
+    if report:
+      return report
+    todo = preparation.plan(raw, work, names, options)
+    for job in todo.jobs:
+      preparation.job_folder(work, job.pair).mkdir(exist_ok=True)
+    shards = {job.pair: job.shards for job in todo.jobs}
+    texts = [
+      ((job.pair, number), text)
+      for job in todo.jobs
+      for number, text in enumerate(job.texts)
+    ]
+    with beam.Pipeline(
+      options=pipeline_options.PipelineOptions(list(beam_options))
+    ) as pipeline:
+      held_out = pipeline | "held out" >> beam.Create([todo.held_out])
+      found = (
+        pipeline
+        | "texts" >> beam.Create(texts)
+        | "read" >> beam.FlatMap(_blocks)
+        | "spread" >> beam.Reshuffle()
+        | "clean"
+        >> beam.FlatMap(
+          _clean,
+          held_out=beam.pvalue.AsSingleton(held_out),
+          options=options,
+          shards=shards,
+        ).with_outputs("counts", main="lines")
+      )
+      # One empty element for each, so that empty ones are written, too.
+      no_counts = pipeline | "no counts" >> beam.Create(
+        [(key, Counter()) for key, _ in texts]
+      )
+      no_lines = pipeline | "no lines" >> beam.Create(
+        [
+          ((p, shard), [])
+          for p, count in shards.items()
+          for shard in range(count)
+        ]
+      )
+      text_names = {key: text.name for key, text in texts}
+      _ = (
+        (found["counts"], no_counts)
+        | "all counts" >> beam.Flatten()
+        | "add up" >> beam.CombinePerKey(_sum)
+        | "write counts"
+        >> beam.Map(_write_counts, work=str(work), names=text_names)
+      )
+      _ = (
+        (found["lines"], no_lines)
+        | "all lines" >> beam.Flatten()
+        | "by shard" >> beam.GroupByKey()
+        | "write shards"
+        >> beam.Map(_write, work=str(work), out=str(out), shards=shards)
+      )
+    return preparation.finish(todo, work, out, options)
+
+
+def _blocks(
+  element: tuple[_Key, raw_text.Text],
+) -> Iterator[tuple[_Key, raw_text.Text, raw_text.Block]]:
+  key, text = element
+  for block in raw_text.blocks(text):
+    yield key, text, block
+
+
+def _clean(
+  element: tuple[_Key, raw_text.Text, raw_text.Block],
+  held_out: np.ndarray,
+  options: cleaning.Options,
+  shards: dict[raw_text.Pair, int],
+) -> Iterator[Any]:
+  """Kept lines by pair and shard, and counts by pair and raw text."""
+  import apache_beam as beam
+
+  (pair, number), text, block = element
+  parts, counts = cleaning.clean_block_by_shard(
+    text, block, pair, options, held_out, shards[pair]
+  )
+  yield beam.pvalue.TaggedOutput("counts", ((pair, number), counts))
+  for shard, lines in parts.items():
+    yield (pair, shard), lines
+
+
+def _sum(counts: Iterable[Counter[str]]) -> Counter[str]:
+  total: Counter[str] = Counter()
+  for each in counts:
+    total.update(each)
+  return total
+
+
+def _write_counts(
+  element: tuple[_Key, Counter[str]], work: str, names: dict[_Key, str]
+) -> None:
+  (pair, number), counts = element
+  preparation.write_counts(
+    pathlib.Path(work), pair, number, names[pair, number], counts
+  )
+
+
+def _write(
+  element: tuple[_Key, Iterable[list[bytes]]],
+  work: str,
+  out: str,
+  shards: dict[raw_text.Pair, int],
+) -> None:
+  (pair, shard), lines = element
+  preparation.write_shard(
+    (line for part in lines for line in part),
+    pathlib.Path(work),
+    pathlib.Path(out),
+    pair,
+    shard,
+    shards[pair],
+  )

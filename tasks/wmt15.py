@@ -1,0 +1,153 @@
+"""WMT-15: English to and from 15 languages of the WMT news tasks.
+
+Sizes and test years are those of Kudugunta et al., "Beyond Distillation:
+Task-level Mixture-of-Experts" (arXiv:2110.03742), Table 3: 200 million training
+pairs, from 64 million (Czech) to 156,000 (Gujarati), and newstest of the year
+that a language was last in the task. High resource there means more than a
+million pairs, and low resource fewer.
+
+`wmt15` reads prepared files (see `tasks.benchmark`); `wmt15_tfds` what
+TensorFlow Datasets has of the same years, which it downloads when it is first
+read. The data differ: TFDS does not filter, lacks the tests of 2019, and has
+other versions of some corpora.
+
+Importing this registers tasks and mixtures, and has no other effect.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import re
+
+import seqio
+import tensorflow as tf
+
+from basemt_jax import raw_text
+from tasks import benchmark, common
+
+# Training pairs with English, and the year of the test set (and of TFDS's
+# builder).
+PAIRS = {
+  "cs": 64_336_053,
+  "fr": 40_449_146,
+  "ru": 38_492_126,
+  "zh": 25_986_436,
+  "es": 15_182_374,
+  "fi": 6_587_448,
+  "de": 4_508_785,
+  "et": 2_175_873,
+  "lv": 637_599,
+  "lt": 635_146,
+  "ro": 610_320,
+  "hi": 313_748,
+  "kk": 222_424,
+  "tr": 205_756,
+  "gu": 155_798,
+}
+TEST_YEARS = {
+  "cs": 2018,
+  "fr": 2014,
+  "ru": 2019,
+  "zh": 2019,
+  "es": 2013,
+  "fi": 2019,
+  "de": 2014,
+  "et": 2018,
+  "lv": 2017,
+  "lt": 2019,
+  "ro": 2016,
+  "hi": 2014,
+  "kk": 2019,
+  "tr": 2018,
+  "gu": 2019,
+}
+# The first year of these in the task: there is no newstest of the year before.
+_NEW = {"et", "lv", "lt", "ro", "hi", "kk", "gu"}
+
+
+def split_of(name: str, pair: raw_text.Pair) -> str | None:
+  """Which split a raw file is of; None for other years' dev and test sets.
+
+  The dev set is the newstest of the year before the test set's, or the newsdev
+  of the same year for languages that were new.
+  """
+  found = re.search(r"(news[a-z]*)(20\d\d)|newssyscomb", name.lower())
+  if not found or found[1] not in ("newstest", "newsdev"):
+    other = found or re.search(r"(?<![a-z])(dev|test|valid)", name.lower())
+    return None if other else "train"
+  language = pair[1]
+  year = TEST_YEARS[language]
+  if (found[1], int(found[2])) == ("newstest", year):
+    return "test"
+  dev = ("newsdev", year) if language in _NEW else ("newstest", year - 1)
+  return "validation" if (found[1], int(found[2])) == dev else None
+
+
+BENCHMARK = benchmark.Benchmark(
+  "wmt15",
+  tuple(PAIRS),
+  raw_text.Names(
+    pairs=tuple(("en", language) for language in PAIRS),
+    spellings={"cz": "cs", "cn": "zh", "ch": "zh"},
+    split_of=split_of,
+    tables={
+      r"plaintext-format|czeng": ("cs", "en"),
+      r"hindencorp": ("en", "hi"),
+    },
+  ),
+  PAIRS,
+)
+
+
+def mixture(
+  data_dir: str | os.PathLike[str] | None = None,
+  vocabulary: str | os.PathLike[str] | None = None,
+) -> seqio.Mixture:
+  """The mixture `wmt15`, of a folder; see `benchmark.Benchmark.register`."""
+  return BENCHMARK.register(data_dir, vocabulary)
+
+
+def sizes() -> dict[str, int]:
+  """Published training pairs by direction, for `sampling.Strategy.sizes`."""
+  return BENCHMARK.sizes()
+
+
+def _texts(
+  dataset: tf.data.Dataset, source: str, target: str
+) -> tf.data.Dataset:
+  """TFDS's {language: text} as tagged inputs, and targets."""
+  prefix = common.tag(target) + " "
+  return dataset.map(
+    lambda example: {
+      "inputs": prefix + example[source],
+      "targets": example[target],
+    },
+    num_parallel_calls=tf.data.AUTOTUNE,
+  )
+
+
+def _register_tfds() -> seqio.Mixture:
+  """Registers `wmt15_tfds`, at the published rates."""
+  pieces = benchmark.ModelFile(str(BENCHMARK.data_dir / benchmark.MODEL_FILE))
+  rates = {}
+  for language, year in TEST_YEARS.items():
+    splits = ["train", "validation", "test"] if year < 2019 else None
+    for source, target in (("en", language), (language, "en")):
+      task = common.add_task(
+        "wmt15_tfds",
+        source,
+        target,
+        seqio.TfdsDataSource(
+          f"wmt{year % 100}_translate/{language}-en:1.0.0",
+          splits=splits or ["train", "validation"],
+        ),
+        pieces,
+        [functools.partial(_texts, source=source, target=target)],
+      )
+      rates[task.name] = PAIRS[language]
+  return seqio.MixtureRegistry.add("wmt15_tfds", list(rates.items()))
+
+
+mixture()
+_register_tfds()

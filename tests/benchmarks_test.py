@@ -1,0 +1,257 @@
+"""WMT-15, ML-50, OPUS-100 as mixtures; SeqIO's cache of their tasks."""
+
+import gzip
+import json
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import seqio
+import tensorflow_datasets as tfds
+
+import gin
+from basemt_jax import cli, heating, mixtures, sampling, task_cache
+from tasks import ml50, opus100, wmt15
+
+ROOT = pathlib.Path(__file__).parent.parent
+MODEL = ROOT / "tasks/cldr.model"
+BENCHMARKS = {"wmt15": 15, "ml50": 51, "opus100": 99}
+LENGTHS = {"inputs": 32, "targets": 32}
+# Shares at T = 1, 2, 5 in %, as published sizes give them.
+SHARES = {
+  "cs": (32.09, 20.05, 11.63),
+  "de": (2.25, 5.31, 6.83),
+  "gu": (0.08, 0.99, 3.49),
+}
+
+
+@pytest.fixture(autouse=True)
+def _registries():
+  """Every test registers what it needs, and leaves what there was."""
+  tasks = dict(seqio.TaskRegistry._REGISTRY)
+  mixes = dict(seqio.MixtureRegistry._REGISTRY)
+  yield
+  seqio.TaskRegistry._REGISTRY = tasks
+  seqio.MixtureRegistry._REGISTRY = mixes
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+  """Czech and Gujarati with English; sharded, and tests of one direction."""
+  folder = tmp_path_factory.mktemp("data") / "wmt15"
+  folder.mkdir()
+  lines = [f"{i} apples\tjablek {i}\n" for i in range(300)]
+  for shard in (0, 1):
+    name = f"en-cs.train-0000{shard}-of-00002.tsv.gz"
+    text = "".join(lines[shard::2])
+    (folder / name).write_bytes(gzip.compress(text.encode()))
+  (folder / "en-gu.train.tsv").write_text("".join(lines[:40]))
+  (folder / "en-cs.test.tsv").write_text("one\tjeden\n")
+  (folder / "cs-en.test.tsv").write_text("dva\ttwo\n")
+  shutil.copy(MODEL, folder / "vocabulary.model")
+  return folder
+
+
+def run_python(code, **environment):
+  return subprocess.run(
+    [sys.executable, "-c", code],
+    cwd=ROOT,
+    env={**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3", **environment},
+    capture_output=True,
+    text=True,
+    check=True,
+  ).stdout
+
+
+def test_all_are_registered_and_nothing_is_read(tmp_path):
+  """Neither a folder that is not there nor a broken one matters."""
+  (tmp_path / "ml50").mkdir()
+  (tmp_path / "ml50/en-de.train.tsv.gz").write_bytes(b"broken")
+  code = """
+import json, seqio, tasks
+print(json.dumps({m: len(seqio.MixtureRegistry.get(m).tasks)
+                  for m in seqio.MixtureRegistry.names()}))
+"""
+  found = json.loads(run_python(code, BASEMT_DATA_DIR=str(tmp_path)))
+  for name, languages in BENCHMARKS.items():
+    languages = 1 if name == "ml50" else languages  # As the folder is named.
+    assert found[name] == 2 * languages
+    for way in ("from_english", "to_english"):
+      assert found[f"{name}_{way}"] == languages
+  assert found["wmt15_tfds"] == 30
+
+
+def test_sizes_are_those_published(monkeypatch):
+  monkeypatch.setenv("BASEMT_DATA_DIR", "/nowhere")
+  mixture = wmt15.mixture()
+  assert mixture.num_input_examples("train") == 2 * 200_499_032
+  sizes = {
+    mixtures.direction_of(t.name): mixture.get_rate(t) for t in mixture.tasks
+  }
+  assert sizes == wmt15.sizes()
+  to_english = seqio.get_mixture_or_task("wmt15_to_english").tasks
+  pairs = [sizes[mixtures.direction_of(t.name)] for t in to_english]
+  shares = 100 * heating.mixing_rates(pairs, [1, 2, 5])
+  names = [mixtures.direction_of(t.name)[:2] for t in to_english]
+  for language, expected in SHARES.items():
+    found = shares[:, names.index(language)]
+    np.testing.assert_allclose(found, expected, atol=0.006)
+
+
+def test_given_and_counted_sizes_give_rates_the_same_way():
+  directions = sorted(wmt15.sizes())
+  published = [wmt15.sizes()[name] for name in directions]
+  schedule = heating.linear(1, 5, 100)
+  counted = sampling.Strategy(schedule).plan(
+    directions, published, published, 8
+  )
+  here = np.arange(1, 31)  # A small sample of the data.
+  given = sampling.Strategy(schedule, sizes=wmt15.sizes()).plan(
+    directions, here, here, 8
+  )
+  steps = np.arange(0, 120, 7)
+  np.testing.assert_allclose(given.pair_rates(steps), counted.pair_rates(steps))
+
+
+def test_a_folder_has_some_of_the_languages(folder, tmp_path):
+  mixture = wmt15.mixture(folder)
+  sizes = {t.name: mixture.get_rate(t) for t in mixture.tasks}
+  assert sizes == {
+    "wmt15.cs_en": 300,
+    "wmt15.en_cs": 300,
+    "wmt15.en_gu": 40,
+    "wmt15.gu_en": 40,
+  }
+  from_english = seqio.get_mixture_or_task("wmt15_from_english")
+  assert [t.name for t in from_english.tasks] == ["wmt15.en_cs", "wmt15.en_gu"]
+  store = mixtures.ensure_store("wmt15", LENGTHS, tmp_path)
+  assert store.directions == ("cs-en", "en-cs", "en-gu", "gu-en")
+  assert store.pairs("train").tolist() == [300, 300, 40, 40]
+  tests = {
+    d: [x["source"] for x in store.texts("test", d)] for d in ("cs-en", "en-cs")
+  }
+  assert tests == {"cs-en": ["dva"], "en-cs": ["one"]}
+  with pytest.raises(ValueError, match="has none of the languages of ml50"):
+    (tmp_path / "en-xx.train.tsv").write_text("a\tb\n")
+    ml50.mixture(tmp_path)
+
+
+def test_by_name_with_the_folder_from_the_environment(folder, tmp_path):
+  code = f"""
+import tasks
+from basemt_jax import mixtures
+store = mixtures.ensure_store("wmt15.en_cs", {LENGTHS}, {str(tmp_path)!r})
+print(store.pairs("train").tolist())
+"""
+  out = run_python(code, BASEMT_DATA_DIR=str(folder.parent))
+  assert out.splitlines()[-1] == "[300]"
+
+
+def test_missing_data_and_vocabulary_are_explained(monkeypatch, tmp_path):
+  monkeypatch.setenv("BASEMT_DATA_DIR", str(tmp_path))
+  opus100.mixture()
+  message = "opus100 is not in .*: prepare it with `basemt prepare opus100`"
+  with pytest.raises(ValueError, match=message):
+    mixtures.ensure_store("opus100", LENGTHS, tmp_path / "cache")
+  (tmp_path / "opus100").mkdir()
+  (tmp_path / "opus100/en-af.train.tsv").write_text("a\tb\n")
+  opus100.mixture()
+  with pytest.raises(ValueError, match="train it with `basemt vocab --module"):
+    mixtures.ensure_store("opus100.en_af", LENGTHS, tmp_path / "cache")
+
+
+def test_tfds_text_is_tagged():
+  """The builder's own features, with made-up content for the download."""
+  with tfds.testing.mock_data(num_examples=4):
+    task = seqio.TaskRegistry.get("wmt15_tfds.fr_en")
+    source = task.source.get_dataset("train", shuffle=False)
+    raw = list(source.as_numpy_iterator())
+    tagged = task.preprocessors[0](source).as_numpy_iterator()
+    for texts, example in zip(raw, tagged, strict=True):
+      assert set(texts) == {"en", "fr"}
+      assert example["inputs"] == b"<2en> " + texts["fr"]
+      assert example["targets"] == texts["en"]
+  assert task.source.splits == ("train", "validation", "test")
+
+
+# ------------------------------------------------------------------ cache
+
+
+def _examples(name, seed=None, split="train", use_cached=False):
+  dataset = seqio.get_dataset(
+    name,
+    LENGTHS,
+    feature_converter=seqio.EncDecFeatureConverter(pack=True),
+    dataset_split=split,
+    use_cached=use_cached,
+    shuffle=seed is not None,
+    seed=seed,
+    num_epochs=1,
+  )
+  return list(dataset.as_numpy_iterator())
+
+
+@pytest.mark.parametrize("seed", [None, 3])
+def test_cached_tasks_give_the_live_batches(
+  folder, tmp_path, seed, monkeypatch
+):
+  wmt15.mixture(folder)
+  live = _examples("wmt15.en_cs", seed)
+  folders = task_cache.cache_mixture("wmt15_from_english", tmp_path)
+  assert [f.name for f in folders] == ["wmt15.en_cs", "wmt15.en_gu"]
+  wmt15.mixture(folder)  # Tasks that have not looked for a cache yet.
+  before = seqio.get_global_cache_dirs()
+  seqio.set_global_cache_dirs([str(tmp_path)])
+  try:
+    # Nothing is read but the cache.
+    monkeypatch.setattr(
+      seqio.TaskRegistry.get("wmt15.en_cs").source, "get_dataset", None
+    )
+    cached = _examples("wmt15.en_cs", seed, use_cached=True)
+    tests = _examples("wmt15.en_cs", split="test", use_cached=True)
+  finally:
+    seqio.set_global_cache_dirs(before)
+  assert len(cached) == len(live) > 5 and len(tests) == 1
+  for a, b in zip(live, cached, strict=True):
+    assert a.keys() == b.keys()
+    for name in a:
+      np.testing.assert_array_equal(a[name], b[name], err_msg=name)
+
+
+def test_the_command_writes_the_cache(folder, tmp_path, capsys):
+  arguments = ["cache", "--gin_file=gin/models/tiny.gin"]
+  arguments += [f"--gin_file=gin/recipes/{x}.gin" for x in ("base", "wmt15")]
+  arguments += [f"--gin.DATA_DIR={folder}", "--gin.VOCABULARY=bytes"]
+  arguments += ["--gin.MODEL_DIR=unused", f"--seqio_dir={tmp_path}"]
+  try:
+    assert cli.main(arguments) == 0
+  finally:
+    gin.clear_config()
+  assert capsys.readouterr().out == f"{tmp_path}: 4 tasks\n"
+  assert len(list(tmp_path.glob("wmt15.*/COMPLETED"))) == 4
+
+
+def test_a_cache_is_finished_once_and_of_one_source(folder, tmp_path):
+  own = tmp_path / "own"
+  shutil.copytree(folder, own)
+  wmt15.mixture(own)
+  task = seqio.TaskRegistry.get("wmt15.en_gu")
+  done = task_cache.cache_task(task, tmp_path / "cache")
+  content = {p.name: p.read_bytes() for p in done.iterdir()}
+  stats = json.loads(content["stats.train.json"])
+  assert stats["examples"] == 40 and stats["targets_max_tokens"] > 0
+  # Interrupted before the end, it is completed.
+  (done / "COMPLETED").unlink()
+  (done / "info.train.json").unlink()
+  task_cache.cache_task(task, tmp_path / "cache")
+  assert {p.name: p.read_bytes() for p in done.iterdir()} == content
+  with open(own / "en-gu.train.tsv", "a") as file:
+    file.write("more\ttext\n")
+  wmt15.mixture(own)
+  task = seqio.TaskRegistry.get("wmt15.en_gu")
+  with pytest.raises(ValueError, match="was cached from other data"):
+    task_cache.cache_task(task, tmp_path / "cache")

@@ -1,0 +1,383 @@
+"""From downloaded text to training files: what is kept, dropped, reported."""
+
+import gzip
+import itertools
+import json
+import os
+import pathlib
+import random
+import signal
+import subprocess
+import sys
+import time
+import unicodedata
+
+import hypothesis
+import numpy as np
+import pytest
+from hypothesis import strategies as st
+from raw_text_test import files, sgm, tar
+
+from basemt_jax import cleaning, cli, preparation, raw_text
+
+ROOT = pathlib.Path(__file__).parent.parent
+REAL = ROOT.parent / "shared/data/tatoeba-mini"
+NAMES = raw_text.Names((("en", "de"), ("en", "zh"), ("en", "fr")))
+SMALL = cleaning.Options(shard_bytes=20_000, max_characters=60)
+
+
+def corpus(seed=0, count=3000):
+  """Dirty pairs: copies, spaces, control characters, decomposed letters."""
+  rng = random.Random(seed)
+  words = [
+    "Haus",
+    "käse",
+    "e\u0301te\u0301",
+    "a\u200bb",
+    "x\x07y",
+    "你好",
+    "C-3",
+  ]
+
+  def text():
+    joint = rng.choice([" ", "\u00a0", "  ", " \u3000"])
+    return joint.join(rng.choices(words, k=rng.choice([1, 2, 3, 5, 9, 20])))
+
+  pairs = [(text(), text()) for _ in range(count)]
+  return [rng.choice(pairs) if rng.random() < 0.3 else p for p in pairs] + [
+    ("", "leer"),
+    (" \u200b ", "leer"),
+  ]
+
+
+@pytest.fixture(scope="module")
+def raw(tmp_path_factory):
+  """Three pairs of languages, in archives and files of several kinds."""
+  german, chinese = corpus(1), corpus(2, 800)
+  # Sentences of the test sets that training must not have, in other spelling.
+  leaks = [("UNSEEN, test!", "Haus"), ("Haus", "ungesehener — TEST")]
+  held_out = [("Unseen test.", "Ungesehener Test"), ("nothing", "nichts")]
+  table = "".join(f"{a}\t{b}\n" for a, b in [*german[:1500], *leaks])
+  sides = ["".join(f"{p[i]}\n" for p in german[1500:]) for i in (0, 1)]
+  turned = "".join(f"{b}\t{a}\n" for a, b in [*chinese, leaks[0]])
+  archive = tar(
+    {"x/p.en-de.en": sides[0].encode(), "x/p.en-de.de": sides[1].encode()}
+  )
+  return files(
+    tmp_path_factory.mktemp("raw"),
+    {
+      "news.en-de.tsv.gz": table.encode() + b"no tab\n\xff\tx\n",
+      "parallel.tgz": archive,
+      "zh-en.train.tsv": turned.encode(),
+      "test/x-deen-src.de.sgm": sgm([b for _, b in held_out]),
+      "test/x-deen-ref.en.sgm": sgm([a for a, _ in held_out]),
+      "dev.en-de.tsv": b"a dev  set\tein\x00 Dev-Set\n\tempty\n",
+      "README": b"",
+    },
+  )
+
+
+@pytest.fixture(scope="module")
+def prepared(raw, tmp_path_factory):
+  out = tmp_path_factory.mktemp("prepared")
+  return out, preparation.prepare(raw, out, NAMES, SMALL, processes=0)
+
+
+def content(folder):
+  return {
+    path.name: path.read_bytes()
+    for path in sorted(folder.iterdir())
+    if path.is_file()
+  }
+
+
+def train_pairs(folder, pair):
+  """Pairs of every shard, in order."""
+  return [
+    [
+      tuple(x.split("\t"))
+      for x in gzip.decompress(p.read_bytes()).decode().split("\n")[:-1]
+    ]
+    for p in sorted(folder.glob(f"{pair}.train*"))
+  ]
+
+
+def letters(text):
+  return "".join(c for c in text.casefold() if c.isalnum()) or text
+
+
+def test_what_is_kept_is_what_the_definition_says(raw, prepared):
+  """Written a second time, in memory, the slow way."""
+  out, report = prepared
+  seen = {
+    "en": {"unseentest", "nothing", "adevset"},
+    "de": {"ungesehenertest", "nichts", "eindevset"},
+  }
+
+  def clean(text):
+    kept = [c for c in text if unicodedata.category(c) not in ("Cc", "Cf")]
+    return unicodedata.normalize("NFC", " ".join("".join(kept).split()))
+
+  def good(a, b, language):
+    bytes_a, bytes_b = len(a.encode()) + 20, len(b.encode()) + 20
+    return (
+      a
+      and b
+      and max(len(a), len(b)) <= 60
+      and max(bytes_a, bytes_b) <= 4 * min(bytes_a, bytes_b)
+      and letters(a) not in seen["en"]
+      and letters(b) not in seen.get(language, ())
+    )
+
+  for language, pairs in (("de", corpus(1)), ("zh", corpus(2, 800))):
+    cleaned = [(clean(a), clean(b)) for a, b in pairs]
+    expected = {(a, b) for a, b in cleaned if good(a, b, language)}
+    shards = train_pairs(out, f"en-{language}")
+    found = list(itertools.chain(*shards))
+    assert len(found) == len(set(found)) and set(found) == expected
+    assert report["pairs"][f"en-{language}"]["kept"] == len(found)
+    assert len(shards) > 1 and min(map(len, shards)) > 0.6 * len(found) / len(
+      shards
+    )
+  dropped = report["pairs"]["en-de"]["dropped"]
+  assert dropped["in a dev or test set"] == 2
+  assert dropped["no tab"] == dropped["bad UTF-8"] == 1
+  assert dropped["empty side"] == 2
+  assert {
+    "equal to another pair",
+    "longer than 60 characters",
+  } <= dropped.keys()
+  assert report["pairs"]["en-zh"]["dropped"]["in a dev or test set"] == 1
+  for pair in report["pairs"].values():
+    assert pair["read"] == pair["kept"] + sum(pair["dropped"].values())
+    assert pair["read"] == sum(sum(t["counts"].values()) for t in pair["texts"])
+  assert report["missing"] == ["en-fr"] and report["unused"] == ["README"]
+  # Dev and test sets are whole; the test set is of its one direction.
+  assert (out / "de-en.test.tsv").read_text() == (
+    "Ungesehener Test\tUnseen test.\nnichts\tnothing\n"
+  )
+  assert (out / "en-de.dev.tsv").read_text() == "a dev set\tein Dev-Set\n"
+  assert json.loads((out / "prepared.json").read_text()) == report
+  assert not (out / ".work").exists()
+
+
+@pytest.mark.parametrize("processes", [0, 2])
+def test_neither_processes_nor_interruptions_change_a_byte(
+  raw, prepared, tmp_path, processes
+):
+  class StopError(Exception):
+    pass
+
+  calls = 0
+
+  def progress(text):
+    nonlocal calls
+    calls += 1
+    if calls in (1, 3, 4, 8, 15):  # In every stage.
+      raise StopError(text)
+
+  interruptions = 0
+  while True:
+    try:
+      report = preparation.prepare(
+        raw, tmp_path, NAMES, SMALL, processes=processes, progress=progress
+      )
+      break
+    except StopError:
+      interruptions += 1
+  assert interruptions == 5
+  assert report == prepared[1]
+  assert content(tmp_path) == content(prepared[0])
+
+
+def test_killed_it_goes_on(raw, prepared, tmp_path):
+  """The command, killed at any time, ends with the same bytes."""
+  command = [sys.executable, "-m", "basemt_jax.cli", "prepare", "files"]
+  command += ["--languages=en,de,zh", f"--raw={raw}", f"--out={tmp_path / 'x'}"]
+  command += ["--processes=1", "--max_characters=60"]
+  for seconds in (0.5, 1.0, 1.5):
+    process = subprocess.Popen(command, cwd=ROOT, start_new_session=True)
+    time.sleep(seconds)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+  done = subprocess.run(
+    command, cwd=ROOT, capture_output=True, text=True, check=True
+  )
+  assert "en-de" in done.stdout and "in a dev or test set" in done.stdout
+  whole = tmp_path / "whole"
+  names = raw_text.Names((("en", "de"), ("en", "zh"), ("de", "zh")))
+  options = cleaning.Options(max_characters=60)
+  preparation.prepare(raw, whole, names, options, processes=0)
+  assert content(tmp_path / "x") == content(whole)
+
+
+@pytest.mark.slow
+def test_beam_writes_the_same_bytes(raw, prepared, tmp_path):
+  pytest.importorskip("apache_beam")
+  # In a process of its own, since Beam's warnings are not ours.
+  code = f"""
+import sys
+sys.path.insert(0, "tests")
+from basemt_jax import beam_preparation
+from preparation_test import NAMES, SMALL
+beam_preparation.prepare({str(raw)!r}, {str(tmp_path)!r}, NAMES, SMALL,
+                         beam_options=["--runner=DirectRunner"])
+"""
+  subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+  assert content(tmp_path) == content(prepared[0])
+
+
+def test_prepared_files_are_read_without_counting(prepared, monkeypatch):
+  pytest.importorskip("seqio")
+  from tasks import files as task_files
+
+  out, report = prepared
+  counted = task_files.scan(out)
+  monkeypatch.setattr(task_files, "_counted", lambda folder, max_characters: {})
+  assert {k: r.pairs for k, r in task_files.scan(out).reports.items()} == {
+    k: r.pairs for k, r in counted.reports.items()
+  }
+  assert (
+    counted.num_pairs(("en", "de"))["train"]
+    == (report["pairs"]["en-de"]["kept"])
+  )
+  monkeypatch.undo()
+  reading = []
+  monkeypatch.setattr(
+    task_files, "_report", lambda file, limit: reading.append(file.split)
+  )
+  task_files.scan(out)
+  assert sorted(reading) == ["test", "validation"]
+
+
+def test_another_preparation_of_the_folder_is_refused(raw, prepared):
+  out, report = prepared
+  assert preparation.prepare(raw, out, NAMES, SMALL, processes=0) == report
+  other = cleaning.Options(shard_bytes=20_000, max_characters=61)
+  with pytest.raises(ValueError, match=r"something else \(other options\)"):
+    preparation.prepare(raw, out, NAMES, other, processes=0)
+
+
+def test_nothing_to_prepare(tmp_path):
+  with pytest.raises(ValueError, match="nowhere' does not exist"):
+    preparation.prepare(tmp_path / "nowhere", tmp_path / "out", NAMES)
+  (tmp_path / "x.en-it.tsv").write_text("a\tb\n")
+  with pytest.raises(ValueError, match="no training text of this benchmark"):
+    preparation.prepare(tmp_path, tmp_path / "out", NAMES, processes=0)
+
+
+@pytest.mark.parametrize(
+  "text, expected",
+  [
+    (" a \t b\u2028c\x85 ", "a b c"),
+    ("e\u0301", "é"),
+    ("e\u200b\u0301", "é"),
+    ("so\u00adft\ufeff \u200bx\u202e", "soft x"),
+    ("क्\u200dष می\u200cخواهم", "क्\u200dष می\u200cخواهم"),
+    ("\x00\x07", ""),
+    ("\uff21 ﬁ", "\uff21 ﬁ"),  # No compatibility forms: they are text.
+  ],
+)
+def test_normalised_by_hand(text, expected):
+  assert cleaning.normalise(text) == expected
+
+
+@hypothesis.given(st.text())
+def test_normalising_again_changes_nothing(text):
+  once = cleaning.normalise(text)
+  assert cleaning.normalise(once) == once
+  assert unicodedata.is_normalized("NFC", once)
+  assert once == " ".join(once.split())
+  assert not any(unicodedata.category(c) == "Cc" for c in once)
+
+
+@pytest.mark.parametrize(
+  "first, second, reason",
+  [
+    ("a", "b", None),
+    ("", "b", "empty side"),
+    ("a" * 1001, "b" * 1000, "longer than 1000 characters"),
+    ("a" * 1000, "b" * 1000, None),
+    ("a" * 60, "b" * 300, None),
+    ("a" * 60, "b" * 301, "length ratio above 4"),
+    # Bytes: one Chinese character is three.
+    ("a" * 100, "你" * 33, None),
+    ("Yes", "Ja, das ist richtig, so ist es wirklich", None),
+  ],
+)
+def test_faults_by_hand(first, second, reason):
+  assert cleaning.fault(first, second, cleaning.Options()) == reason
+
+
+def test_sentences_are_compared_by_letters_and_language():
+  keys = cleaning.sentence_keys
+  same = keys("en", ["Hello, World 2!", "hello world2", "HELLO—WORLD 2"])
+  assert len(set(same.tolist())) == 1
+  assert keys("de", ["hello world2"])[0] != same[0]
+  assert keys("en", ["?!"])[0] != keys("en", ["..."])[0]
+
+
+@pytest.mark.parametrize(
+  "options, message",
+  [
+    ({"max_characters": 0}, "max_characters must be at least 1, got 0"),
+    ({"max_ratio": 0.5}, "max_ratio must be at least 1, got 0.5"),
+    ({"max_ratio": float("nan")}, "max_ratio must be at least 1, got nan"),
+    ({"shard_bytes": 0}, "shard_bytes must be at least 1, got 0"),
+  ],
+)
+def test_impossible_options_are_refused(options, message):
+  with pytest.raises(ValueError, match=message):
+    cleaning.Options(**options)
+
+
+@pytest.mark.skipif(not REAL.exists(), reason="needs the real corpus")
+def test_real_text_survives(tmp_path, capsys):
+  """Clean text of six scripts loses next to nothing."""
+  languages = ["en", "de", "zh", "mr", "bg", "vi", "af"]
+  arguments = ["prepare", "files", f"--raw={REAL}", f"--out={tmp_path}"]
+  arguments += [f"--languages={','.join(languages)}", "--processes=0"]
+  assert cli.main(arguments) == 0
+  assert "no training text: de-zh" in capsys.readouterr().out
+  report = json.loads((tmp_path / "prepared.json").read_text())
+  assert set(report["pairs"]) == {f"en-{x}" for x in languages[1:]}
+  for pair in report["pairs"].values():
+    assert pair["kept"] > 0.995 * pair["read"] > 0
+  with gzip.open(REAL / "en-zh.train.tsv.gz", "rt") as file:
+    original = {cleaning.normalise(x.replace("\t", " ")) for x in file}
+  kept = itertools.chain(*train_pairs(tmp_path, "en-zh"))
+  assert {" ".join(pair) for pair in kept} <= original
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_text(tmp_path):
+  """Peak memory of a process that prepares 1 and 5 times as much."""
+  peaks = []
+  for times in (1, 5):
+    raw = tmp_path / f"raw{times}"
+    raw.mkdir()
+    rng = np.random.default_rng(0)
+    with open(raw / "x.en-de.tsv", "w") as file:
+      for _ in range(times * 20):
+        numbers = rng.integers(0, 10**9, (10_000, 4)).tolist()
+        file.writelines(
+          f"{a} is {b} {'x' * 40}\t{c} ist {d} {'y' * 40}\n"
+          for a, b, c, d in numbers
+        )
+    code = f"""
+import resource
+from basemt_jax import cleaning, preparation, raw_text
+preparation.prepare({str(raw)!r}, {str(raw)!r} + ".out",
+  raw_text.Names((("en", "de"),)),
+  cleaning.Options(shard_bytes=4_000_000), processes=0)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+    done = subprocess.run(
+      [sys.executable, "-c", code],
+      cwd=ROOT,
+      check=True,
+      capture_output=True,
+      text=True,
+    )
+    peaks.append(int(done.stdout))
+  assert peaks[1] < 1.15 * peaks[0]
