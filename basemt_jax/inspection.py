@@ -1,0 +1,732 @@
+"""A look at the data of any SeqIO task or mixture, before it is trained on.
+
+Axis legend: N directions, P pairs looked at.
+
+Numbers as dataclasses; `inspection_page` shows them. By default the first few
+thousand pairs of every split are looked at, not all of them: every report says
+how many. What is counted in a part only (duplicates, overlap) is then a lower
+bound.
+"""
+
+import collections
+import concurrent.futures
+import contextlib
+import dataclasses
+import itertools
+import math
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from basemt_jax import evaluation, packing, vocabulary
+
+SAMPLE = 2000
+# Upper ends of the bins of length histograms: powers of the root of 2.
+BINS = tuple(sorted({round(2 ** (i / 2)) for i in range(27)}))
+
+# Shares from which a warning is due.
+MAX_TRUNCATED = 0.02
+MAX_UNKNOWN = 0.01
+MAX_BYTES = 0.05
+MAX_DUPLICATES = 0.05
+MAX_COPIED = 0.05
+
+# 'de', 'zh_Hans', but not 'v1' of a task that is named otherwise.
+_LANGUAGE = re.compile(r"[a-z]{2,3}(?![a-z0-9])")
+_TAG = re.compile(r"^<2[^<>\s]+>\s*")
+_BYTE = re.compile(r"<0x[0-9A-F]{2}>")
+# Sequences are read at this many times their limit, to see how long they are.
+_LONGER = 16
+
+Progress = Callable[[str], None]
+# Ids of both sides, and the texts of every pair.
+Block = tuple[packing.Ragged, packing.Ragged, list[dict[str, str]]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+  """How closely to look.
+
+  Attributes:
+    lengths: {'inputs': Li, 'targets': Lt}, where the model cuts, in tokens.
+    sample: pairs of a split to look at; None: all.
+    examples: pairs of a direction to show.
+    bands: training pairs that make a direction high or mid resource.
+  """
+
+  lengths: Mapping[str, int]
+  sample: int | None = SAMPLE
+  examples: int = 2
+  bands: evaluation.BandThresholds = evaluation.BandThresholds()  # noqa: RUF009
+
+
+@dataclasses.dataclass(frozen=True)
+class Example:
+  """A training pair as the model gets it.
+
+  Attributes:
+    source: text, without the tag.
+    tagged: source text with the tag.
+    target: text.
+    source_pieces: tokens as text, EOS and tag included, not cut.
+    target_pieces: the same.
+    source_decoded: text that the ids, cut to the limit, stand for.
+    target_decoded: the same.
+  """
+
+  source: str
+  tagged: str
+  target: str
+  source_pieces: tuple[str, ...]
+  target_pieces: tuple[str, ...]
+  source_decoded: str
+  target_decoded: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Side:
+  """One side of the pairs looked at.
+
+  Lengths are in tokens, tag and EOS included, before anything is cut.
+
+  Attributes:
+    language: its code; the direction and side where the direction's name is
+      not two codes.
+    mean: length.
+    median: length.
+    p95: length that 95% of the sequences do not exceed.
+    longest: length.
+    histogram: sequences by length; bin i ends at `BINS[i]`, one more bin is
+      for what is longer.
+    truncated: share of the sequences that exceed the limit.
+    unknown: share of the tokens that are the unknown token.
+    bytes: share of the tokens that are single bytes of a character without a
+      piece; None for a vocabulary that has no such pieces, or nothing else.
+    characters: of the texts, without tags.
+    tokens: of the texts, without tags and EOS.
+    tokens_per_character: what a character costs.
+    altered: share of the texts that decoding does not give back exactly.
+  """
+
+  language: str
+  mean: float
+  median: float
+  p95: float
+  longest: int
+  histogram: tuple[int, ...]
+  truncated: float
+  unknown: float
+  bytes: float | None
+  characters: int
+  tokens: int
+  tokens_per_character: float
+  altered: float
+
+
+@dataclasses.dataclass(frozen=True)
+class HeldOut:
+  """A dev or test split against the training pairs looked at.
+
+  Attributes:
+    split: 'validation' or 'test'.
+    pairs: in the split, as far as known; None: not known.
+    looked_at: pairs of it that were compared.
+    pairs_seen: of those, how many are training pairs, both sides the same.
+    sources_seen: how many have the source text of a training pair.
+    targets_seen: how many have the target text of a training pair.
+  """
+
+  split: str
+  pairs: int | None
+  looked_at: int
+  pairs_seen: int
+  sources_seen: int
+  targets_seen: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Direction:
+  """What was found in a direction's training split.
+
+  Attributes:
+    name: of the direction, or the task's where it has none of its own.
+    task: SeqIO's name.
+    pairs: training pairs; None: not known.
+    looked_at: the first so many of them.
+    is_whole: they are all there is.
+    band: 'high', 'mid' or 'low'; None where `pairs` is.
+    source: side.
+    target: side.
+    duplicates: pairs looked at that repeat an earlier one.
+    empty: pairs with a side that is empty or only spaces.
+    copied: pairs whose two sides are the same text.
+    rows: packed rows of the pairs looked at.
+    row_tokens: source and target tokens in these rows.
+    held_out: dev and test splits, those that there are.
+    examples: spread over the pairs looked at.
+  """
+
+  name: str
+  task: str
+  pairs: int | None
+  looked_at: int
+  is_whole: bool
+  band: str | None
+  source: Side
+  target: Side
+  duplicates: int
+  empty: int
+  copied: int
+  rows: int
+  row_tokens: tuple[int, int]
+  held_out: tuple[HeldOut, ...]
+  examples: tuple[Example, ...]
+
+  def share(self, count: int) -> float:
+    """Of the pairs looked at."""
+    return count / max(1, self.looked_at)
+
+
+@dataclasses.dataclass(frozen=True)
+class Language:
+  """What the vocabulary charges a language, over all its directions.
+
+  Attributes:
+    name: its code.
+    characters: looked at.
+    tokens: that they became, without tags and EOS.
+    tokens_per_character: what a character costs.
+    unknown: share of its tokens that are the unknown token.
+    bytes: share of its tokens that are single bytes; None: see `Side`.
+  """
+
+  name: str
+  characters: int
+  tokens: int
+  tokens_per_character: float
+  unknown: float
+  bytes: float | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+  """The report on a task's or a mixture's text.
+
+  Attributes:
+    name: of the task or mixture.
+    lengths: where the model cuts.
+    sample: pairs of a split that were looked at, at most; None: all.
+    directions: most training pairs first.
+    languages: dearest first.
+    warnings: a line for each kind of trouble.
+  """
+
+  name: str
+  lengths: Mapping[str, int]
+  sample: int | None
+  directions: tuple[Direction, ...]
+  languages: tuple[Language, ...]
+  warnings: tuple[str, ...]
+
+
+def inspect_data(
+  mixture: Any, options: Options, progress: Progress | None = None
+) -> Data:
+  """Looks at every direction of a mixture, or at one task.
+
+  Args:
+    mixture: a `seqio.Mixture` or `seqio.Task`, or the name of a registered one.
+    options: how closely.
+    progress: takes a direction's name when it is done.
+
+  Returns:
+    The report.
+
+  Raises:
+    ValueError: no such mixture, a task without inputs and targets, or without
+      a training split.
+  """
+  from basemt_jax import mixtures  # Imports SeqIO and TensorFlow.
+
+  found = mixtures.get_mixture(mixture)
+  tasks = _named_tasks(found)
+  pieces = _vocabularies(tasks.values())
+
+  def look(name: str) -> Direction:
+    direction = _inspect_task(name, tasks[name], pieces, options)
+    if progress:
+      progress(direction.name)
+    return direction
+
+  # Most of the time is TensorFlow's, which lets other threads run.
+  with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+    directions = list(pool.map(look, tasks))
+  directions.sort(key=lambda d: (-(d.pairs or 0), d.name))
+  return Data(
+    found.name,
+    dict(options.lengths),
+    options.sample,
+    tuple(directions),
+    _languages(directions),
+    tuple(_warnings(directions)),
+  )
+
+
+def _named_tasks(mixture: Any) -> dict[str, Any]:
+  """Tasks by direction; those that share one by their own names.
+
+  Raises:
+    ValueError: a task that is not one of translation, or cannot be trained on.
+  """
+  from basemt_jax import mixtures
+
+  tasks = sorted(getattr(mixture, "tasks", [mixture]), key=lambda t: t.name)
+  for task in tasks:
+    if not {"inputs", "targets"} <= task.output_features.keys():
+      raise ValueError(
+        f"Task {task.name!r} has features {', '.join(task.output_features)}; "
+        "'inputs' and 'targets' are needed."
+      )
+    if "train" not in task.splits:
+      raise ValueError(
+        f"Task {task.name!r} has splits {', '.join(task.splits)}; 'train' is "
+        "needed."
+      )
+  names = [mixtures.direction_of(task.name) for task in tasks]
+  count = collections.Counter(names)
+  return {
+    name if count[name] == 1 else task.name: task
+    for name, task in zip(names, tasks, strict=True)
+  }
+
+
+def _inspect_task(
+  name: str,
+  task: Any,
+  pieces: Sequence[tuple[Any, "_Pieces"]],
+  options: Options,
+) -> Direction:
+  """Looks at one direction."""
+  from basemt_jax import mixtures
+
+  layout = packing.RowLayout.of(options.lengths, 1)
+  long = packing.RowLayout(_LONGER * layout.inputs, _LONGER * layout.targets)
+  head = _Head(
+    mixtures.read_task(task, "train", long, texts=True), options.sample
+  )
+  limits = (layout.inputs, layout.targets)
+  sides = [
+    _SideCounter(language, limit, _find(pieces, task, feature))
+    for language, limit, feature in zip(
+      side_languages(name), limits, ("inputs", "targets"), strict=True
+    )
+  ]
+  texts, examples = _TextCounter(), []
+  for inputs, targets, records in head:
+    if not texts.count:
+      examples = _examples(inputs, targets, records, sides, options.examples)
+    texts.add([r["source"] for r in records], [r["target"] for r in records])
+    sides[0].add(inputs, records, "tagged_source", "source")
+    sides[1].add(targets, records, "target", "target")
+  pairs = texts.count
+  if not head.is_whole:
+    pairs = task.num_input_examples("train")
+  seen = texts.seen()
+  lengths = [np.minimum(side.all_lengths(), side.limit) for side in sides]
+  rows = packing.first_fit(
+    lengths[0], lengths[1], layout.inputs, layout.targets, open_rows=32
+  )
+  return Direction(
+    name=name,
+    task=task.name,
+    pairs=pairs,
+    looked_at=texts.count,
+    is_whole=head.is_whole,
+    band=None if pairs is None else evaluation.band(pairs, options.bands),
+    source=sides[0].report(),
+    target=sides[1].report(),
+    duplicates=texts.count - len(seen[0]),
+    empty=texts.empty,
+    copied=texts.copied,
+    rows=int(rows.max(initial=-1)) + 1,
+    row_tokens=(int(lengths[0].sum()), int(lengths[1].sum())),
+    held_out=tuple(
+      _held_out(task, split, seen, options.sample)
+      for split in ("validation", "test")
+      if _task_split(task, split)
+    ),
+    examples=tuple(examples),
+  )
+
+
+def _task_split(task: Any, split: str) -> str | None:
+  """The task's own name of a split, or None."""
+  names = (split, "dev") if split == "validation" else (split,)
+  return next((name for name in names if name in task.splits), None)
+
+
+def side_languages(name: str) -> tuple[str, str]:
+  """Source and target language of a direction's name, if it has them."""
+  with contextlib.suppress(ValueError):
+    source, target = evaluation.split_direction(name)
+    if _LANGUAGE.match(source) and _LANGUAGE.match(target):
+      return source, target
+  return f"source of {name}", f"target of {name}"
+
+
+class _Head:
+  """The first blocks of a split.
+
+  Attributes:
+    is_whole: known at the end: there was nothing more.
+  """
+
+  def __init__(self, blocks: Iterator[Block], limit: int | None):
+    self._blocks, self._limit = blocks, limit
+    self.is_whole = False
+
+  def __iter__(self) -> Iterator[Block]:
+    left = math.inf if self._limit is None else self._limit
+    for inputs, targets, records in self._blocks:
+      if len(records) > left:
+        if left:
+          count = int(left)
+          first = (side.split(count)[0] for side in (inputs, targets))
+          yield (*first, records[:count])  # type: ignore[misc]
+        return
+      yield inputs, targets, records
+      left -= len(records)
+    self.is_whole = True
+
+
+# ------------------------------------------------------------------- text
+
+
+class _TextCounter:
+  """Repeated, empty and copied pairs; texts are kept as 64-bit hashes."""
+
+  def __init__(self) -> None:
+    self.count = self.empty = self.copied = 0
+    self._hashes: tuple[list[np.ndarray], ...] = ([], [], [])
+
+  def add(self, sources: Sequence[str], targets: Sequence[str]) -> None:
+    """Takes more pairs, the sources without tags."""
+    pairs = list(zip(sources, targets, strict=True))
+    self.count += len(pairs)
+    for source, target in pairs:
+      stripped = source.strip(), target.strip()
+      self.empty += not all(stripped)
+      self.copied += all(stripped) and stripped[0] == stripped[1]
+    for hashes, values in zip(
+      self._hashes, (pairs, sources, targets), strict=True
+    ):
+      hashes.append(_hashes(values))
+
+  def seen(self) -> tuple[np.ndarray, ...]:
+    """Sorted hashes of the distinct pairs, sources and targets."""
+    return tuple(
+      np.unique(np.concatenate([*hashes, _hashes([])]))
+      for hashes in self._hashes
+    )
+
+
+def _hashes(values: Sequence[Any]) -> np.ndarray:
+  return np.fromiter(map(hash, values), np.int64, len(values))
+
+
+def _held_out(
+  task: Any, split: str, seen: Sequence[np.ndarray], sample: int | None
+) -> HeldOut:
+  """Compares a split with the training texts."""
+  own = str(_task_split(task, split))
+  pairs = vocabulary.raw_pairs(task, own)
+  texts = [
+    (_TAG.sub("", source, count=1), target)
+    for source, target in itertools.islice(pairs, sample)
+  ]
+  is_whole = sample is None or next(pairs, None) is None
+  sides: list[Sequence[Any]] = [
+    texts,
+    [source for source, _ in texts],
+    [target for _, target in texts],
+  ]
+  found = [
+    int(np.isin(_hashes(values), known).sum())
+    for values, known in zip(sides, seen, strict=True)
+  ]
+  total = len(texts) if is_whole else task.num_input_examples(own)
+  return HeldOut(split, total, len(texts), *found)
+
+
+def _examples(
+  inputs: packing.Ragged,
+  targets: packing.Ragged,
+  records: Sequence[Mapping[str, str]],
+  sides: Sequence["_SideCounter"],
+  count: int,
+) -> list[Example]:
+  """Some pairs, spread evenly over a block."""
+  count = min(count, len(records))
+  examples = []
+  for i in ((2 * j + 1) * len(records) // (2 * count) for j in range(count)):
+    pieces, decoded = [], []
+    for side, ids in zip(sides, (inputs, targets), strict=True):
+      own = ids.take(np.array([i]))
+      cut, _ = own.truncate(side.limit, eos=True)
+      pieces.append(tuple(side.pieces.piece(t) for t in own.values.tolist()))
+      decoded.append(side.pieces.decode(cut.values.tolist()))
+    record = records[i]
+    examples.append(
+      Example(
+        record["source"],
+        record["tagged_source"],
+        record["target"],
+        pieces[0],
+        pieces[1],
+        decoded[0],
+        decoded[1],
+      )
+    )
+  return examples
+
+
+# ----------------------------------------------------------------- tokens
+
+
+class _Pieces:
+  """A task's vocabulary: ours where it can be, else SeqIO's own.
+
+  Attributes:
+    unknown: id of the unknown token, or None.
+    is_byte: bool [V], pieces for bytes of characters without a piece; None
+      where there are none, or nothing else.
+  """
+
+  def __init__(self, theirs: Any):
+    self._own: vocabulary.Vocabulary | None = None
+    with contextlib.suppress(ValueError, AttributeError, NotImplementedError):
+      self._own = vocabulary.Vocabulary.from_seqio(theirs)
+    self._any = self._own or theirs
+    self.unknown = getattr(self._any, "unk_id", None)
+    self.is_byte = None
+    if self._own and self._own.kind == "sentencepiece":
+      pieces = map(self._own.piece, range(self._own.vocab_size))
+      is_byte = np.array([bool(_BYTE.fullmatch(piece)) for piece in pieces])
+      self.is_byte = is_byte if is_byte.any() else None
+
+  def count(self, text: str) -> int:
+    """Tokens of a text, without EOS."""
+    return len(self._any.encode(text))
+
+  def piece(self, token: int) -> str:
+    """How a token looks."""
+    return self._own.piece(token) if self._own else self.decode([token])
+
+  def decode(self, ids: Sequence[int]) -> str:
+    """The text of ids."""
+    return str(self._any.decode(list(ids)))
+
+
+def _vocabularies(tasks: Iterable[Any]) -> list[tuple[Any, _Pieces]]:
+  """The different vocabularies of tasks, usually one."""
+  found: list[tuple[Any, _Pieces]] = []
+  for task in tasks:
+    for feature in ("inputs", "targets"):
+      theirs = task.output_features[feature].vocabulary
+      if all(known != theirs for known, _ in found):
+        found.append((theirs, _Pieces(theirs)))
+  return found
+
+
+def _find(
+  found: Sequence[tuple[Any, _Pieces]], task: Any, feature: str
+) -> _Pieces:
+  theirs = task.output_features[feature].vocabulary
+  return next(pieces for known, pieces in found if known == theirs)
+
+
+class _SideCounter:
+  """Lengths, tokens and characters of one side; see `Side`."""
+
+  def __init__(self, language: str, limit: int, pieces: _Pieces):
+    self.language, self.limit, self.pieces = language, limit, pieces
+    self._lengths: list[np.ndarray] = []
+    self._tag_tokens: dict[str, int] = {}
+    self._unknown = self._bytes = self._characters = self._tokens = 0
+    self._altered = 0
+
+  def add(
+    self,
+    ids: packing.Ragged,
+    records: Sequence[Mapping[str, str]],
+    tagged: str,
+    plain: str,
+  ) -> None:
+    """Takes more sequences.
+
+    Args:
+      ids: as the task gives them.
+      records: their texts.
+      tagged: key of the text that the ids stand for.
+      plain: key of the text without its tag.
+    """
+    self._lengths.append(ids.lengths)
+    ends = ids.values == packing.EOS_ID
+    self._tokens += len(ids.values) - int(ends.sum())
+    self._unknown += int((ids.values == self.pieces.unknown).sum())
+    if self.pieces.is_byte is not None:
+      self._bytes += int(self.pieces.is_byte[ids.values].sum())
+    starts = np.cumsum(ids.lengths) - ids.lengths
+    for record, start, length in zip(
+      records, starts.tolist(), ids.lengths.tolist(), strict=True
+    ):
+      self._characters += len(record[plain])
+      if record[tagged] != record[plain]:
+        self._tokens -= self._tag_length(record[tagged], record[plain])
+      own = ids.values[start : start + length].tolist()
+      self._altered += self.pieces.decode(own) != record[tagged]
+
+  def _tag_length(self, tagged: str, plain: str) -> int:
+    """Tokens of the tag before a text; looked up once for every tag."""
+    tag = tagged.removesuffix(plain)
+    if tag not in self._tag_tokens:
+      count = self.pieces.count
+      self._tag_tokens[tag] = count(tagged) - count(plain)
+    return self._tag_tokens[tag]
+
+  def all_lengths(self) -> np.ndarray:
+    """Tokens of every sequence; int64 [P]."""
+    return np.concatenate([np.zeros(0, np.int64), *self._lengths])
+
+  def report(self) -> Side:
+    """What was counted."""
+    lengths = self.all_lengths()
+    sequences, tokens = max(1, len(lengths)), max(1, int(lengths.sum()))
+    # A sequence as long as a bin's end is in that bin.
+    bins = np.searchsorted(BINS, lengths, side="left")
+    some = lengths if len(lengths) else np.zeros(1)
+    return Side(
+      language=self.language,
+      mean=float(some.mean()),
+      median=float(np.median(some)),
+      p95=float(np.percentile(some, 95, method="inverted_cdf")),
+      longest=int(some.max()),
+      histogram=tuple(np.bincount(bins, minlength=len(BINS) + 1).tolist()),
+      truncated=float((lengths > self.limit).sum() / sequences),
+      unknown=self._unknown / tokens,
+      bytes=None if self.pieces.is_byte is None else self._bytes / tokens,
+      characters=self._characters,
+      tokens=self._tokens,
+      tokens_per_character=self._tokens / max(1, self._characters),
+      altered=self._altered / sequences,
+    )
+
+
+# ---------------------------------------------------------------- summary
+
+
+def _languages(directions: Sequence[Direction]) -> tuple[Language, ...]:
+  """Adds the sides of all directions up by language."""
+  sides = collections.defaultdict(list)
+  for direction in directions:
+    for side in (direction.source, direction.target):
+      sides[side.language].append(side)
+  languages = [_language(name, own) for name, own in sides.items()]
+  return tuple(sorted(languages, key=lambda x: -x.tokens_per_character))
+
+
+def _language(name: str, sides: Sequence[Side]) -> Language:
+  weights = [side.mean * sum(side.histogram) for side in sides]
+  total = max(1.0, sum(weights))
+
+  def mean(shares: Iterable[float]) -> float:
+    pairs = zip(weights, shares, strict=True)
+    return sum(weight * share for weight, share in pairs) / total
+
+  known = [side.bytes for side in sides if side.bytes is not None]
+  characters = sum(side.characters for side in sides)
+  tokens = sum(side.tokens for side in sides)
+  return Language(
+    name,
+    characters,
+    tokens,
+    tokens / max(1, characters),
+    mean(side.unknown for side in sides),
+    mean(known) if len(known) == len(sides) else None,
+  )
+
+
+def _warnings(directions: Sequence[Direction]) -> Iterator[str]:
+  """A sentence for every kind of trouble, with the directions that have it."""
+  yield from listed(
+    "no training pairs", [d.name for d in directions if not d.looked_at]
+  )
+  own = [d for d in directions if d.looked_at]
+  sides = [(d.name, side) for d in own for side in (d.source, d.target)]
+  for trouble, limit, shares in (
+    (
+      "sequences are cut off",
+      MAX_TRUNCATED,
+      [(name, side.language, side.truncated) for name, side in sides],
+    ),
+    (
+      "tokens are unknown",
+      MAX_UNKNOWN,
+      [(name, side.language, side.unknown) for name, side in sides],
+    ),
+    (
+      "tokens are single bytes",
+      MAX_BYTES,
+      [(name, side.language, side.bytes or 0.0) for name, side in sides],
+    ),
+    (
+      "pairs have an empty side",
+      0.0,
+      [(d.name, "", d.share(d.empty)) for d in own],
+    ),
+    (
+      "pairs are copies, both sides the same",
+      MAX_COPIED,
+      [(d.name, "", d.share(d.copied)) for d in own],
+    ),
+    (
+      "pairs repeat an earlier one",
+      MAX_DUPLICATES,
+      [(d.name, "", d.share(d.duplicates)) for d in own],
+    ),
+    (
+      "held-out pairs are training pairs",
+      0.0,
+      [
+        (d.name, h.split, h.pairs_seen / max(1, h.looked_at))
+        for d in own
+        for h in d.held_out
+      ],
+    ),
+  ):
+    worst = sorted((x for x in shares if x[2] > limit), key=lambda x: -x[2])
+    yield from listed(
+      trouble,
+      [
+        f"{name}{of and f' ({of})'} {100 * share:.3g}%"
+        for name, of, share in worst
+      ],
+    )
+  yield from listed(
+    "no dev set",
+    [
+      d.name
+      for d in own
+      if not any(h.split == "validation" and h.looked_at for h in d.held_out)
+    ],
+  )
+
+
+def listed(trouble: str, items: Sequence[str], most: int = 6) -> Iterator[str]:
+  """'trouble: a, b and 3 more', if there are items."""
+  if items:
+    more = f" and {len(items) - most} more" if len(items) > most else ""
+    yield f"{trouble}: {', '.join(items[:most])}{more}"

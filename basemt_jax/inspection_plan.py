@@ -1,0 +1,263 @@
+"""What a run will draw from a mixture, known before it starts.
+
+Axis legend: N directions, K steps shown.
+
+Expectations of a `sampling.Plan`: rates over the steps; rows, tokens and
+epochs per direction; when a small language has been seen how often.
+"""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from basemt_jax import evaluation, inspection, row_store, sampling
+
+# Epochs whose step is told.
+MILESTONES = (1, 2, 5, 10, 20, 50, 100)
+# More epochs than this are worth a warning.
+MAX_EPOCHS = 10.0
+# Steps whose rates are kept for plots, and between which epochs are
+# interpolated.
+_SHOWN, _FINE = 120, 2000
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+  """How much data there is, by direction.
+
+  Attributes:
+    directions: N names.
+    pairs: int [N], training pairs.
+    rows: float [N], packed rows of them.
+    source_tokens: float [N], in these rows.
+    target_tokens: float [N], in these rows.
+    dev_pairs: int [N].
+    is_exact: counted, not estimated from a sample.
+  """
+
+  directions: tuple[str, ...]
+  pairs: np.ndarray
+  rows: np.ndarray
+  source_tokens: np.ndarray
+  target_tokens: np.ndarray
+  dev_pairs: np.ndarray
+  is_exact: bool
+
+
+def sizes_of_store(store: row_store.RowStore) -> Sizes:
+  """Counted when the rows were packed."""
+  stats = [store.stats("train", name) for name in store.directions]
+  dev = np.zeros(len(stats), np.int64)
+  if "validation" in store.splits:
+    dev = store.pairs("validation")
+  return Sizes(
+    store.directions,
+    store.pairs("train"),
+    store.rows("train"),
+    np.array([s.source_tokens for s in stats]),
+    np.array([s.target_tokens for s in stats]),
+    dev,
+    is_exact=True,
+  )
+
+
+def sizes_of_data(data: inspection.Data) -> Sizes:
+  """Estimated from the pairs looked at.
+
+  Raises:
+    ValueError: a direction whose number of pairs is not known.
+  """
+  directions = sorted(data.directions, key=lambda d: d.name)
+  for d in directions:
+    if d.pairs is None:
+      raise ValueError(
+        f"Task {d.task!r} does not tell how many training pairs it has, so "
+        "that nothing can be expected of it: count them with --full."
+      )
+  pairs = np.array([d.pairs for d in directions])
+  # How many times the pairs looked at there are.
+  scale = pairs / np.maximum(1, [d.looked_at for d in directions])
+  dev = [
+    sum((h.pairs or h.looked_at) for h in d.held_out if h.split == "validation")
+    for d in directions
+  ]
+  return Sizes(
+    tuple(d.name for d in directions),
+    pairs,
+    scale * [d.rows for d in directions],
+    scale * [d.row_tokens[0] for d in directions],
+    scale * [d.row_tokens[1] for d in directions],
+    np.array(dev),
+    is_exact=all(d.is_whole for d in directions),
+  )
+
+
+@dataclasses.dataclass(frozen=True)
+class DirectionForecast:
+  """What a run is expected to draw from a direction.
+
+  Attributes:
+    name: of the direction.
+    band: 'high', 'mid' or 'low'.
+    pairs: training pairs there are.
+    dev_pairs: dev pairs there are.
+    first_step: from which on it is sampled.
+    cap: factor on its rate that a cap on epochs asks for; 1: none.
+    rows: packed rows drawn in the whole run.
+    source_tokens: drawn.
+    target_tokens: drawn.
+    epochs: how often it is gone through.
+    seen: epochs of `MILESTONES` that are reached, and the step of each.
+  """
+
+  name: str
+  band: str
+  pairs: int
+  dev_pairs: int
+  first_step: int
+  cap: float
+  rows: float
+  source_tokens: float
+  target_tokens: float
+  epochs: float
+  seen: dict[int, int]
+
+
+@dataclasses.dataclass(frozen=True)
+class Forecast:
+  """A strategy over a run, for given data.
+
+  Attributes:
+    name: to tell it from another.
+    strategy: in words.
+    train_steps: of the run.
+    batch_size: rows a step.
+    is_exact: sizes were counted, not estimated from a sample.
+    directions: most training pairs first.
+    steps: [K], where rates and epochs are given.
+    temperatures: [K].
+    pair_rates: [K][N], share of the sentence pairs drawn at a step, directions
+      as in `directions`.
+    epochs: [K][N], epochs done before a step.
+    max_epochs: more are worth a warning.
+    warnings: a line for each kind of trouble.
+  """
+
+  name: str
+  strategy: str
+  train_steps: int
+  batch_size: int
+  is_exact: bool
+  directions: tuple[DirectionForecast, ...]
+  steps: list[int]
+  temperatures: list[float]
+  pair_rates: list[list[float]]
+  epochs: list[list[float]]
+  max_epochs: float
+  warnings: tuple[str, ...]
+
+
+def forecast(
+  name: str,
+  strategy: sampling.Strategy,
+  sizes: Sizes,
+  train_steps: int,
+  batch_size: int,
+  bands: evaluation.BandThresholds,
+  max_epochs: float = MAX_EPOCHS,
+) -> Forecast:
+  """Works out what a run will draw.
+
+  Args:
+    name: to tell it from another.
+    strategy: how directions are sampled.
+    sizes: of the data.
+    train_steps: of the run.
+    batch_size: rows a step.
+    bands: training pairs that make a direction high or mid resource.
+    max_epochs: more are worth a warning.
+  """
+  plan = strategy.plan(sizes.directions, sizes.pairs, sizes.rows, batch_size)
+  fine = np.unique(np.linspace(0, train_steps, _FINE + 1).astype(int))
+  shown = np.unique(np.linspace(0, train_steps - 1, _SHOWN).astype(int))
+  drawn = plan.expected_rows(fine)
+  epochs = drawn / np.maximum(sizes.rows, 1)
+  order = sorted(
+    range(len(sizes.directions)),
+    key=lambda i: (-sizes.pairs[i], sizes.directions[i]),
+  )
+  total = drawn[-1]
+  directions = [
+    DirectionForecast(
+      name=sizes.directions[i],
+      band=evaluation.band(int(sizes.pairs[i]), bands),
+      pairs=int(sizes.pairs[i]),
+      dev_pairs=int(sizes.dev_pairs[i]),
+      first_step=int(plan.starts[i]),
+      cap=float(plan.multipliers[i]),
+      rows=float(total[i]),
+      source_tokens=float(epochs[-1, i] * sizes.source_tokens[i]),
+      target_tokens=float(epochs[-1, i] * sizes.target_tokens[i]),
+      epochs=float(epochs[-1, i]),
+      seen=_milestones(fine, epochs[:, i]),
+    )
+    for i in order
+  ]
+  return Forecast(
+    name,
+    str(strategy),
+    train_steps,
+    batch_size,
+    sizes.is_exact,
+    tuple(directions),
+    shown.tolist(),
+    plan.temperatures(shown).tolist(),
+    plan.pair_rates(shown)[:, order].tolist(),
+    [
+      [float(np.interp(step, fine, epochs[:, i])) for i in order]
+      for step in shown
+    ],
+    max_epochs,
+    tuple(_warnings(directions, train_steps, max_epochs)),
+  )
+
+
+def _milestones(steps: np.ndarray, epochs: np.ndarray) -> dict[int, int]:
+  """The step at which each milestone is reached; epochs [M] never fall."""
+  reached = {}
+  for count in MILESTONES:
+    at = int(np.searchsorted(epochs, count))
+    if at == len(epochs):
+      break
+    between = np.interp(count, epochs[at - 1 : at + 1], steps[at - 1 : at + 1])
+    reached[count] = int(np.ceil(between))
+  return reached
+
+
+def _warnings(
+  directions: Sequence[DirectionForecast], train_steps: int, max_epochs: float
+) -> Iterator[str]:
+  """A line for each kind of trouble, with the directions that have it."""
+  yield from inspection.listed(
+    f"never sampled in {train_steps:,} steps",
+    [
+      f"{d.name} (joins at step {d.first_step:,})"
+      if d.first_step
+      else f"{d.name} ({d.rows:.2g} rows expected)"
+      for d in directions
+      if d.rows < 0.5
+    ],
+  )
+  often = [d for d in directions if d.epochs > max_epochs]
+  yield from inspection.listed(
+    f"gone through more than {max_epochs:g} times, which invites overfitting",
+    [
+      f"{d.name} {d.epochs:,.1f} times ({d.pairs:,} pairs)"
+      for d in sorted(often, key=lambda d: -d.epochs)
+    ],
+  )
+  yield from inspection.listed(
+    "no dev set, so that overfitting would not be seen",
+    [d.name for d in directions if not d.dev_pairs],
+  )

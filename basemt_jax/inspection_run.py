@@ -1,0 +1,478 @@
+"""What a run did: its draws, losses, scores, and which experts took what.
+
+Axis legend: N directions, E experts, B rows of a batch.
+
+Read from MODEL_DIR: checkpoints (any, T5X's too), `metrics.jsonl` and the
+scores of evaluations. What is not there is left out.
+"""
+
+import contextlib
+import dataclasses
+import json
+import pathlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from basemt_jax import (
+  checkpointing,
+  evaluation,
+  inspection,
+  packing,
+  partitioning,
+  row_store,
+)
+from basemt_jax import run as run_lib
+
+# Rows of a direction that are routed through a checkpoint.
+ROWS = 16
+# Standard deviations between planned and drawn rows from which to warn.
+_FAR = 5.0
+
+Series = dict[int, float]
+
+
+@dataclasses.dataclass(frozen=True)
+class DirectionRun:
+  """A direction in a run, up to a checkpoint.
+
+  Attributes:
+    name: of the direction.
+    band: 'high', 'mid' or 'low'.
+    pairs: training pairs.
+    planned_rows: expected of the strategy.
+    drawn_rows: as the checkpoint counts them; None: it does not.
+    planned_target_tokens: expected.
+    trained_target_tokens: as the metrics count them; None: they do not.
+    epochs: drawn rows by rows there are; None where those are.
+    loss: last training loss, nats per token.
+    dev_loss: last, nats per token.
+    scores: BLEU of the last evaluation of each split.
+  """
+
+  name: str
+  band: str
+  pairs: int
+  planned_rows: float
+  drawn_rows: int | None
+  planned_target_tokens: float
+  trained_target_tokens: float | None
+  epochs: float | None
+  loss: float | None
+  dev_loss: float | None
+  scores: dict[str, float]
+
+
+@dataclasses.dataclass(frozen=True)
+class Curves:
+  """A metric over the steps.
+
+  Attributes:
+    name: 'training loss', 'dev loss' or 'dev BLEU'.
+    unit: of the values.
+    steps: at which it was measured.
+    directions: values of each direction; None: not measured then.
+    bands: their means by resource band, and of 'all'.
+  """
+
+  name: str
+  unit: str
+  steps: list[int]
+  directions: dict[str, list[float | None]]
+  bands: dict[str, list[float | None]]
+
+
+@dataclasses.dataclass(frozen=True)
+class RouterCurves:
+  """What a layer's router did in training, over the steps.
+
+  Attributes:
+    layer: 'decoder/layers_1'.
+    steps: at which it was measured.
+    load_max: tokens that want the most wanted expert, by the mean; 1 is even.
+    agreement: share of the tokens that got the expert they wanted.
+    entropy: of the routing distribution, nats.
+    auxiliary_loss: mean.
+  """
+
+  layer: str
+  steps: list[int]
+  load_max: list[float | None]
+  agreement: list[float | None]
+  entropy: list[float | None]
+  auxiliary_loss: list[float | None]
+
+
+@dataclasses.dataclass(frozen=True)
+class ExpertMap:
+  """Which experts a layer sends the tokens of a language to, at test time.
+
+  Attributes:
+    layer: 'decoder/layers_1'.
+    side: 'source' (encoder) or 'target' (decoder): whose languages they are.
+    languages: names, sorted.
+    tokens: of each language that were routed.
+    shares: [languages][E], of a language's tokens; each row sums to 1.
+    directions: the same by direction: [E] shares.
+  """
+
+  layer: str
+  side: str
+  languages: list[str]
+  tokens: list[int]
+  shares: list[list[float]]
+  directions: dict[str, list[float]]
+
+
+@dataclasses.dataclass(frozen=True)
+class RunReport:
+  """The report on a model directory.
+
+  Attributes:
+    model_dir: the directory.
+    step: of the checkpoint looked at.
+    phase: of it: 'dense' or 'sparse'.
+    train_steps: of the whole run.
+    checkpoints: steps that there are checkpoints of.
+    conversion_step: when the dense model became sparse; None: not.
+    strategy: of sampling, in words.
+    directions: most training pairs first.
+    curves: those that were measured.
+    routers: by layer.
+    experts: by layer; none for a dense checkpoint.
+    routed_split: of which rows were routed.
+    warnings: a line for each kind of trouble.
+  """
+
+  model_dir: str
+  step: int
+  phase: str
+  train_steps: int
+  checkpoints: list[int]
+  conversion_step: int | None
+  strategy: str
+  directions: tuple[DirectionRun, ...]
+  curves: tuple[Curves, ...]
+  routers: tuple[RouterCurves, ...]
+  experts: tuple[ExpertMap, ...]
+  routed_split: str
+  warnings: tuple[str, ...]
+
+
+def inspect_run(
+  run: run_lib.Run,
+  console: run_lib.Console,
+  which: str | int = "latest",
+  rows: int = ROWS,
+) -> RunReport:
+  """Looks at a model directory.
+
+  Args:
+    run: the run that wrote it.
+    console: takes progress, if rows have to be built.
+    which: checkpoint: 'latest', 'best' or a step.
+    rows: rows of each direction to route through the checkpoint.
+
+  Raises:
+    ValueError: no checkpoints, no such one, or they are of another model.
+  """
+  trained = run_lib.load(run, console, which)
+  store, step = trained.store, trained.step
+  with contextlib.closing(
+    checkpointing.Checkpoints(run.model_dir, read_only=True)
+  ) as checkpoints:
+    steps = checkpoints.steps()
+    position = checkpoints.position(step)
+  model_dir = pathlib.Path(run.model_dir)
+  metrics = read_metrics(model_dir / "metrics.jsonl")
+  split = "validation" if _has_rows(store, "validation") else "train"
+  directions = _directions(run, store, step, position, metrics)
+  bands = {d.name: d.band for d in directions}
+  return RunReport(
+    model_dir=str(run.model_dir),
+    step=step,
+    phase=trained.program.name,
+    train_steps=run.settings.train_steps,
+    checkpoints=steps,
+    conversion_step=_conversion_step(run, metrics, step, trained.program.name),
+    strategy=str(run.strategy),
+    directions=tuple(directions),
+    curves=tuple(_curves(metrics, bands)),
+    routers=tuple(_routers(metrics)),
+    experts=expert_maps(run, trained, split, rows),
+    routed_split=split,
+    warnings=tuple(_warnings(directions, bool(position), bool(metrics))),
+  )
+
+
+def _has_rows(store: row_store.RowStore, split: str) -> bool:
+  return split in store.splits and bool(store.rows(split).any())
+
+
+# ---------------------------------------------------------------- metrics
+
+
+def read_metrics(path: pathlib.Path) -> dict[str, Series]:
+  """Metrics by name and step; {} if there is no file.
+
+  A run that was killed and went on from a checkpoint has written some steps
+  twice: what came later counts, and what it made void is dropped.
+  """
+  lines: list[tuple[int, dict[str, Any]]] = []
+  if not path.exists():
+    return {}
+  for text in path.read_text(encoding="utf-8").split("\n"):
+    try:
+      values = json.loads(text)
+      step = int(values.pop("step"))
+    except (ValueError, KeyError, TypeError, AttributeError):
+      continue  # Half a line, of a process that was killed.
+    if "loss" in values:  # A step's first line.
+      while lines and lines[-1][0] >= step:
+        lines.pop()
+    lines.append((step, values))
+  series: dict[str, Series] = {}
+  for step, values in lines:
+    for name, value in values.items():
+      if isinstance(value, (int, float)):
+        series.setdefault(name, {})[step] = float(value)
+  return series
+
+
+def _last(series: Mapping[int, float] | None, step: int) -> float | None:
+  """The last value until a step."""
+  values = [v for s, v in sorted((series or {}).items()) if s <= step]
+  return values[-1] if values else None
+
+
+def _conversion_step(
+  run: run_lib.Run, metrics: Mapping[str, Series], step: int, phase: str
+) -> int | None:
+  measured = metrics.get("conversion/relative_error")
+  if measured:
+    return max(measured)
+  dense = run.settings.dense_steps
+  return dense if phase == "sparse" and 0 < dense <= step else None
+
+
+def _directions(
+  run: run_lib.Run,
+  store: row_store.RowStore,
+  step: int,
+  position: Mapping[str, Any],
+  metrics: Mapping[str, Series],
+) -> list[DirectionRun]:
+  """Planned against drawn, and how each direction fared."""
+  pairs, rows = store.pairs("train"), store.rows("train")
+  plan = run.strategy.plan(store.directions, pairs, rows, run.batch_size)
+  planned = plan.expected_rows(np.array([step]))[0]
+  counters = (position.get("data") or {}).get("counters") or {}
+  scores = _scores(pathlib.Path(run.model_dir), step)
+  directions = []
+  for i, name in enumerate(store.directions):
+    stats = store.stats("train", name)
+    tokens = metrics.get(f"target_tokens/{name}")
+    trained = None
+    if tokens:
+      trained = sum(value for s, value in tokens.items() if s <= step)
+    drawn = counters.get(name)
+    directions.append(
+      DirectionRun(
+        name=name,
+        band=evaluation.band(stats.pairs, run.bands),
+        pairs=stats.pairs,
+        planned_rows=float(planned[i]),
+        drawn_rows=drawn,
+        planned_target_tokens=float(
+          planned[i] * stats.target_tokens / max(1, stats.rows)
+        ),
+        trained_target_tokens=trained,
+        epochs=None if drawn is None else drawn / max(1, stats.rows),
+        loss=_last(metrics.get(f"loss/{name}"), step),
+        dev_loss=_last(metrics.get(f"dev/loss/{name}"), step),
+        scores={s: own[name] for s, own in scores.items() if name in own},
+      )
+    )
+  return sorted(directions, key=lambda d: (-d.pairs, d.name))
+
+
+def _scores(model_dir: pathlib.Path, step: int) -> dict[str, dict[str, float]]:
+  """BLEU by split and direction: the last evaluation until a step."""
+  found: dict[str, tuple[int, dict[str, float]]] = {}
+  for path in model_dir.glob("evaluation/*_*/scores.json"):
+    split, _, number = path.parent.name.rpartition("_")
+    if not number.isdigit() or int(number) > step:
+      continue
+    if split in found and found[split][0] > int(number):
+      continue
+    results = json.loads(path.read_text(encoding="utf-8"))["directions"]
+    own = {r["direction"]: r["bleu"] for r in results if r["bleu"] is not None}
+    found[split] = (int(number), own)
+  return {split: own for split, (_, own) in sorted(found.items())}
+
+
+def _curves(
+  metrics: Mapping[str, Series], bands: Mapping[str, str]
+) -> Iterator[Curves]:
+  """Metrics that are measured by direction."""
+  for name, prefix, unit in (
+    ("training loss", "loss", "nats per target token"),
+    ("dev loss", "dev/loss", "nats per target token"),
+    ("dev BLEU", "dev/bleu", "BLEU"),
+  ):
+    series = {
+      d: metrics[f"{prefix}/{d}"] for d in bands if f"{prefix}/{d}" in metrics
+    }
+    steps = sorted({step for own in series.values() for step in own})
+    if not steps:
+      continue
+    groups = {
+      band: [d for d in series if bands[d] == band] for band in evaluation.BANDS
+    }
+    groups["all"] = list(series)
+    yield Curves(
+      name,
+      unit,
+      steps,
+      {d: [own.get(step) for step in steps] for d, own in series.items()},
+      {
+        group: [_mean([series[d].get(step) for d in own]) for step in steps]
+        for group, own in groups.items()
+        if own
+      },
+    )
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+  known = [value for value in values if value is not None]
+  return float(np.mean(known)) if known else None
+
+
+def _routers(metrics: Mapping[str, Series]) -> Iterator[RouterCurves]:
+  """By layer, in the order of their names."""
+  end = "/load_max"
+  layers = sorted(
+    name.removeprefix("router/").removesuffix(end)
+    for name in metrics
+    if name.startswith("router/") and name.endswith(end)
+  )
+  for layer in layers:
+    own = {
+      name: metrics.get(f"router/{layer}/{name}", {})
+      for name in ("load_max", "agreement", "entropy", "auxiliary_loss")
+    }
+    steps = sorted(own["load_max"])
+    yield RouterCurves(
+      layer,
+      steps,
+      **{name: [s.get(step) for step in steps] for name, s in own.items()},
+    )
+
+
+# ---------------------------------------------------------------- experts
+
+
+def expert_maps(
+  run: run_lib.Run, trained: run_lib.Trained, split: str, rows: int = ROWS
+) -> tuple[ExpertMap, ...]:
+  """Routes some rows of every direction through a checkpoint.
+
+  Args:
+    run: the run.
+    trained: the checkpoint.
+    split: of the rows.
+    rows: of each direction, at most; spread over the split.
+
+  Returns:
+    A map per layer of experts; none for a dense model.
+  """
+  if trained.program.name == "dense":
+    return ()
+  store, mesh = trained.store, trained.program.mesh
+  total: dict[str, np.ndarray] = {}
+  for batch in _some_batches(store, split, rows, run.batch_size, mesh.size):
+    sums = trained.program.routing_step(
+      trained.variables, partitioning.put_batch(batch, mesh)
+    )
+    for layer, own in sums.items():
+      counts = np.asarray(own["expert"], np.float64)
+      total[layer] = total.get(layer, 0) + counts
+  return tuple(
+    _expert_map(layer, total[layer], store.directions)
+    for layer in sorted(total)
+  )
+
+
+def _some_batches(
+  store: row_store.RowStore,
+  split: str,
+  rows: int,
+  batch_size: int,
+  devices: int,
+) -> Iterator[packing.Batch]:
+  """Rows spread evenly over each direction; the last batch is filled up."""
+  counts = store.rows(split)
+  chosen = [
+    np.unique(np.linspace(0, count - 1, min(rows, count)).astype(int))
+    for count in counts
+  ]
+  directions = np.repeat(np.arange(len(counts)), [len(c) for c in chosen])
+  row = np.concatenate(chosen)
+  # Devices divide a batch, so that all of them get a part.
+  size = min(batch_size, -(-len(row) // devices) * devices)
+  for start in range(0, len(row), size):
+    at = np.arange(start, start + size)
+    is_row = at < len(row)
+    at = np.minimum(at, len(row) - 1)
+    batch = store.read_mixed(split, directions[at], row[at])
+    for name, value in batch.items():
+      if name != "direction":
+        value[~is_row] = 0
+    yield batch
+
+
+def _expert_map(
+  layer: str, counts: np.ndarray, directions: Sequence[str]
+) -> ExpertMap:
+  """Adds the directions [N, E] up by the language the layer reads."""
+  side = 0 if layer.startswith("encoder") else 1
+  languages = [inspection.side_languages(name)[side] for name in directions]
+  names = sorted(set(languages))
+  sums = np.zeros((len(names), counts.shape[1]))
+  for language, own in zip(languages, counts, strict=True):
+    sums[names.index(language)] += own
+  return ExpertMap(
+    layer,
+    ("source", "target")[side],
+    names,
+    [int(n) for n in sums.sum(axis=1)],
+    _shares(sums).tolist(),
+    dict(zip(directions, _shares(counts).tolist(), strict=True)),
+  )
+
+
+def _shares(counts: np.ndarray) -> np.ndarray:
+  return counts / np.maximum(1, counts.sum(axis=1, keepdims=True))
+
+
+def _warnings(
+  directions: Sequence[DirectionRun], has_position: bool, has_metrics: bool
+) -> Iterator[str]:
+  """A line for each kind of trouble, with the directions that have it."""
+  if not has_position:
+    yield "the checkpoint holds no data position: drawn rows are not known"
+  if not has_metrics:
+    yield "there is no metrics.jsonl: losses and routers are not known"
+  total = sum(d.planned_rows for d in directions)
+  far = []
+  for d in directions:
+    if d.drawn_rows is None or not total:
+      continue
+    share = d.planned_rows / total
+    deviation = max(1.0, (d.planned_rows * (1 - share)) ** 0.5)
+    if abs(d.drawn_rows - d.planned_rows) > _FAR * deviation:
+      far.append(f"{d.name} {d.drawn_rows:,} for {d.planned_rows:,.0f}")
+  yield from inspection.listed(
+    "other rows were drawn than planned: data or strategy were others", far
+  )
