@@ -50,6 +50,7 @@ setuptools.setup(
     "flax>=0.12,<0.13",
     "gin-config>=0.5.0",
     "jax>=0.10,<0.13",
+    "matplotlib>=3.8",
     "num2words>=0.5.13",
     "numpy>=2.0",
     "optax>=0.2.8,<0.3",

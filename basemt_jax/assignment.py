@@ -444,6 +444,7 @@ def _repair(
   num_places = tokens.shape[1]
   places = jnp.arange(num_places, dtype=jnp.int32)
   max_moves = min(_MAX_MOVES, num_places)
+
   def body(_, state):
     tokens, rows, own, load = state
     change = rows - own[:, :, None]

@@ -4,10 +4,10 @@ Axis legend: B rows of the global batch, N directions, K steps planned
 together.
 
 The data contract: the global batch of step k is a pure function of (seed, k).
-Row r of step k draws its direction with the rates of the temperature T(k), from
-a counter-based random stream; the direction then gives its next row in a
-permutation of its own for every epoch. The position of a run is k and one
-counter per direction, for any number of hosts.
+Row r of step k draws its direction with the rates of the sampling strategy at
+step k, from a counter-based random stream; the direction then gives its next
+row in a permutation of its own for every epoch. The position of a run is k and
+one counter per direction, for any number of hosts.
 """
 
 import queue
@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from basemt_jax import heating, packing, permutation, row_store
+from basemt_jax import packing, permutation, row_store, sampling
 
 
 def eval_batches(
@@ -28,6 +28,7 @@ def eval_batches(
   direction: str | None = None,
   host_index: int = 0,
   host_count: int = 1,
+  host_rows: np.ndarray | None = None,
 ) -> Iterator[packing.Batch]:
   """All rows of a split once, in order, direction after direction.
 
@@ -38,6 +39,7 @@ def eval_batches(
     direction: only this one; None for all.
     host_index: this host's slice of every batch, as in `TrainBatches`.
     host_count: number of hosts; divides `batch_size`.
+    host_rows: instead of a slice, as in `TrainBatches`.
 
   Yields:
     Batches; the last is filled up with empty rows, in which all is 0 but the
@@ -46,7 +48,9 @@ def eval_batches(
   Raises:
     ValueError: sizes that do not fit, or an unknown split or direction.
   """
-  share = _host_slice(batch_size, host_index, host_count)
+  share: Any = host_rows
+  if share is None:
+    share = _host_slice(batch_size, host_index, host_count)
   counts = store.rows(split)
   if direction is not None:
     store.stats(split, direction)
@@ -89,17 +93,19 @@ class TrainBatches:
     step: the step whose batch comes next.
     batch_size: B, rows of the global batch.
     directions: names; `direction` in a batch is an index into them.
+    plan: the rates of every step, and what they make expected.
   """
 
   def __init__(
     self,
     store: row_store.RowStore,
-    schedule: heating.Schedule,
+    strategy: sampling.Strategy,
     batch_size: int,
     seed: int,
     *,
     host_index: int = 0,
     host_count: int = 1,
+    host_rows: np.ndarray | None = None,
     start_step: int = 0,
     counters: Mapping[str, int] | None = None,
     split: str = "train",
@@ -108,32 +114,40 @@ class TrainBatches:
 
     Args:
       store: an open store.
-      schedule: the temperature at a step.
+      strategy: how directions are sampled.
       batch_size: B, rows of the global batch.
       seed: any integer.
       host_index: this host reads rows host_index B / host_count ... of every
         global batch.
       host_count: number of hosts; divides `batch_size`.
+      host_rows: instead of a slice, the numbers of the rows that this host
+        reads, for hosts whose devices hold others (`partitioning.host_rows`).
       start_step: the first batch is this step's.
       counters: rows already drawn per direction; recomputed when left out.
       split: the split to draw from.
 
     Raises:
-      ValueError: a direction without rows, or sizes that do not fit.
+      ValueError: a direction without rows, sizes that do not fit, or a
+        strategy that cannot be followed with this data.
     """
-    self._slice = _host_slice(batch_size, host_index, host_count)
+    self._slice: Any = host_rows
+    if host_rows is None:
+      self._slice = _host_slice(batch_size, host_index, host_count)
     if start_step < 0:
       raise ValueError(f"start_step must not be negative, got {start_step}.")
-    self._store, self._schedule, self._split = store, schedule, split
+    self._store, self._split = store, split
     self.batch_size, self._seed, self.step = batch_size, int(seed), start_step
     self.directions = store.directions
-    self._pairs, self._rows = store.pairs(split), store.rows(split)
+    self._rows = store.rows(split)
     if not self._rows.all():
       name = self.directions[int(np.argmin(self._rows))]
       raise ValueError(
         f"Direction {name!r} has no rows in split {split!r} of the store in "
         f"{store.directory}: leave its task out of the mixture."
       )
+    self.plan = strategy.plan(
+      self.directions, store.pairs(split), self._rows, batch_size
+    )
     # Planned together: enough rows to make numpy's overhead small. A chunk of
     # steps begins at a multiple of its length wherever a run begins, so that
     # rates are always computed at the same place of the same array and cannot
@@ -197,10 +211,7 @@ class TrainBatches:
     of the counter.
     """
     steps = chunk * self._chunk + np.arange(self._chunk)
-    rates = heating.row_rates(
-      self._pairs, self._rows, heating.temperatures(self._schedule, steps)
-    )
-    cumulative = np.cumsum(rates, axis=1)
+    cumulative = np.cumsum(self.plan.rates(steps), axis=1)
     cumulative /= cumulative[:, -1:]
     # In units of 2^-53, and with the step in the upper bits, so that one
     # binary search serves all steps, exactly.
@@ -233,8 +244,7 @@ class TrainBatches:
   @property
   def temperature(self) -> float:
     """The temperature of the current step."""
-    steps = np.array([self.step])
-    return float(heating.temperatures(self._schedule, steps)[0])
+    return float(self.plan.temperatures([self.step])[0])
 
   def _identity(self) -> dict[str, Any]:
     """What a position is only valid with."""
@@ -242,7 +252,7 @@ class TrainBatches:
       "seed": self._seed,
       "batch_size": self.batch_size,
       "lengths": self._store.lengths,
-      "schedule": heating.describe(self._schedule),
+      "schedule": str(self.plan.strategy),
     }
 
   def _data(self) -> dict[str, dict[str, int]]:
@@ -265,9 +275,9 @@ class TrainBatches:
     """Goes to a position that `state` returned, on any number of hosts.
 
     Args:
-      state: of a run with the same seed, batch size, rows and schedule.
-      new_schedule: go on from there even though the schedule is another; what
-        follows is then not what either schedule alone would have given.
+      state: of a run with the same seed, batch size, rows and strategy.
+      new_schedule: go on from there even though the strategy is another; what
+        follows is then not what either strategy alone would have given.
 
     Raises:
       ValueError: naming everything that differs.
@@ -282,7 +292,8 @@ class TrainBatches:
       raise ValueError(
         "The saved data position does not fit this run: "
         f"{'; '.join(differences)}. Set them back (a longer run keeps its "
-        "temperatures with HEATING_STEPS), or begin a new run."
+        "temperatures with HEATING_STEPS, and its cap on epochs with "
+        "CAP_STEPS), or begin a new run."
       )
     self.step = self._plan_start = self._plan_end = int(state["step"])
     self._counters = np.array(

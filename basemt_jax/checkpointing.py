@@ -64,8 +64,25 @@ def restored_opt_state(template: Tree, param_states: dict[str, Any]) -> Tree:
   )
 
 
+class _Manager(ocp.CheckpointManager):
+  """Orbax's, without its own questions whether to stop.
+
+  JAX answers each process at a step that all agree on, and takes every question
+  for news of the step a process is at. Orbax asks later, and in the first
+  process only; the trainer asks once a step.
+  """
+
+  def reached_preemption(self, step: int) -> bool:
+    """Nothing here depends on it."""
+    del step
+    return False
+
+
 class Checkpoints:
   """The checkpoints of one model directory.
+
+  With several processes all of them call the same functions in the same order,
+  and write their parts of one checkpoint into the one directory.
 
   Args:
     directory: MODEL_DIR; created if need be.
@@ -101,7 +118,7 @@ class Checkpoints:
       ),
       best_fn=lambda metrics: -metrics["dev_loss"],
     )
-    self._manager = ocp.CheckpointManager(
+    self._manager = _Manager(
       epath.Path(directory).absolute(),
       options=options,
       item_handlers={

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from flax import serialization, traverse_util
+from jax.experimental import multihost_utils
 
 from basemt_jax import base_layer, checkpointing
 from basemt_jax import model as model_lib
@@ -328,6 +329,9 @@ def cluster_centroids(
     model_lib.forward(model, variables, batch, train=False)
   centroids = {}
   for path, (h, mask) in sorted(inputs.items()):
+    h, mask = (
+      multihost_utils.process_allgather(x, tiled=True) for x in (h, mask)
+    )
     tokens = np.asarray(h, np.float32)[np.asarray(mask)]
     tokens = tokens - tokens.mean(axis=0)
     tokens /= np.linalg.norm(tokens, axis=-1, keepdims=True) + 1e-9

@@ -66,7 +66,10 @@ def mixing_rates(sizes: ArrayLike, temperature: ArrayLike) -> np.ndarray:
 
 
 def row_rates(
-  pairs: ArrayLike, rows: ArrayLike, temperature: ArrayLike
+  pairs: ArrayLike,
+  rows: ArrayLike,
+  temperature: ArrayLike,
+  sizes: ArrayLike | None = None,
 ) -> np.ndarray:
   """Shares of packed rows under which *pairs* have `mixing_rates`' shares.
 
@@ -77,42 +80,15 @@ def row_rates(
     pairs: [N] training pairs.
     rows: [N] packed rows; 0 only where `pairs` is 0.
     temperature: scalar or [K].
+    sizes: [N] the n_i of the rates; None: `pairs`.
 
   Returns:
     float64 [N] or [K, N]; every row sums to 1.
   """
   pairs = np.asarray(pairs, np.float64)
-  rates = mixing_rates(pairs, temperature)
+  rates = mixing_rates(pairs if sizes is None else sizes, temperature)
   rates = rates * np.asarray(rows, np.float64) / np.maximum(pairs, 1)
   return rates / rates.sum(axis=-1, keepdims=True)
-
-
-def expected_epochs(
-  pairs: ArrayLike,
-  rows: ArrayLike,
-  schedule: Schedule,
-  steps: int,
-  batch_size: int,
-) -> np.ndarray:
-  """How often a run goes through each direction, before it is started.
-
-  Args:
-    pairs: [N] training pairs.
-    rows: [N] packed rows.
-    schedule: the temperature at a step.
-    steps: training steps.
-    batch_size: rows of a global batch.
-
-  Returns:
-    float64 [N], expected epochs: sum_k batch_size q_i(k) / rows_i.
-  """
-  rows = np.asarray(rows, np.float64)
-  drawn = np.zeros(rows.shape)
-  for start in range(0, steps, 4096):  # Bounds the memory of [K, N].
-    block = np.arange(start, min(start + 4096, steps))
-    rates = row_rates(pairs, rows, temperatures(schedule, block))
-    drawn += batch_size * rates.sum(axis=0)
-  return drawn / np.maximum(rows, 1)
 
 
 def temperatures(schedule: Schedule, steps: np.ndarray) -> np.ndarray:

@@ -287,7 +287,7 @@ class Attention(nn.Module):
       else:
         query = rotary_embedding(query, positions)
         key = rotary_embedding(key, positions)
-    implementation = self.implementation or _implementation(query, key)
+    implementation: Any = self.implementation or _implementation(query, key)
     if implementation == "cudnn" and mask is not None:
       shape = (*mask.shape[:2], query.shape[1], key.shape[1])
       mask = jnp.broadcast_to(mask, shape)  # cuDNN does not broadcast these.

@@ -27,7 +27,7 @@ import numpy as np
 import seqio
 import tensorflow as tf
 
-from basemt_jax import heating, packing, row_store, vocabulary
+from basemt_jax import heating, packing, row_store, sampling, vocabulary
 
 # TensorFlow only reads data here; it would take JAX's accelerator memory.
 tf.config.set_visible_devices([], "GPU")
@@ -95,16 +95,17 @@ def tasks_by_direction(mixture: MixtureOrTask) -> dict[str, seqio.Task]:
 
 
 class HeatedMixture(seqio.Mixture):
-  """A mixture whose rates follow a temperature schedule while it is read.
+  """A mixture whose rates follow a sampling strategy while it is read.
 
-  Example j of the whole job is drawn with the rates of the temperature at step
-  j / examples_per_step, p_i proportional to n_i^(1/T). The choices depend on
-  nothing but the mixture's own seed, the shard and j: neither on the seed
-  given to `get_dataset` (T5X draws a new one at every start) nor on what
-  another shard draws.
+  Example j of the whole job is drawn with the strategy's rates at step
+  j / examples_per_step. (Only the temperature matters for splits other than
+  'train': all languages are in them.) The choices depend on nothing but the
+  mixture's own seed, the shard and j: neither on the seed given to
+  `get_dataset` (T5X draws a new one at every start) nor on what another shard
+  draws.
 
   Attributes:
-    schedule: the temperature at a step.
+    plan: the strategy for the tasks' sizes, in the order of `tasks`.
     sizes: training pairs per task name.
     directions: of the tasks, in their order.
     examples_per_step: sentence pairs a training step uses, over all hosts.
@@ -115,7 +116,7 @@ class HeatedMixture(seqio.Mixture):
     self,
     name: str,
     tasks: Sequence[str | seqio.Task],
-    schedule: heating.Schedule,
+    strategy: sampling.Strategy,
     examples_per_step: float,
     total_steps: int,
     sizes: Mapping[str, int] | None = None,
@@ -126,15 +127,16 @@ class HeatedMixture(seqio.Mixture):
     Args:
       name: of the mixture.
       tasks: names of registered tasks, or tasks.
-      schedule: vectorised over steps.
+      strategy: how they are sampled.
       examples_per_step: batch size, times the mean number of pairs in a row
         when rows are packed.
-      total_steps: steps the schedule is tabulated for.
+      total_steps: steps the temperature is tabulated for.
       sizes: training pairs per task name; SeqIO's own count when left out.
       seed: of the choices.
 
     Raises:
-      ValueError: a number out of range, or a size that is not known.
+      ValueError: a number out of range, a size that is not known, or a
+        strategy that cannot be followed with these sizes.
     """
     if not examples_per_step > 0:
       raise ValueError(
@@ -147,7 +149,6 @@ class HeatedMixture(seqio.Mixture):
       )
     names = [t if isinstance(t, str) else t.name for t in tasks]
     found = [get_mixture(task) for task in tasks]
-    self.schedule = schedule
     self.sizes = {
       name: _train_size(task, sizes)
       for name, task in zip(names, found, strict=True)
@@ -163,9 +164,11 @@ class HeatedMixture(seqio.Mixture):
       [(task, self.sizes[task.name]) for task in found],
       sample_fn=functools.partial(self._sample, "train", 0, 1),
     )
+    pairs = [self.sizes[task.name] for task in self.tasks]
+    self.plan = strategy.plan(self.directions, pairs, pairs, examples_per_step)
 
   def get_dataset(self, *args: Any, **kwargs: Any) -> tf.data.Dataset:
-    """As `seqio.Mixture.get_dataset`, with the rates of the schedule."""
+    """As `seqio.Mixture.get_dataset`, with the rates of the strategy."""
     signature = inspect.signature(seqio.Mixture.get_dataset)
     bound = signature.bind(self, *args, **kwargs)
     bound.apply_defaults()
@@ -189,30 +192,35 @@ class HeatedMixture(seqio.Mixture):
     """A `seqio.SampleFn` behind what is bound by `get_dataset`."""
     key = f"{self._choice_seed}/{split}/{shard}/{num_shards}"
     digest = hashlib.blake2b(key.encode(), digest_size=8).digest()
+    del sizes  # The plan's.
     choices = self._choices(
-      sizes, int.from_bytes(digest, "little", signed=True), num_shards
+      split, int.from_bytes(digest, "little", signed=True), num_shards
     )
     return tf.data.Dataset.choose_from_datasets(
       list(datasets), choices, stop_on_empty_dataset=True
     )
 
-  def _choices(
-    self, sizes: Sequence[float], key: int, num_shards: int
-  ) -> tf.data.Dataset:
+  def _choices(self, split: str, key: int, num_shards: int) -> tf.data.Dataset:
     """Indices of datasets, drawn a block at a time."""
-    steps = np.arange(self.total_steps + 1)
-    table = tf.constant(heating.temperatures(self.schedule, steps))
-    size = np.asarray(sizes, np.float64)
+    table = tf.constant(self.plan.temperatures(np.arange(self.total_steps + 1)))
+    # SeqIO leaves out tasks that lack the split.
+    there = np.array([split in task.splits for task in self.tasks])
+    size = self.plan.sizes[there]
     log_size = np.log(np.maximum(size, 1) / size.max())
-    has_data = (size > 0).astype(np.float64)
+    factors = (size > 0).astype(np.float64)
+    starts = np.zeros(len(size), np.int64)
+    if split == "train":
+      factors *= self.plan.multipliers[there]
+      starts = self.plan.starts[there]
     steps_per_example = num_shards / self.examples_per_step
 
     def draw(block: tf.Tensor) -> tf.Tensor:
       example = block * _BLOCK + tf.range(_BLOCK, dtype=tf.int64)
       step = tf.cast(example, tf.float64) * steps_per_example
-      step = tf.minimum(tf.cast(step, tf.int64), self.total_steps)
-      temperature = tf.gather(table, step)[:, None]
-      weights = tf.exp(log_size / temperature) * has_data
+      step = tf.cast(step, tf.int64)
+      temperature = tf.gather(table, tf.minimum(step, self.total_steps))
+      weights = tf.exp(log_size / temperature[:, None]) * factors
+      weights *= tf.cast(step[:, None] >= starts, tf.float64)
       limits = tf.cumsum(weights, axis=1)
       points = (
         tf.random.stateless_uniform(
@@ -245,7 +253,7 @@ def _train_size(task: seqio.Task, sizes: Mapping[str, int] | None) -> int:
 
 def heat(
   mixture: MixtureOrTask,
-  schedule: heating.Schedule,
+  strategy: sampling.Strategy,
   *,
   examples_per_step: float,
   total_steps: int,
@@ -257,9 +265,9 @@ def heat(
 
   Args:
     mixture: a registered name, or a mixture or task.
-    schedule: the temperature at a step.
+    strategy: how its tasks are sampled.
     examples_per_step: sentence pairs a training step uses, over all hosts.
-    total_steps: steps the schedule is tabulated for.
+    total_steps: steps the temperature is tabulated for.
     sizes: training pairs per task name; SeqIO's own count when left out.
     seed: of the choices.
     name: `<mixture>_heated` when left out. A heated mixture that already has
@@ -285,7 +293,7 @@ def heat(
   heated = HeatedMixture(
     name,
     seqio.get_subtasks(found),
-    schedule,
+    strategy,
     examples_per_step,
     total_steps,
     sizes,
@@ -297,6 +305,12 @@ def heat(
 
 
 # ------------------------------------------------------------------- store
+
+
+def sizes(mixture: MixtureOrTask) -> tuple[int, int]:
+  """Pieces of a mixture's vocabulary, and its directions."""
+  found = get_mixture(mixture)
+  return _vocabulary(found).vocab_size, len(tasks_by_direction(found))
 
 
 def ensure_store(
@@ -320,14 +334,27 @@ def ensure_store(
   Returns:
     The open store.
   """
+  return build_store(
+    mixture,
+    task_feature_lengths,
+    store_directory(mixture, task_feature_lengths, cache_dir, splits),
+    splits=splits,
+    progress=progress,
+  )
+
+
+def store_directory(
+  mixture: MixtureOrTask,
+  task_feature_lengths: Mapping[str, int],
+  cache_dir: row_store.PathLike,
+  splits: Sequence[str] = SPLITS,
+) -> pathlib.Path:
+  """Where `ensure_store` keeps a mixture's store, built or not."""
   found = get_mixture(mixture)
   parts = fingerprint(found, task_feature_lengths, splits)
   digest = _digest(json.dumps(parts, sort_keys=True).encode())
   name = re.sub(r"[^\w.-]", "-", found.name)
-  directory = pathlib.Path(cache_dir) / f"{name}-{digest}"
-  return build_store(
-    found, task_feature_lengths, directory, splits=splits, progress=progress
-  )
+  return pathlib.Path(cache_dir) / f"{name}-{digest}"
 
 
 def build_store(
@@ -432,7 +459,7 @@ def _build_direction(
   source_split = str(_task_split(task, split))
   total = task.num_input_examples(source_split)
   done = writer.stats.pairs
-  for block in _read_task(task, source_split, layout, done, texts=not train):
+  for block in read_task(task, source_split, layout, done, texts=not train):
     writer.add(*block)
     done += len(block[0].lengths)
     if progress:
@@ -446,18 +473,28 @@ _TEXT = "_pretokenized"  # SeqIO's suffix of a feature's text.
 _Block: TypeAlias = tuple[packing.Ragged, packing.Ragged, list[dict[str, str]]]
 
 
-def _read_task(
+def read_task(
   task: seqio.Task,
   split: str,
   layout: packing.RowLayout,
-  skip: int,
-  texts: bool,
+  skip: int = 0,
+  texts: bool = False,
 ) -> Iterator[_Block]:
   """Tokenised pairs of a task in its own order, a block at a time.
 
   Tokenising is some twenty times faster outside of TensorFlow. That needs a
   task whose ids are SeqIO's `tokenize` of its texts, and EOS: most are. Any
   other is read as SeqIO gives it.
+
+  Args:
+    task: with features `inputs` and `targets`.
+    split: of the task.
+    layout: sequences come whole, or at least with a token more than fits.
+    skip: pairs to leave out at the beginning.
+    texts: give the texts, too.
+
+  Yields:
+    Ids of both sides, and per pair `source`, `target` and `tagged_source`.
   """
   steps = [
     step
@@ -469,9 +506,20 @@ def _read_task(
     [seqio.preprocessors.tokenize, seqio.preprocessors.append_eos],
     [seqio.preprocessors.tokenize_and_append_eos],
   ]
-  if any(steps[-len(tail) :] == tail for tail in plain):
+  is_plain = any(steps[-len(tail) :] == tail for tail in plain)
+  if is_plain and _has_our_vocabulary(task):
     return _read_texts(task, split, skip, texts)
   return _read_tokens(task, split, layout, skip, texts)
+
+
+def _has_our_vocabulary(task: seqio.Task) -> bool:
+  """Whether `vocabulary.Vocabulary` gives the ids of both sides."""
+  first, second = (task.output_features[x].vocabulary for x in _SIDES)
+  try:
+    vocabulary.Vocabulary.from_seqio(first)
+  except (ValueError, AttributeError, NotImplementedError):
+    return False
+  return first == second
 
 
 def _read_texts(

@@ -116,27 +116,89 @@ def variable_shardings(shapes: Any, axes: Any, mesh: Mesh) -> Any:
   return traverse_util.unflatten_dict(shardings, sep="/")
 
 
+def moment_axes(
+  names: Sequence[Any], param_shape: Sequence[int], shape: Sequence[int]
+) -> tuple[Any, ...]:
+  """Names of the axes of an optimizer's moment, from its parameter's.
+
+  Args:
+    names: One for each axis of the parameter.
+    param_shape: Its shape.
+    shape: The moment's: the parameter's, or that without one axis (Adafactor's
+      factored moments), or anything else, such as a placeholder.
+
+  Returns:
+    One for each axis of the moment. Where axes of equal size leave open which
+    one is gone, only what all cases agree on is named; the others are None.
+  """
+  names, shape = tuple(names), tuple(shape)
+  if shape == tuple(param_shape):
+    return names
+  kept = [
+    names[:i] + names[i + 1 :]
+    for i in range(len(names))
+    if (*param_shape[:i], *param_shape[i + 1 :]) == shape
+  ]
+  if not kept:
+    return (None,) * len(shape)
+  return tuple(
+    found[0] if len(set(found)) == 1 else None
+    for found in zip(*kept, strict=True)
+  )
+
+
 def _unfrozen(tree: Any) -> Any:
   from flax.core import unfreeze
 
   return unfreeze(tree)
 
 
+def host_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
+  """The rows of a global batch that this host's devices hold, ascending; int.
+
+  Where `model` splits a matrix over hosts, several hosts hold the same rows.
+
+  Raises:
+    ValueError: The rows do not divide over the devices.
+  """
+  ways = mesh.shape["data"] * mesh.shape["expert"]
+  if batch_size % ways:
+    raise ValueError(
+      f"a batch of {batch_size} rows does not divide over data x expert = "
+      f"{ways} devices; make the batch size a multiple of it"
+    )
+  sharding = batch_sharding(mesh)
+  indices = sharding.addressable_devices_indices_map((batch_size,)).values()
+  held = [np.arange(batch_size)[index] for index in indices]
+  return np.unique(np.concatenate(held))
+
+
 def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, Any]:
   """Global arrays from this host's rows: {name: [rows, ...]} on devices.
+
+  The rows are those of `host_rows`, wherever on the mesh this host's devices
+  are, so that every global row is the same on any number of hosts.
 
   Raises:
     ValueError: The rows do not divide over this host's devices.
   """
   rows = len(next(iter(batch.values())))
   ways = mesh.shape["data"] * mesh.shape["expert"]
-  if rows * jax.process_count() % ways:
+  held = host_rows(mesh, ways)
+  batch_size = rows * ways // len(held)
+  if rows % len(held):
     raise ValueError(
-      f"a batch of {rows * jax.process_count()} rows does not divide over "
-      f"data x expert = {ways} devices; make the batch size a multiple of it"
+      f"a batch of {batch_size} rows does not divide over data x expert = "
+      f"{ways} devices; make the batch size a multiple of it"
     )
-  sharding = batch_sharding(mesh)
-  return {
-    name: jax.make_array_from_process_local_data(sharding, array)
-    for name, array in batch.items()
-  }
+  sharding, share = batch_sharding(mesh), rows // len(held)
+
+  def put(array: np.ndarray) -> jax.Array:
+    def part(index: Any) -> np.ndarray:
+      at = np.searchsorted(held, (index[0].start or 0) // share) * share
+      return array[at : at + share]
+
+    shape = (batch_size, *array.shape[1:])
+    return jax.make_array_from_callback(shape, sharding, part)
+
+  return {name: put(array) for name, array in batch.items()}

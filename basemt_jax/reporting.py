@@ -151,10 +151,14 @@ def write_json(
       dataclasses.asdict(m) for m in evaluation.summarise(results, pivot)
     ],
   }
-  _write_atomically(
-    path,
-    json.dumps(_finite(contents), indent=2, ensure_ascii=False, allow_nan=False)
-    + "\n",
+  write_atomically(path, json_text(contents))
+
+
+def json_text(value: Any) -> str:
+  """The value as JSON, with null for numbers that JSON cannot hold."""
+  return (
+    json.dumps(_finite(value), indent=2, ensure_ascii=False, allow_nan=False)
+    + "\n"
   )
 
 
@@ -184,13 +188,13 @@ def write_translations(
       ("hyp", t.hypotheses),
       ("ref", t.references),
     ):
-      _write_atomically(
+      write_atomically(
         os.path.join(directory, f"{t.direction}.{suffix}"),
         "".join(f"{evaluation.one_line(line)}\n" for line in lines),
       )
 
 
-def _write_atomically(path: str | os.PathLike[str], text: str) -> None:
+def write_atomically(path: str | os.PathLike[str], text: str) -> None:
   """Writes a text file so that a reader sees all of it or the file before."""
   directory = os.path.dirname(os.fspath(path)) or "."
   os.makedirs(directory, exist_ok=True)

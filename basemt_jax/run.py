@@ -7,8 +7,9 @@ has to be built.
 
 import contextlib
 import dataclasses
+import json
 import pathlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -18,11 +19,12 @@ from basemt_jax import (
   batches,
   checkpointing,
   evaluation,
-  heating,
   packing,
   partitioning,
+  processes,
   reporting,
   row_store,
+  sampling,
   steps,
   trainer,
   translation,
@@ -46,7 +48,7 @@ class Run:
     network: vocab_size -> `model.TransformerConfig`; gin binds the class.
     settings: How to train.
     batch_size: B, packed rows a step, over all hosts.
-    temperature: step -> sampling temperature.
+    strategy: How directions are sampled over the steps.
     data_seed: Of the order of the data.
     expert_devices: Size of the mesh axis `expert`.
     model_devices: Size of the mesh axis `model`.
@@ -66,7 +68,7 @@ class Run:
   network: Callable[..., model_lib.TransformerConfig]
   settings: steps.Settings
   batch_size: int
-  temperature: heating.Schedule
+  strategy: sampling.Strategy
   data_seed: int = 0
   expert_devices: int = 1
   model_devices: int = 1
@@ -86,29 +88,65 @@ class Run:
   def store(
     self, progress: Callable[..., None] | None = None
   ) -> row_store.RowStore:
-    """The run's packed rows, built first if they are not there yet."""
+    """The run's packed rows, built first if they are not there yet.
+
+    Of several processes the first builds; the others then find its rows, or,
+    on hosts that share no file system, build the same.
+    """
     if self.store_dir:
       return row_store.RowStore.open(self.store_dir)
     from basemt_jax import mixtures  # Imports SeqIO and TensorFlow.
 
-    return mixtures.ensure_store(
-      self.mixture_or_task_name,
-      self.task_feature_lengths,
-      self.cache_dir or row_store.default_cache_dir(),
-      progress=progress,
+    return processes.in_turn(
+      lambda: mixtures.ensure_store(
+        self.mixture_or_task_name,
+        self.task_feature_lengths,
+        self.cache_dir or row_store.default_cache_dir(),
+        progress=progress,
+      )
     )
 
+  def host_rows(self) -> np.ndarray:
+    """The rows of every global batch that this process reads."""
+    return partitioning.host_rows(self.mesh(), self.batch_size)
+
+  def train_batches(
+    self, store: row_store.RowStore, start_step: int = 0
+  ) -> batches.TrainBatches:
+    """This process's rows of the training batches.
+
+    Raises:
+      ValueError: The processes have packed different data.
+    """
+    train_batches = batches.TrainBatches(
+      store,
+      self.strategy,
+      self.batch_size,
+      self.data_seed,
+      host_rows=self.host_rows(),
+      start_step=start_step,
+    )
+    processes.check_same(
+      "the packed data", json.dumps(train_batches.state(), sort_keys=True)
+    )
+    return train_batches
+
   def mesh(self) -> jax.sharding.Mesh:
-    """Over all devices."""
+    """Over all devices of all processes."""
+    processes.check_joined()
     return partitioning.make_mesh(self.expert_devices, self.model_devices)
 
   def config(self, store: row_store.RowStore) -> model_lib.TransformerConfig:
-    """The network for the store's vocabulary.
+    """The network for the store's vocabulary."""
+    return self.config_of(store.vocab_size)
+
+  def config_of(self, vocab_size: int) -> model_lib.TransformerConfig:
+    """The network for a vocabulary of so many pieces.
 
     The embedding is rounded up to a multiple of 128 rows, which every mesh
     divides and matrix units like.
     """
-    return self.network(vocab_size=-(-store.vocab_size // 128) * 128)
+    return self.network(vocab_size=-(-vocab_size // 128) * 128)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,20 +184,14 @@ def train(
     The outcome; see `trainer.Trainer.run`.
   """
   store = run.store(console.building)
+  processes.check_shared(run.model_dir)
   mesh = run.mesh()
   loop = trainer.Trainer(
     run.config(store),
     run.settings,
     mesh,
     store.directions,
-    batches.TrainBatches(
-      store,
-      run.temperature,
-      run.batch_size,
-      run.data_seed,
-      host_index=jax.process_index(),
-      host_count=jax.process_count(),
-    ),
+    run.train_batches(store),
     run.model_dir,
     writer,
     dev_batches=_dev_batches(run, store, "validation"),
@@ -179,7 +211,12 @@ def _hooks(
   """Temperature with every report, and BLEU on dev every so often."""
 
   def temperature(step: int) -> float:
-    return float(heating.temperatures(run.temperature, np.array([step]))[0])
+    return float(run.strategy.temperature(np.array(step)))
+
+  def scalars(step: int) -> dict[str, float]:
+    # Uniform sampling's is infinite, which JSON does not know.
+    value = temperature(step)
+    return {"temperature": value} if np.isfinite(value) else {}
 
   translators: dict[str, translation.Translator] = {}
 
@@ -212,7 +249,7 @@ def _hooks(
   return trainer.Hooks(
     report=lambda p: console.progress(p, temperature(p.step - 1)),
     message=console.message,
-    scalars=lambda step: {"temperature": temperature(step)},
+    scalars=scalars,
     evaluate=bleu if has_dev and run.bleu_every else None,
     evaluate_every=run.bleu_every,
   )
@@ -232,8 +269,7 @@ def _dev_batches(
     store,
     split,
     run.batch_size,
-    host_index=jax.process_index(),
-    host_count=jax.process_count(),
+    host_rows=run.host_rows(),
   )
 
 
@@ -254,6 +290,41 @@ def direction_texts(
       )
     )
   return texts
+
+
+# ------------------------------------------------------------- programs
+
+
+def program(
+  run: Run,
+  devices: Sequence[jax.Device] | None,
+  phase: str,
+  vocab_size: int | None = None,
+  num_directions: int = 1,
+) -> steps.Program:
+  """A phase's program, to be compiled: no rows are built or read.
+
+  Args:
+    run: The run.
+    devices: Of the mesh; None: all.
+    phase: 'dense' or 'sparse'.
+    vocab_size: Pieces; None: of the mixture, which gives the directions too.
+    num_directions: N, used with `vocab_size`.
+  """
+  if vocab_size is None and run.store_dir:
+    store = row_store.RowStore.open(run.store_dir)
+    vocab_size, num_directions = store.vocab_size, len(store.directions)
+  elif vocab_size is None:
+    from basemt_jax import mixtures  # Imports SeqIO and TensorFlow.
+
+    vocab_size, num_directions = mixtures.sizes(run.mixture_or_task_name)
+  return steps.Program(
+    trainer.phase_config(run.config_of(vocab_size), run.settings, phase),
+    run.settings,
+    run.settings.learning_rate,
+    partitioning.make_mesh(run.expert_devices, run.model_devices, devices),
+    num_directions,
+  )
 
 
 # ------------------------------------------------------- trained models
@@ -419,7 +490,7 @@ def evaluate(
   directory = (
     pathlib.Path(run.model_dir) / "evaluation" / f"{split}_{trained.step}"
   )
-  if jax.process_index() == 0:
+  if processes.is_first():
     reporting.write_translations(directory, translations)
     reporting.write_json(directory / "scores.json", results)
   return Evaluation(trained.step, split, results, translations, directory)
@@ -450,6 +521,7 @@ def convert(
       function that is not preserved; nothing is written then.
   """
   store, mesh = run.store(console.building), run.mesh()
+  processes.check_shared(run.model_dir)
   config = run.config(store)
   if config.feed_forward != "experts":
     raise ValueError(
@@ -486,15 +558,7 @@ def convert(
     state = dense.shapes.from_tree(
       source.restore(step, dense.abstract_tree(), "the dense model")
     )
-    train_batches = batches.TrainBatches(
-      store,
-      run.temperature,
-      run.batch_size,
-      run.data_seed,
-      host_index=jax.process_index(),
-      host_count=jax.process_count(),
-      start_step=step,
-    )
+    train_batches = run.train_batches(store, step)
     position = {"data": train_batches.state()}
     batch = partitioning.put_batch(next(train_batches), mesh)
     converted, error = trainer.convert_state(dense, sparse, state, batch)

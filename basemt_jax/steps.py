@@ -135,6 +135,12 @@ class TrainState:
     )
 
 
+def keys(seed: int) -> tuple[Array, Array]:
+  """Keys of the initialisation and of dropout, derived as T5X does."""
+  init, dropout = jax.random.split(jax.random.key(seed))
+  return init, dropout
+
+
 def init_state(
   model: model_lib.Transformer,
   tx: optax.GradientTransformation,
@@ -165,13 +171,10 @@ def state_shardings(
   replicated = partitioning.replicated(mesh)
 
   def moment(leaf: Any, sharding: NamedSharding, param: Any) -> NamedSharding:
-    if leaf.shape == param.shape:
-      return sharding
-    # A factored moment has lost a width; experts stay on their devices.
-    spec = sharding.spec
-    if spec and spec[0] == "expert" and leaf.shape[:1] == param.shape[:1]:
-      return NamedSharding(mesh, jax.sharding.PartitionSpec("expert"))
-    return replicated
+    # Factored moments have lost an axis; experts stay on their devices.
+    spec = (*sharding.spec, *(None,) * (param.ndim - len(sharding.spec)))
+    axes = partitioning.moment_axes(spec, param.shape, leaf.shape)
+    return NamedSharding(mesh, jax.sharding.PartitionSpec(*axes))
 
   return TrainState(
     step=replicated,  # type: ignore[arg-type]
@@ -264,7 +267,7 @@ def gradients(
   """
   parts = settings.microbatches
   total = jnp.sum(batch["decoder_loss_weights"])
-  rng = jax.random.fold_in(jax.random.key(settings.seed), state.step)
+  rng = jax.random.fold_in(keys(settings.seed)[1], state.step)
   loss_and_grad = jax.value_and_grad(
     functools.partial(
       microbatch_loss,
@@ -373,6 +376,25 @@ def eval_step(
   }
 
 
+def routing_step(
+  variables: Tree,
+  batch: Batch,
+  model: model_lib.Transformer,
+  num_directions: int,
+) -> dict[str, Any]:
+  """Which experts the tokens of a batch go to at test time, by layer.
+
+  See `losses.router_sums`; {} for a dense model.
+  """
+  _, updates = model_lib.forward(model, variables, batch, train=False)
+  return losses.router_sums(
+    updates["intermediates"],
+    batch["direction"],
+    num_directions,
+    model.config.num_experts,
+  )
+
+
 class Program:
   """One phase's model with its shardings and compiled functions.
 
@@ -397,7 +419,7 @@ class Program:
     self.mesh = mesh
     self.settings = settings
     self.name = "sparse" if config.feed_forward == "experts" else "dense"
-    key = jax.random.key(settings.seed)
+    key, _ = keys(settings.seed)
     axes: dict[str, Tree] = {}
 
     def init(key: Array) -> TrainState:
@@ -427,12 +449,21 @@ class Program:
     )
     self._train_step = self._scoped(step)
     self._trace_step = self._scoped(functools.partial(jax.eval_shape, step))
+    self._lower_step = self._scoped(step.lower)
     # Apart from the step, so that the step is compiled only once.
     self._add_sums = jax.jit(add_sums, donate_argnums=0)
     self.eval_step = self._scoped(
       jax.jit(
         functools.partial(
           eval_step, model=self.model, num_directions=num_directions
+        ),
+        out_shardings=partitioning.replicated(mesh),
+      )
+    )
+    self.routing_step = self._scoped(
+      jax.jit(
+        functools.partial(
+          routing_step, model=self.model, num_directions=num_directions
         ),
         out_shardings=partitioning.replicated(mesh),
       )
@@ -461,6 +492,10 @@ class Program:
   def check(self, batch: Batch) -> None:
     """Traces a step, and so raises what is wrong with a batch's shapes."""
     self._trace_step(self.shapes, batch)
+
+  def lower(self, batch: Batch) -> jax.stages.Lowered:
+    """The training step, ready to be compiled, for a batch given by shapes."""
+    return self._lower_step(self.shapes, batch)
 
   def abstract_tree(self) -> dict[str, Any]:
     """Shapes and shardings of the state, as a checkpoint holds it."""

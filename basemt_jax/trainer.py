@@ -28,6 +28,7 @@ from basemt_jax import (
   conversion,
   optimizer,
   partitioning,
+  processes,
   steps,
 )
 from basemt_jax import model as model_lib
@@ -106,10 +107,11 @@ class Trainer:
     settings: How to train.
     mesh: Devices.
     directions: Names, in the order that `direction` in batches indexes.
-    batches: This host's rows of the global batches, from step 0 on: any
-      iterator of dictionaries of arrays. With `state()` and `restore()`, as
-      `batches.TrainBatches`, its position is kept in checkpoints; without,
-      a restart reads and drops the batches it has already seen.
+    batches: This host's rows of the global batches
+      (`partitioning.host_rows`), from step 0 on: any iterator of dictionaries
+      of arrays. With `state()` and `restore()`, as `batches.TrainBatches`,
+      its position is kept in checkpoints; without, a restart reads and drops
+      the batches it has already seen.
     model_dir: Where checkpoints live.
     writer: Takes metrics.
     dev_batches: () -> this host's rows of the dev batches; None: no dev set.
@@ -271,8 +273,21 @@ class Trainer:
       ) from None
 
   def stop(self) -> None:
-    """Ends `run` after the current step, with a checkpoint."""
-    self._stop.set()
+    """Ends `run` after the current step, with a checkpoint.
+
+    With several processes, which need not be at the same step, after one of the
+    next.
+    """
+    if jax.process_count() > 1:
+      processes.ask_to_stop()
+    else:
+      self._stop.set()
+
+  def _is_stopped(self) -> bool:
+    """Whether to end after this step; the same in all processes."""
+    if jax.process_count() > 1:
+      return processes.is_stop_agreed(self._step)
+    return self._stop.is_set()
 
   def close(self) -> None:
     """Waits for writing to end."""
@@ -283,7 +298,7 @@ class Trainer:
     settings, step = self._settings, self._step
     is_last = step == settings.train_steps
     ends_phase = self.program.name == "dense" and step == settings.dense_steps
-    is_stopped = self._stop.is_set()
+    is_stopped = self._is_stopped()
 
     def due(every: int) -> bool:
       return is_last or (every > 0 and step % every == 0)
@@ -570,7 +585,7 @@ def _function_error(
 
   with jax.default_matmul_precision("float32"):
     return float(
-      jax.jit(error)(
+      jax.jit(error, out_shardings=partitioning.replicated(sparse.mesh))(
         dense.variables(dense_state), sparse.variables(sparse_state), batch
       )
     )
@@ -646,14 +661,20 @@ def scalar_metrics(
 
 
 class _on_sigterm:  # noqa: N801
-  """Calls a function on SIGTERM, and restores the old handler at the end."""
+  """Calls a function on SIGTERM, and restores the old handler at the end.
+
+  With several processes JAX has its own handler, which tells the others
+  (`processes.is_stop_agreed`); it does nothing but that, so that the end is the
+  default's: to end the process.
+  """
 
   def __init__(self, function: Callable[[], None]):
     self._function = function
 
   def __enter__(self) -> None:
     self._is_main = threading.current_thread() is threading.main_thread()
-    if self._is_main:
+    self._old: Any = signal.SIG_DFL
+    if self._is_main and jax.process_count() == 1:
       self._old = signal.signal(signal.SIGTERM, lambda *_: self._function())
 
   def __exit__(self, *exception: object) -> None:

@@ -135,7 +135,7 @@ class Translator:
     model: TranslationModel,
     variables: Tree,
     options: SearchOptions | None = None,
-    batch_sharding: jax.sharding.Sharding | None = None,
+    batch_sharding: jax.sharding.NamedSharding | None = None,
   ):
     """Makes a translator.
 
@@ -145,7 +145,8 @@ class Translator:
       options: How to search; the defaults search greedily.
       batch_sharding: Where to put the batch's rows; needed where `variables`
         are spread over several devices. Batches are made large enough to
-        give each device as many rows.
+        give each device as many rows. Where the devices are of several
+        processes, all of them translate the same sentences together.
     """
     self.variables = variables
     self.options = options or SearchOptions()
@@ -153,9 +154,18 @@ class Translator:
     self._batch_sharding = batch_sharding
     ways = batch_sharding.num_devices if batch_sharding else 1
     self._batch_size = math.ceil(self.options.batch_size / ways) * ways
+    # Every process gets all results, so that all end with the same.
+    everywhere = (
+      jax.sharding.NamedSharding(
+        batch_sharding.mesh, jax.sharding.PartitionSpec()
+      )
+      if batch_sharding
+      else None
+    )
     self._jitted_search = jax.jit(
       functools.partial(search, model, options=self.options),
       static_argnames="max_length",
+      out_shardings=everywhere,
     )
 
   def translate(
@@ -197,14 +207,18 @@ class Translator:
     cut = [list(ids[: options.max_source_length - 1]) for ids in sources]
     length = options.bucket(max(len(ids) + 1 for ids in cut))
     # Rows without a source end at their first token and are not returned.
-    tokens = np.zeros((self._batch_size, length), np.int32)
-    limits = np.ones(self._batch_size, np.int32)
+    tokens: Any = np.zeros((self._batch_size, length), np.int32)
+    limits: Any = np.ones(self._batch_size, np.int32)
     for row, ids in enumerate(cut):
       tokens[row, : len(ids) + 1] = [*ids, decoding.EOS_ID]
       limits[row] = options.limit(len(ids) + 1)
     if self._batch_sharding is not None:
-      tokens = jax.device_put(tokens, self._batch_sharding)
-      limits = jax.device_put(limits, self._batch_sharding)
+      tokens, limits = (
+        jax.make_array_from_callback(
+          x.shape, self._batch_sharding, x.__getitem__
+        )
+        for x in (tokens, limits)
+      )
     found = jax.device_get(
       self._jitted_search(
         self.variables, tokens, limits, max_length=options.limit(length)

@@ -148,11 +148,12 @@ class Vocabulary:
     unknown, and bytes that are not UTF-8 are dropped, as in SeqIO.
     """
     kept: list[int] = []
+    size = self.vocab_size  # Asking for every token would take longest.
     for token in map(int, ids):
       if token == EOS_ID:
         break
       if token != PAD_ID:
-        kept.append(token if token < self.vocab_size else UNK_ID)
+        kept.append(token if token < size else UNK_ID)
     if self._pieces is not None:
       return self._pieces.decode(kept)
     values = [token - _NUM_SPECIAL for token in kept]
@@ -443,9 +444,10 @@ def raw_pairs(task: Any, split: str = "train") -> Iterator[tuple[str, str]]:
   """(source, target) texts of a SeqIO task, unshuffled, before tokenising.
 
   Runs the task's preprocessors up to SeqIO's `tokenize`, which is several
-  times faster than the whole task. A task that tokenises in another way is
-  read whole: from `inputs_pretokenized` and `targets_pretokenized`, or decoded
-  from its tokens.
+  times faster than the whole task; where there are none, and the data source
+  has a method `text_pairs`, ten times faster again, without TensorFlow. A task
+  that tokenises in another way is read whole: from `inputs_pretokenized` and
+  `targets_pretokenized`, or decoded from its tokens.
 
   Args:
     task: a `seqio.Task` with features `inputs` and `targets`.
@@ -468,8 +470,11 @@ def raw_pairs(task: Any, split: str = "train") -> Iterator[tuple[str, str]]:
       )
       yield source, target
     return
+  if end == 0 and hasattr(task.source, "text_pairs"):
+    yield from task.source.text_pairs(split)
+    return
   raw = task.replace(preprocessors=steps[:end], output_features={})
-  dataset = raw.get_dataset(None, **options).map(
+  dataset = raw.get_dataset(None, **options, trim_output_features=False).map(
     lambda example: (example["inputs"], example["targets"])
   )
   for sources, targets in dataset.batch(_CHUNK).as_numpy_iterator():

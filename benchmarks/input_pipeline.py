@@ -33,7 +33,7 @@ import numpy as np
 import seqio
 import tensorflow as tf
 
-from basemt_jax import batches, heating, mixtures
+from basemt_jax import batches, heating, mixtures, sampling
 
 LENGTHS = {"inputs": 128, "targets": 128}
 SIZES = np.geomspace(20_000, 100, 12).astype(int)
@@ -133,9 +133,9 @@ def measure(repeats: int, seconds: float) -> dict[str, Any]:
     Pairs per CPU second: a median and all turns, by pipeline.
   """
   plain = _register()
-  schedule = heating.linear(1.0, 5.0, 1000)
+  strategy = sampling.Strategy(heating.linear(1.0, 5.0, 1000))
   heated = mixtures.heat(
-    plain, schedule, examples_per_step=EXAMPLES_PER_STEP, total_steps=1000
+    plain, strategy, examples_per_step=EXAMPLES_PER_STEP, total_steps=1000
   )
   with tempfile.TemporaryDirectory() as directory:
     start = time.process_time()
@@ -147,7 +147,7 @@ def measure(repeats: int, seconds: float) -> dict[str, Any]:
       f"{PLAIN}, packed": lambda: _seqio_pairs(plain, True),
       f"{HEATED}, packed": lambda: _seqio_pairs(heated, True),
       f"{OURS}, packed": lambda: map(
-        _count, batches.TrainBatches(store, schedule, BATCH, 0)
+        _count, batches.TrainBatches(store, strategy, BATCH, 0)
       ),
     }
     turns: dict[str, list[float]] = {name: [] for name in pipelines}

@@ -46,11 +46,11 @@ def write_store(directory: str, length: int, rows: int) -> row_store.RowStore:
     name = f"en-x{i:02}"
     writer = row_store.RowStoreWriter(directory, "train", name, layout)
     lengths = draw.integers(10, 60, size=rows * length // 35)
-    sides = [
+    source, target = (
       packing.Ragged.of([draw.integers(2, VOCABULARY, n) for n in lengths])
       for _ in range(2)
-    ]
-    writer.add(*sides, ())
+    )
+    writer.add(source, target, ())
     stats[name] = writer.finish()
   row_store.write_header(
     directory,

@@ -233,6 +233,46 @@ def test_column_order_may_differ_between_splits(tmp_path):
   assert examples("files.turned.de_en", "test") == [("<2en> Ja", "Yes")]
 
 
+def test_dev_and_test_sets_may_be_of_one_direction(tmp_path):
+  write(
+    tmp_path,
+    {
+      "en-de.train.tsv": GOOD,
+      "en-de.test.tsv": "one\teins\ntwo\tzwei\n",
+      "de-en.test.tsv": "drei\tthree\n",
+      "de-en.dev.tsv": "vier\tfour\n",
+    },
+  )
+  mixture = files.mixture(tmp_path, name="files.directed")
+  assert len(mixture.tasks) == 2
+  assert mixture.num_input_examples("test") == 3
+  to_german = ["<2de> one", "<2de> two"]
+  assert [a for a, _ in examples("files.directed.en_de", "test")] == to_german
+  assert examples("files.directed.de_en", "test") == [("<2en> drei", "three")]
+  for name, pair in (
+    ("en_de", ("<2de> four", "vier")),
+    ("de_en", ("<2en> vier", "four")),
+  ):
+    assert examples(f"files.directed.{name}", "validation") == [pair]
+
+
+def test_shards_are_one_text(tmp_path, caplog):
+  write(
+    tmp_path,
+    {
+      "en-de.train-00000-of-00003.tsv.gz": "a\tA\nb\tB\n",
+      "en-de.train-00001-of-00003.tsv.gz": "",
+      "en-de.train-00002-of-00003.tsv": "c\tC\nd\n",
+    },
+  )
+  summary = files.scan(tmp_path)
+  assert read(summary, "en", "de") == [("a", "A"), ("b", "B"), ("c", "C")]
+  assert "train-00002-of-00003.tsv:2: no tab" in caplog.text
+  (tmp_path / "en-de.train-00001-of-00003.tsv.gz").unlink()
+  with pytest.raises(ValueError, match="3 shards and shard 1 is not there"):
+    files.scan(tmp_path)
+
+
 def test_registering_again(tmp_path):
   folder = write(tmp_path, {"en-de.train.tsv": GOOD})
   mixture = files.mixture(folder, name="files.again")

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import importlib
 import pathlib
 
 import jax
@@ -25,6 +26,15 @@ SYSTEMS = [
   "base_dense_pretrained",
   "base_heated_dense_pretrained",
   "switch",
+]
+BENCHMARKS = ["wmt15", "ml50", "opus100"]
+T5X = [
+  "convert",
+  "evaluate",
+  "infer",
+  "model",
+  "pretrain",
+  "pretrain_base",
 ]
 STEPS = 1000
 
@@ -110,8 +120,11 @@ def test_all_files_are_known_here():
     *(f"recipes/{name}" for name in SYSTEMS),
     "recipes/quickstart",
     "recipes/files",
+    *(f"recipes/{name}" for name in BENCHMARKS),
+    "recipes/pod_v5e_256",
+    "recipes/pod_v5p_128",
     "runs/train",
-    "t5x/pretrain",
+    *(f"t5x/{name}" for name in T5X),
   }
   assert not list((ROOT / "gin").rglob("__init__.py"))
 
@@ -143,7 +156,8 @@ def test_quickstart_is_what_it_says():
   assert run.mixture_or_task_name == "cldr"
   assert config.feed_forward == "experts"
   assert 0 < run.settings.dense_steps < run.settings.train_steps
-  assert run.temperature(run.settings.train_steps) > run.temperature(0)
+  temperature = run.strategy.temperature
+  assert temperature(run.settings.train_steps) > temperature(0)
   assert run.batch_size % config.rows_per_group == 0
 
 
@@ -157,11 +171,31 @@ def test_files_recipe_takes_a_folder(tmp_path):
   assert config.feed_forward == "experts"
 
 
+@pytest.mark.parametrize("name", BENCHMARKS)
+def test_benchmark_recipes_take_a_folder(name, tmp_path):
+  pytest.importorskip("seqio")
+  (tmp_path / "en-de.train.tsv").write_text("a b\tA B\nc d\tC D\n")
+  run, _ = configured(
+    ["models/tiny", "recipes/base_heated", f"recipes/{name}"],
+    f"DATA_DIR={tmp_path}",
+    "VOCABULARY=bytes",
+    "MODEL_DIR=/some/where",
+    "TRAIN_STEPS=100",
+    *(["SIZES=%PUBLISHED_SIZES"] if name == "wmt15" else []),
+  )
+  tasks = [f"{name}.{way}" for way in ("de_en", "en_de")]
+  assert [t.name for t in run.mixture_or_task_name.tasks] == tasks
+  assert run.bands.low <= 1_000_000 >= run.bands.high
+  if name == "wmt15":
+    assert run.strategy.sizes["en-gu"] == run.strategy.sizes["gu-en"] == 155_798
+  importlib.import_module(f"tasks.{name}").mixture()  # All languages again.
+
+
 # -------------------------------------------------------------- systems
 
 
 def temperatures(run):
-  return heating.temperatures(run.temperature, np.arange(STEPS + 1))
+  return heating.temperatures(run.strategy.temperature, np.arange(STEPS + 1))
 
 
 def test_dense_systems_have_no_experts_and_wide_has_their_parameters():
@@ -222,12 +256,42 @@ def test_macros_are_overridden_on_the_command_line():
   assert run.settings.train_steps == 300
   assert run.settings.dense_steps == 30
   assert config.num_experts == 2
-  assert run.temperature(150) == pytest.approx(np.sqrt((1 + 81) / 2))
-  assert run.temperature(300) == 9
+  temperature = run.strategy.temperature
+  assert temperature(150) == pytest.approx(np.sqrt((1 + 81) / 2))
+  assert temperature(300) == 9
   assert run.task_feature_lengths == {"inputs": 8, "targets": 9}
   assert run.settings.conversion_options.reinitialise == 0.5
   state = run.settings.optimizer.init({"w": jnp.ones((256, 128))})
   assert max(leaf.size for leaf in jax.tree.leaves(state)) <= 256
+
+
+STRATEGIES = {
+  "START_TEMPERATURE=5": "constant(5.0)",
+  "TEMPERATURE=@heating.linear()": "linear(1.0, 5.0, 100)",
+  "TEMPERATURE=@heating.square_root()": "square_root(1.0, 5.0, 100)",
+  "TEMPERATURE=@heating.cosine()": "cosine(1.0, 5.0, 100)",
+  "TEMPERATURE=@heating.stepwise()": "stepwise([50], [1.0, 5.0])",
+  "JOINS={'gu':20,1000:7}": ("constant(1.0), joining at {'gu': 20, 1000: 7}"),
+  "MAX_EPOCHS=8": "constant(1.0), at most 8 epochs in 100 steps",
+  "STRATEGY=@sampling.unimax()": (
+    "constant(inf), at most 4 epochs in 100 steps"
+  ),
+  "STRATEGY=@sampling.unimax() MAX_EPOCHS=2 JOINS={'gu':9} CAP_STEPS=50": (
+    "constant(inf), joining at {'gu': 9}, at most 2 epochs in 50 steps"
+  ),
+}
+
+
+@pytest.mark.parametrize("binding", STRATEGIES)
+def test_a_sampling_strategy_is_one_line(binding):
+  run, _ = configured(
+    ["models/tiny", "recipes/base"],
+    "MODEL_DIR=/some/where",
+    "MIXTURE_OR_TASK_NAME=none",
+    "TRAIN_STEPS=100",
+    *binding.split(" "),
+  )
+  assert str(run.strategy) == STRATEGIES[binding]
 
 
 def test_later_files_win(tmp_path):
@@ -257,7 +321,7 @@ def described(run, network):
   )
   rates = [float(run.settings.learning_rate(s)) for s in range(0, STEPS, 99)]
   rest = dataclasses.replace(
-    run, network=network, settings=settings, temperature=None
+    run, network=network, settings=settings, strategy=None
   )
   return rest, rates, temperatures(run).tolist()
 

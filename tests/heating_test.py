@@ -93,15 +93,11 @@ def test_row_rates_at_temperature_one_are_the_rows_themselves():
   np.testing.assert_allclose(rates, np.array([100, 30, 10]) / 140, rtol=1e-13)
 
 
-def test_expected_epochs_by_hand():
-  # T = 1: every direction goes through 50 * 14 / 140 = 5 epochs.
-  pairs, rows = [900, 90, 10], [100, 30, 10]
-  epochs = heating.expected_epochs(pairs, rows, heating.constant(1), 50, 14)
-  np.testing.assert_allclose(epochs, [5, 5, 5], rtol=1e-12)
-  hot = heating.expected_epochs(pairs, rows, heating.linear(1, 5, 50), 50, 14)
-  assert hot[0] < 5 < hot[1] < hot[2]
-  # The rows drawn are as many in any case.
-  np.testing.assert_allclose(np.dot(hot, rows), 50 * 14, rtol=1e-12)
+def test_row_rates_take_other_sizes_than_those_counted():
+  pairs, rows = np.array([900, 90, 10]), np.array([100, 30, 10])
+  rates = heating.row_rates(pairs, rows, 2.0, [16, 4, 1])
+  drawn = rates * pairs / rows
+  np.testing.assert_allclose(drawn / drawn.sum(), [4 / 7, 2 / 7, 1 / 7])
 
 
 SCHEDULES = [

@@ -6,7 +6,7 @@ import scipy.stats
 import seqio
 import tensorflow as tf
 
-from basemt_jax import heating, mixtures, packing, row_store
+from basemt_jax import heating, mixtures, packing, row_store, sampling
 
 LENGTHS = {"inputs": 64, "targets": 48}
 SIZES = {"en_de": 400, "en_fr": 120, "en_af": 9}
@@ -72,9 +72,10 @@ def corpus():
 
 def _heat(mixture, **options):
   defaults = {"examples_per_step": 20, "total_steps": 300}
-  return mixtures.heat(
-    mixture, heating.linear(1, 5, 300), **{**defaults, **options}
+  strategy = options.pop("strategy", None) or sampling.Strategy(
+    heating.linear(1, 5, 300)
   )
+  return mixtures.heat(mixture, strategy, **{**defaults, **options})
 
 
 def _files(directory, pattern="*/*"):
@@ -406,7 +407,7 @@ def test_heated_mixture_is_a_registered_seqio_mixture(corpus):
   assert isinstance(heated, seqio.Mixture)
   assert heated.directions == ("en-af", "en-de", "en-fr")
   assert heated.sizes == {f"corpus.{k}": v for k, v in SIZES.items()}
-  assert heating.describe(heated.schedule) == "linear(1.0, 5.0, 300)"
+  assert str(heated.plan.strategy) == "linear(1.0, 5.0, 300)"
   assert heated.num_input_examples("train") == sum(SIZES.values())
 
 
@@ -436,6 +437,33 @@ def test_shares_follow_the_schedule(constant, shards):
     statistic += ((counts - expected) ** 2 / expected).sum()
   freedom = 2 * (6000 // per_window)
   assert scipy.stats.chi2.sf(statistic, freedom) > 1e-3
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+def test_joins_and_caps_are_followed(constant, shards):
+  """Against the definition, and the whole run against the cap."""
+  per_step, steps = 20, 300
+  strategy = sampling.Strategy(
+    heating.linear(1, 5, steps), {"t1": 100}, max_epochs=6, steps=steps
+  )
+  heated = _heat(constant, strategy=strategy, examples_per_step=per_step)
+  draws = np.stack(
+    [
+      _draws(
+        heated,
+        steps * per_step // shards,
+        shard_info=seqio.ShardInfo(i, shards),
+      )
+      for i in range(shards)
+    ],
+    axis=1,
+  ).reshape(steps, per_step)
+  assert not (draws[:100] == 1).any() and (draws[100] == 1).any()
+  expected = heated.plan.expected_rows([100, 200, 300])
+  np.testing.assert_allclose(expected[-1][2], 600, rtol=1e-4)  # 6 epochs.
+  counts = [np.bincount(draws[:k].reshape(-1), minlength=3) for k in (100, 300)]
+  for found, wanted in zip(counts, expected[[0, 2]], strict=True):
+    assert (np.abs(found - wanted) < 4 * np.sqrt(wanted) + 1e-9).all()
 
 
 def test_draws_depend_on_the_mixture_s_seed_alone(constant):

@@ -68,3 +68,25 @@ def test_batch_rows_lie_in_order_over_data_and_expert():
     np.testing.assert_array_equal(shard.data[:, 0], [first, first + 1])
   with pytest.raises(ValueError, match=r"12 rows .* 8 devices"):
     partitioning.put_batch({"tokens": np.zeros((12, 1))}, mesh)
+
+
+@pytest.mark.parametrize(
+  ("shape", "axes"),
+  [
+    ((4, 8, 16), ("expert", "embed", "mlp")),
+    ((4, 8), ("expert", "embed")),
+    ((4, 16), ("expert", "mlp")),
+    ((8, 16), ("embed", "mlp")),
+    ((1,), (None,)),
+    ((), ()),
+  ],
+)
+def test_moments_keep_the_names_of_the_axes_they_have(shape, axes):
+  names = ("expert", "embed", "mlp")
+  assert partitioning.moment_axes(names, (4, 8, 16), shape) == axes
+
+
+def test_moments_are_named_only_where_equal_sizes_leave_no_doubt():
+  names = ("expert", "embed", "mlp")
+  found = partitioning.moment_axes(names, (4, 8, 8), (4, 8))
+  assert found == ("expert", None)

@@ -9,7 +9,7 @@ import scipy.stats
 from hypothesis import strategies as st
 
 from basemt_jax import batches as batches_lib
-from basemt_jax import heating, packing, permutation, row_store
+from basemt_jax import heating, packing, permutation, row_store, sampling
 
 LAYOUT = packing.RowLayout(16, 12)
 SIZES = {"en-de": 3000, "de-en": 700, "en-fr": 150, "en-af": 23}
@@ -72,7 +72,8 @@ def store(tmp_path_factory):
 
 def _heated(store, batch_size=32, seed=5, **options):
   schedule = heating.linear(1, 5, 300)
-  return batches_lib.TrainBatches(store, schedule, batch_size, seed, **options)
+  strategy = sampling.Strategy(schedule)
+  return batches_lib.TrainBatches(store, strategy, batch_size, seed, **options)
 
 
 def _numbers(batch):
@@ -569,8 +570,8 @@ def test_seeds_and_names_give_other_batches(store):
 
 def test_rows_stay_in_random_order(store):
   # Groups of tokens are made of consecutive rows and need many languages.
-  schedule = heating.constant(100)
-  batch = next(batches_lib.TrainBatches(store, schedule, 512, 0))
+  strategy = sampling.Strategy(heating.constant(100))
+  batch = next(batches_lib.TrainBatches(store, strategy, 512, 0))
   neighbours = np.mean(batch["direction"][1:] == batch["direction"][:-1])
   assert 0.15 < neighbours < 0.35
 
@@ -623,10 +624,63 @@ def test_position_of_another_run_is_refused(store, change, message):
     assert part in str(error.value)
 
 
+STRATEGIES = {
+  "joining": sampling.Strategy(
+    heating.linear(1, 5, 300), {"af": 37, "de-en": 300}
+  ),
+  "capped": sampling.Strategy(heating.linear(1, 5, 300), {}, 11, 600),
+  "unimax": sampling.unimax(600, 20),
+}
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_every_strategy_keeps_the_contract(store, name):
+  """Draws as expected, resumed anywhere, and counters from nothing."""
+  steps, batch_size = 600, 32
+
+  def start(**options):
+    return batches_lib.TrainBatches(
+      store, STRATEGIES[name], batch_size, 5, **options
+    )
+
+  batches = start()
+  drawn = np.stack(
+    [
+      np.bincount(next(batches)["direction"], minlength=len(NAMES))
+      for _ in range(steps)
+    ]
+  )
+  starts = batches.plan.starts
+  for step, counts in enumerate(drawn):
+    assert not counts[step < starts].any()
+  windows = drawn.reshape(6, -1, len(NAMES)).sum(axis=1)
+  total = batches.plan.expected_rows(np.arange(0, steps + 1, 100))
+  expected = np.diff(total, axis=0)
+  there = expected > 0
+  statistic = ((windows - expected)[there] ** 2 / expected[there]).sum()
+  assert scipy.stats.chi2.sf(statistic, there.sum() - 6) > 1e-3
+  # Exactly, from any step.
+  for step in (36, 37, 299, 301):
+    resumed = start(start_step=step)
+    assert resumed.counters == dict(
+      zip(NAMES, drawn[:step].sum(axis=0).tolist(), strict=True)
+    )
+    batches.seek(step)
+    again = start()
+    again.restore(batches.state())
+    for _ in range(3):
+      batch = next(resumed)
+      _assert_equal(batch, next(again))
+      found = np.bincount(batch["direction"], minlength=len(NAMES))
+      np.testing.assert_array_equal(found, drawn[resumed.step - 1])
+  with pytest.raises(ValueError, match=r"schedule was 'linear.*' and is"):
+    start().restore(_heated(store).state())
+
+
 def test_new_schedule_can_be_asked_for(store):
   state = _heated(store, start_step=10).state()
-  schedule = heating.constant(3)
-  restored = batches_lib.TrainBatches(store, schedule, 32, 5)
+  strategy = sampling.Strategy(heating.constant(3))
+  restored = batches_lib.TrainBatches(store, strategy, 32, 5)
   restored.restore(state, new_schedule=True)
   assert restored.step == 10 and restored.counters == state["counters"]
 

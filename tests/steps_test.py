@@ -290,7 +290,9 @@ def test_factored_moments_of_experts_are_factored_and_split():
   assert len(rows) == 2
   for path in rows:
     assert flat[path].shape in ((4, 16), (4, 32))
-    assert shardings[path] == PartitionSpec("expert")
+    assert shardings[path] == PartitionSpec("expert", None)
+    columns = path.replace("v_row", "v_col")
+    assert shardings[columns] == PartitionSpec("expert", "model")
 
 
 # --------------------------------------------------------------- settings

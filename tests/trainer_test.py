@@ -21,6 +21,7 @@ from basemt_jax import (
   heating,
   optimizer,
   row_store,
+  sampling,
   trainer,
 )
 from basemt_jax import model as model_lib
@@ -87,7 +88,7 @@ class Log:
 
 def data(store, seed=0):
   schedule = heating.linear(1, 5, 12)
-  return batches.TrainBatches(store, schedule, ROWS, seed)
+  return batches.TrainBatches(store, sampling.Strategy(schedule), ROWS, seed)
 
 
 @contextlib.contextmanager
@@ -286,7 +287,8 @@ def test_a_conversion_that_cannot_work_is_refused_at_the_start(
   changes, rows, text, store, tmp_path
 ):
   log = Log()
-  rows = batches.TrainBatches(store, heating.constant(1), rows, 0)
+  strategy = sampling.Strategy(heating.constant(1))
+  rows = batches.TrainBatches(store, strategy, rows, 0)
   config = dataclasses.replace(toy.SPARSE, **changes)
   with pytest.raises(ValueError, match=text):
     run(tmp_path, store, SETTINGS, config, log, rows, False, toy.mesh(2, 4, 1))
