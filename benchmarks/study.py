@@ -1,0 +1,362 @@
+"""The paper's claim, measured: systems, seeds, and the figures they give.
+
+    PYTHONPATH=. python benchmarks/study.py prepare --data FOLDER --store DIR
+    PYTHONPATH=. python benchmarks/study.py run --store DIR --logs docs/study
+    PYTHONPATH=. python benchmarks/study_report.py --logs docs/study
+
+`prepare` packs a folder of files (see `tasks/files.py`) once; it needs SeqIO,
+`run` does not. `run` trains one system and seed after the other, and leaves a
+log (JSONL) of each; what has a complete log is not run again, so that an
+interrupted study goes on with the next run. `--part 1/2` does every second run:
+one process for each of two GPUs.
+
+The systems are those of `gin/recipes/`. All see the same number of tokens, the
+dense phase included, and all but `dense_wide` spend the same FLOPs on each.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import gzip
+import json
+import pathlib
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from basemt_jax import (
+  evaluation,
+  heating,
+  inspection_run,
+  model,
+  optimizer,
+  routing,
+  row_store,
+  run,
+  sampling,
+  steps,
+  translation,
+  vocabulary,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class System:
+  """What tells a system from the others.
+
+  Attributes:
+    feed_forward: See `model.TransformerConfig`.
+    dense_share: Of the steps, before conversion.
+    schedule: Name of a schedule of `heating`.
+    start: Temperature at the start.
+    end: Temperature at the end.
+    router: Chooses experts.
+    seeds: How many runs the study makes of it.
+    beam: Whether its translations are searched with a beam, too.
+  """
+
+  feed_forward: str = "experts"
+  dense_share: float = 0.0
+  schedule: str = "constant"
+  start: float = 1.0
+  end: float = 5.0
+  router: routing.Router = routing.BalancedRouter()  # noqa: RUF009
+  seeds: int = 1
+  beam: bool = False
+
+  def temperature(self, train_steps: int) -> heating.Schedule:
+    """The schedule, over the whole run."""
+    if self.schedule == "constant":
+      return heating.constant(self.start)
+    return getattr(heating, self.schedule)(self.start, self.end, train_steps)
+
+
+_CLAIM: dict[str, Any] = {"seeds": 3, "beam": True}
+SYSTEMS: dict[str, System] = {
+  "dense": System("dense", **_CLAIM),
+  "base": System(**_CLAIM),
+  "base_heated": System(schedule="linear", **_CLAIM),
+  "base_dense_pretrained": System(dense_share=0.5, **_CLAIM),
+  "base_heated_dense_pretrained": System(
+    dense_share=0.5, schedule="linear", **_CLAIM
+  ),
+  "dense_wide": System("dense_wide"),
+  "switch": System(router=routing.TopKRouter()),
+  "base_heated_square_root": System(schedule="square_root"),
+  "base_cooled": System(schedule="linear", start=5.0, end=1.0),
+  "base_static_5": System(start=5.0),
+  "dense_heated": System("dense", schedule="linear"),
+}
+BANDS = evaluation.BandThresholds(high=20_000, low=5_000)
+
+
+@dataclasses.dataclass(frozen=True)
+class Size:
+  """What all systems share.
+
+  Attributes:
+    train_steps: Updates of a run.
+    batch_size: Packed rows.
+    emb_dim: D; heads are of 64, feed-forwards of 4 D.
+    blocks: Of encoder and of decoder; every third has experts.
+    num_experts: E.
+    learning_rate: Peak; cosine decay to 0 after the warm-up.
+    warmup_steps: Updates.
+    dropout_rate: See `model.TransformerConfig`.
+    evaluations: Of the dev loss, in the course of a run.
+  """
+
+  train_steps: int = 6000
+  batch_size: int = 128
+  emb_dim: int = 384
+  blocks: int = 6
+  num_experts: int = 16
+  learning_rate: float = 1e-3
+  warmup_steps: int = 600
+  dropout_rate: float = 0.1
+  evaluations: int = 30
+
+
+def run_of(
+  system: System, size: Size, seed: int, store_dir: str, model_dir: str
+) -> run.Run:
+  """The run that `basemt train` would make of the system's recipe."""
+  expert_blocks = tuple(range(2, size.blocks, 3))
+  every = size.train_steps // size.evaluations
+
+  def network(vocab_size: int) -> model.TransformerConfig:
+    return model.TransformerConfig(
+      vocab_size=vocab_size,
+      emb_dim=size.emb_dim,
+      num_heads=size.emb_dim // 64,
+      head_dim=64,
+      mlp_dim=4 * size.emb_dim,
+      num_encoder_layers=size.blocks,
+      num_decoder_layers=size.blocks,
+      dropout_rate=size.dropout_rate,
+      dtype="bfloat16",
+      feed_forward=system.feed_forward,
+      encoder_expert_blocks=expert_blocks,
+      decoder_expert_blocks=expert_blocks,
+      num_experts=size.num_experts,
+      router=system.router,
+    )
+
+  settings = steps.Settings(
+    train_steps=size.train_steps,
+    dense_steps=steps.share_of(size.train_steps, system.dense_share),
+    learning_rate=optimizer.cosine_decay(
+      size.learning_rate, size.warmup_steps, size.train_steps
+    ),
+    optimizer=optimizer.adamw(),
+    log_every=max(every // 2, 1),
+    eval_every=every,
+    save_every=size.train_steps,
+    keep_checkpoints=1,
+    seed=seed,
+  )
+  return run.Run(
+    model_dir=model_dir,
+    mixture_or_task_name="files",
+    task_feature_lengths={},
+    network=network,
+    settings=settings,
+    batch_size=size.batch_size,
+    strategy=sampling.Strategy(system.temperature(size.train_steps)),
+    data_seed=seed,
+    store_dir=store_dir,
+    bands=BANDS,
+    search=translation.SearchOptions(batch_size=512),
+  )
+
+
+class Log:
+  """A run's JSONL file; takes metrics as a `trainer.Writer`.
+
+  Kept are the dev losses, the training loss and the speed.
+  """
+
+  def __init__(self, path: pathlib.Path):
+    self._file = path.open("w", encoding="utf-8")
+
+  def write(self, **record: Any) -> None:
+    """Writes one line."""
+    print(json.dumps(record), file=self._file, flush=True)
+
+  def write_scalars(self, step: int, scalars: Mapping[str, Any]) -> None:
+    """See `trainer.Writer`."""
+    kept = {
+      name: round(float(value), 5)
+      for name, value in scalars.items()
+      if name.startswith("dev/loss")
+      or name in ("train/loss", "loss", "steps_per_second", "temperature")
+    }
+    if kept:
+      self.write(step=step, **kept)
+
+  def flush(self) -> None:
+    """See `trainer.Writer`."""
+    self._file.flush()
+
+  def close(self) -> None:
+    """Closes the file."""
+    self._file.close()
+
+
+CONSOLE = run.Console(
+  message=lambda text: print("  " + text, flush=True),
+  progress=lambda progress, temperature: None,
+  building=lambda *args, **kwargs: None,
+  translating=lambda done, total: None,
+)
+
+
+def is_complete(path: pathlib.Path) -> bool:
+  """Whether a log ends as logs of finished runs do."""
+  if not path.exists():
+    return False
+  lines = path.read_text(encoding="utf-8").splitlines()
+  return bool(lines) and "finished" in json.loads(lines[-1])
+
+
+def make_run(
+  name: str,
+  seed: int,
+  size: Size,
+  store_dir: str,
+  logs: pathlib.Path,
+  work: pathlib.Path,
+) -> None:
+  """Trains and evaluates one system with one seed."""
+  system = SYSTEMS[name]
+  model_dir = work / f"{name}_{seed}"
+  # Half a run of before would make the clock wrong.
+  shutil.rmtree(model_dir, ignore_errors=True)
+  described = run_of(system, size, seed, store_dir, str(model_dir))
+  path = logs / f"{name}_{seed}.jsonl"
+  device = jax.devices()[0].device_kind
+  start = time.perf_counter()
+  with contextlib.closing(Log(path.with_suffix(".part"))) as log:
+    log.write(
+      system=name,
+      seed=seed,
+      size=dataclasses.asdict(size),
+      device=device,
+      jax=jax.__version__,
+    )
+    run.train(described, log, CONSOLE)
+    log.write(trained_after=round(time.perf_counter() - start, 1))
+    trained = run.load(described, CONSOLE)
+    for layer in inspection_run.expert_maps(described, trained, "validation"):
+      shares = np.round(layer.shares, 4).tolist()
+      log.write(
+        layer=layer.layer, languages=layer.languages, expert_shares=shares
+      )
+    for beam in (1, 4) if system.beam else (1,):
+      _translate(described, trained, beam, log, work / "translations")
+    log.write(finished=round(time.perf_counter() - start, 1))
+  path.with_suffix(".part").rename(path)
+  shutil.rmtree(model_dir)
+
+
+def _translate(
+  described: run.Run,
+  trained: run.Trained,
+  beam: int,
+  log: Log,
+  folder: pathlib.Path,
+) -> None:
+  """Scores the test set; translations go to a file of their own."""
+  search = dataclasses.replace(described.search, beam_size=beam)
+  results, translations = evaluation.evaluate(
+    run.translator(dataclasses.replace(described, search=search), trained),
+    vocabulary.Vocabulary.load(trained.store.vocabulary),
+    run.direction_texts(trained.store, "test"),
+    thresholds=described.bands,
+  )
+  for result in results:
+    log.write(
+      test=result.direction,
+      beam=beam,
+      band=result.band,
+      pairs=result.train_pairs,
+      bleu=round(result.bleu or 0.0, 3),
+      chrf=round(result.chrf or 0.0, 3),
+      signature=result.bleu_signature,
+    )
+  folder.mkdir(parents=True, exist_ok=True)
+  name = pathlib.Path(described.model_dir).name
+  with gzip.open(folder / f"{name}_beam{beam}.json.gz", "wt") as file:
+    json.dump({t.direction: list(t.hypotheses) for t in translations}, file)
+
+
+def prepare(data: str, store: str, vocab_size: int, length: int) -> None:
+  """Trains the vocabulary and packs the rows; needs SeqIO."""
+  from basemt_jax import mixtures
+  from tasks import files
+
+  vocabulary_path = files.vocabulary_file(data, vocab_size)
+  mixture = files.mixture(data, vocabulary_path)
+  mixtures.build_store(mixture, {"inputs": length, "targets": length}, store)
+  found = row_store.RowStore.open(store)
+  for name, pairs, rows in zip(
+    found.directions, found.pairs("train"), found.rows("train"), strict=True
+  ):
+    print(f"{name} {pairs} pairs {rows} rows")
+
+
+def size_from(options: Sequence[str]) -> Size:
+  """A `Size` with fields changed: ['train_steps=100', ...]."""
+  types = {name: type(value) for name, value in vars(Size()).items()}
+  changes: dict[str, Any] = {}
+  for option in options:
+    name, _, value = option.partition("=")
+    if name not in types:
+      raise SystemExit(f"no field {name!r} of Size; there are {list(types)}")
+    changes[name] = types[name](value)
+  return dataclasses.replace(Size(), **changes)
+
+
+def main() -> None:
+  """Parses the command line."""
+  parser = argparse.ArgumentParser(description=__doc__)
+  commands = parser.add_subparsers(required=True, dest="command")
+  sub = commands.add_parser("prepare")
+  sub.add_argument("--data", required=True)
+  sub.add_argument("--store", required=True)
+  sub.add_argument("--vocab_size", type=int, default=8000)
+  sub.add_argument("--length", type=int, default=64)
+  sub = commands.add_parser("run")
+  sub.add_argument("--store", required=True)
+  sub.add_argument("--logs", type=pathlib.Path, required=True)
+  sub.add_argument("--work", type=pathlib.Path, default="runs/study")
+  sub.add_argument("--systems", nargs="+", choices=SYSTEMS, default=SYSTEMS)
+  sub.add_argument("--seeds", type=int, help="default: each system's own")
+  sub.add_argument("--size", nargs="+", default=[], metavar="FIELD=VALUE")
+  sub.add_argument("--part", default="1/1", metavar="I/N")
+  options = parser.parse_args()
+  if options.command == "prepare":
+    prepare(options.data, options.store, options.vocab_size, options.length)
+    return
+  options.logs.mkdir(parents=True, exist_ok=True)
+  wanted = [
+    (name, seed)
+    for seed in range(3)
+    for name in options.systems
+    if seed < (options.seeds or SYSTEMS[name].seeds)
+  ]
+  part, parts = (int(x) for x in options.part.split("/"))
+  size = size_from(options.size)
+  for name, seed in wanted[part - 1 :: parts]:
+    if is_complete(options.logs / f"{name}_{seed}.jsonl"):
+      continue
+    print(f"{name}, seed {seed}", flush=True)
+    make_run(name, seed, size, options.store, options.logs, options.work)
+
+
+if __name__ == "__main__":
+  main()

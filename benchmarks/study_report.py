@@ -1,0 +1,447 @@
+"""Renders the study's report from its logs: tables, plots, convergence.
+
+    PYTHONPATH=. python benchmarks/study_report.py --logs docs/study
+
+Writes docs/results.md (`--out`) and its plots. With the translations at hand
+(`--translations runs/study/translations --store DIR`) the paired bootstrap is
+made again and kept beside the logs as `bootstrap.json`.
+
+The convergence factor of a system is the number of updates that `base` takes to
+its best dev loss, over the number that the system takes to reach the same loss;
+likewise for seconds. The dense phase counts.
+"""
+
+import argparse
+import dataclasses
+import gzip
+import json
+import pathlib
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import matplotlib
+import numpy as np
+
+from basemt_jax import evaluation, row_store, run
+from benchmarks import study
+
+matplotlib.use("Agg")
+
+from matplotlib import pyplot as plt
+
+BASELINE = "base"
+BANDS = ("all", *evaluation.BANDS)
+
+
+@dataclasses.dataclass(frozen=True)
+class Finished:
+  """One run's log.
+
+  Attributes:
+    system: Its name.
+    seed: Its seed.
+    header: Device, versions, size.
+    steps: [K] of the evaluations.
+    seconds: [K] of training until then, without compiling, evaluating and
+      saving.
+    losses: Direction to dev losses [K], nats per token.
+    pairs: Direction to training pairs.
+    bands: Direction to 'high', 'mid' or 'low'.
+    scores: (Beam, direction) to (BLEU, chrF++).
+    experts: Layer to (languages, shares [languages, E]).
+  """
+
+  system: str
+  seed: int
+  header: Mapping[str, Any]
+  steps: np.ndarray
+  seconds: np.ndarray
+  losses: Mapping[str, np.ndarray]
+  pairs: Mapping[str, int]
+  bands: Mapping[str, str]
+  scores: Mapping[tuple[int, str], tuple[float, float]]
+  experts: Mapping[str, tuple[Sequence[str], np.ndarray]]
+
+  def members(self, band: str) -> list[str]:
+    """The directions of a band, or all."""
+    return [d for d, b in self.bands.items() if band in ("all", b)]
+
+  def loss(self, band: str) -> np.ndarray:
+    """Mean dev loss [K] of a band; every direction counts the same."""
+    return np.mean([self.losses[d] for d in self.members(band)], axis=0)
+
+  def score(self, band: str, beam: int) -> tuple[float, float]:
+    """Mean BLEU and chrF++ of a band."""
+    values = [self.scores[beam, d] for d in self.members(band)]
+    bleu, chrf = np.mean(values, axis=0)
+    return float(bleu), float(chrf)
+
+
+def read(path: pathlib.Path) -> Finished:
+  """Reads a complete log."""
+  header, *records = (
+    json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()
+  )
+  speeds = {
+    r["step"]: r["steps_per_second"] for r in records if "steps_per_second" in r
+  }
+  evaluations = [r for r in records if "dev/loss" in r]
+  tests = [r for r in records if "test" in r]
+  prefix = "dev/loss/"
+  directions = [
+    name.removeprefix(prefix)
+    for name in evaluations[0]
+    if name.startswith(prefix)
+  ]
+  at = [r["step"] for r in evaluations]
+  return Finished(
+    header["system"],
+    header["seed"],
+    header,
+    np.array(at),
+    _seconds(speeds, at),
+    {d: np.array([r[prefix + d] for r in evaluations]) for d in directions},
+    {r["test"]: r["pairs"] for r in tests},
+    {r["test"]: r["band"] for r in tests},
+    {(r["beam"], r["test"]): (r["bleu"], r["chrf"]) for r in tests},
+    {
+      r["layer"]: (r["languages"], np.array(r["expert_shares"]))
+      for r in records
+      if "layer" in r
+    },
+  )
+
+
+def _seconds(speeds: Mapping[int, float], at: Sequence[int]) -> np.ndarray:
+  """Seconds of training until each step, from steps a second of intervals.
+
+  Intervals in which a program was compiled are far slower than the typical one
+  and count as that.
+  """
+  typical = statistics.median(speeds.values())
+  total, before, result = 0.0, 0, {}
+  for step in sorted(speeds):
+    speed = speeds[step] if speeds[step] > typical / 2 else typical
+    total, before = total + (step - before) / speed, step
+    result[step] = total
+  return np.array([result[step] for step in at])
+
+
+def reached(x: np.ndarray, losses: np.ndarray, target: float) -> float | None:
+  """Where a curve first is at or below a loss, interpolated; None: nowhere."""
+  below = np.flatnonzero(losses <= target)
+  if not below.size:
+    return None
+  i = int(below[0])
+  if i == 0:
+    return float(x[0])
+  share = (losses[i - 1] - target) / (losses[i - 1] - losses[i])
+  return float(x[i - 1] + share * (x[i] - x[i - 1]))
+
+
+def convergence(
+  runs: Mapping[str, Sequence[Finished]], system: str, band: str
+) -> tuple[float | None, float | None]:
+  """How many times fewer updates and seconds than base to base's best loss.
+
+  Seeds are paired; the mean is returned, None where a run never gets there.
+  """
+  factors = []
+  for own in runs[system]:
+    base = next((r for r in runs[BASELINE] if r.seed == own.seed), None)
+    if base is None:
+      continue
+    target = float(base.loss(band).min())
+    pair = []
+    for axis in ("steps", "seconds"):
+      needed = reached(getattr(own, axis), own.loss(band), target)
+      whole = reached(getattr(base, axis), base.loss(band), target)
+      if needed is None or whole is None:
+        return None, None
+      pair.append(whole / needed)
+    factors.append(pair)
+  if not factors:
+    return None, None
+  updates, seconds = np.mean(factors, axis=0)
+  return float(updates), float(seconds)
+
+
+def mean_spread(values: Iterable[float]) -> str:
+  """'12.3 ± 0.4': mean and standard deviation; the mean alone for one."""
+  values = list(values)
+  text = f"{statistics.mean(values):.2f}"
+  if len(values) > 1:
+    text += f" ± {statistics.stdev(values):.2f}"
+  return text
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+  """A Markdown table, first column left, others right."""
+  lines = [header, ["--", *["--:"] * (len(header) - 1)], *rows]
+  return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def factor(value: float | None) -> str:
+  """'2.1x', or a dash where base's best loss is never reached."""
+  return "–" if value is None else f"{value:.2f}x"
+
+
+# -------------------------------------------------------------------- plots
+
+
+def colours(systems: Sequence[str]) -> dict[str, Any]:
+  """A colour for each system, the same in all plots."""
+  palette = plt.get_cmap("tab20")
+  return {system: palette(i % 20) for i, system in enumerate(systems)}
+
+
+def plot_losses(
+  runs: Mapping[str, Sequence[Finished]], axis: str, path: pathlib.Path
+) -> None:
+  """Dev loss of each band against updates or seconds; seeds are averaged."""
+  figure, axes = plt.subplots(
+    1, len(BANDS), figsize=(16, 4.6), layout="constrained"
+  )
+  shades = colours(list(runs))
+  for ax, band in zip(axes, BANDS, strict=True):
+    for system, own in runs.items():
+      x = np.mean([getattr(r, axis) for r in own], axis=0)
+      curves = np.array([r.loss(band) for r in own])
+      ax.plot(x, curves.mean(axis=0), label=system, color=shades[system])
+      if len(own) > 1:
+        ax.fill_between(
+          x,
+          curves.min(axis=0),
+          curves.max(axis=0),
+          color=shades[system],
+          alpha=0.15,
+          linewidth=0,
+        )
+    best = np.mean([r.loss(band).min() for r in runs[BASELINE]])
+    ax.axhline(best, color="black", linewidth=0.7, linestyle=":")
+    low = min(r.loss(band).min() for own in runs.values() for r in own)
+    ax.set_ylim(low - 0.05, low + 1.5)
+    ax.set_title(f"{band} (dotted: best of {BASELINE})")
+    ax.set_xlabel("updates" if axis == "steps" else "seconds of training")
+    ax.grid(alpha=0.3)
+  axes[0].set_ylabel("dev loss, nats per token")
+  figure.legend(
+    *axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=6
+  )
+  figure.savefig(path, metadata={"Date": None})
+  plt.close(figure)
+
+
+def plot_experts(
+  runs: Mapping[str, Sequence[Finished]], path: pathlib.Path
+) -> None:
+  """Share of each language's tokens at each expert, by system and layer."""
+  shown = [
+    own[0]
+    for name, own in runs.items()
+    if own[0].experts and name in study.SYSTEMS
+  ][:4]
+  layers = sorted({layer for r in shown for layer in r.experts})
+  if not shown:
+    return
+  figure, axes = plt.subplots(
+    len(shown),
+    len(layers),
+    figsize=(4 * len(layers), 3.4 * len(shown)),
+    squeeze=False,
+    layout="constrained",
+  )
+  for row, one in zip(axes, shown, strict=True):
+    for ax, layer in zip(row, layers, strict=True):
+      languages, shares = one.experts[layer]
+      image = ax.imshow(shares, aspect="auto", cmap="viridis", vmin=0)
+      ax.set_yticks(range(len(languages)), languages, fontsize=7)
+      ax.set_xlabel("expert", fontsize=8)
+      ax.set_title(f"{one.system}\n{layer}", fontsize=8)
+      figure.colorbar(image, ax=ax, label="share of tokens")
+  figure.savefig(path, metadata={"Date": None})
+  plt.close(figure)
+
+
+# ---------------------------------------------------------------- bootstrap
+
+
+def bootstrap(
+  runs: Mapping[str, Sequence[Finished]],
+  translations: pathlib.Path,
+  store_dir: str,
+  beam: int = 1,
+) -> dict[str, dict[str, int]]:
+  """Directions of each band that a system translates better, worse, alike.
+
+  Paired bootstrap on BLEU against the baseline's translations of the same
+  seed, p < 0.05; counts are over all seeds.
+  """
+  store = row_store.RowStore.open(store_dir)
+  references = {
+    text.direction: text.references
+    for text in run.direction_texts(store, "test")
+  }
+
+  def hypotheses(one: Finished) -> dict[str, list[str]] | None:
+    path = translations / f"{one.system}_{one.seed}_beam{beam}.json.gz"
+    if not path.exists():
+      return None
+    with gzip.open(path, "rt") as file:
+      return json.load(file)
+
+  result: dict[str, dict[str, int]] = {}
+  for system, own in runs.items():
+    if system == BASELINE:
+      continue
+    counts: dict[str, int] = {}
+    for one in own:
+      base = next((r for r in runs[BASELINE] if r.seed == one.seed), None)
+      pair = None if base is None else (hypotheses(base), hypotheses(one))
+      if pair is None or None in pair:
+        continue
+      for direction, band in one.bands.items():
+        bleu = evaluation.paired_bootstrap(
+          pair[0][direction],  # type: ignore[index]
+          pair[1][direction],  # type: ignore[index]
+          references[direction],
+          evaluation.split_direction(direction)[1],
+        )[0]
+        outcome = "alike"
+        if bleu.p_value < 0.05:
+          outcome = "better" if bleu.system > bleu.baseline else "worse"
+        key = f"{band} {outcome}"
+        counts[key] = counts.get(key, 0) + 1
+    if counts:
+      result[system] = counts
+  return result
+
+
+# ------------------------------------------------------------------- report
+
+
+def render(
+  runs: Mapping[str, Sequence[Finished]],
+  significance: Mapping[str, Mapping[str, int]],
+  plots: str,
+) -> str:
+  """The report as Markdown."""
+  first = next(iter(runs.values()))[0]
+  size = ", ".join(f"{k} {v}" for k, v in first.header["size"].items())
+  beams = sorted({beam for own in runs.values() for beam, _ in own[0].scores})
+  parts = [
+    "# Results\n",
+    f"{sum(map(len, runs.values()))} runs on {first.header['device']}, jax "
+    f"{first.header['jax']}; {size}. Rendered from the logs by\n"
+    "[`study_report.py`](../benchmarks/study_report.py).\n",
+    "## Convergence\n",
+    "How many times fewer updates (seconds of training) than `base` to reach "
+    "`base`'s best\ndev loss; the dense phase counts. A dash: never reached.\n",
+    table(
+      ["system", "seeds", *BANDS],
+      (
+        [
+          system,
+          str(len(own)),
+          *(
+            "{} ({})".format(*map(factor, convergence(runs, system, band)))
+            for band in BANDS
+          ),
+        ]
+        for system, own in runs.items()
+      ),
+    ),
+    "## Best dev loss\n",
+    table(
+      ["system", *BANDS],
+      (
+        [s, *(mean_spread(r.loss(b).min() for r in own) for b in BANDS)]
+        for s, own in runs.items()
+      ),
+    ),
+    f"![Dev loss against updates]({plots}/loss_updates.svg)\n",
+    f"![Dev loss against seconds]({plots}/loss_seconds.svg)\n",
+  ]
+  for beam in beams:
+    search = "greedy search" if beam == 1 else f"beam {beam}"
+    with_beam = {
+      s: o for s, o in runs.items() if any(b == beam for b, _ in o[0].scores)
+    }
+    for index, metric in enumerate(("BLEU", "chrF++")):
+      parts += [
+        f"## Test {metric}, {search}\n",
+        table(
+          ["system", *BANDS],
+          (
+            [
+              system,
+              *(
+                mean_spread(r.score(band, beam)[index] for r in own)
+                for band in BANDS
+              ),
+            ]
+            for system, own in with_beam.items()
+          ),
+        ),
+      ]
+  if significance:
+    columns = [
+      f"{band} {outcome}"
+      for band in evaluation.BANDS
+      for outcome in ("better", "worse", "alike")
+    ]
+    parts += [
+      "## Directions against `base`, paired bootstrap\n",
+      "Directions (of all seeds) with better, worse, and not significantly "
+      "different BLEU, p < 0.05.\n",
+      table(
+        ["system", *columns],
+        (
+          [s, *(str(counts.get(c, 0)) for c in columns)]
+          for s, counts in significance.items()
+        ),
+      ),
+    ]
+  parts += [
+    "## Experts and languages\n",
+    f"![Experts and languages]({plots}/experts.svg)\n",
+  ]
+  return "\n".join(parts)
+
+
+def main() -> None:
+  """Writes the report."""
+  parser = argparse.ArgumentParser(description=__doc__)
+  parser.add_argument("--logs", type=pathlib.Path, required=True)
+  parser.add_argument(
+    "--out", type=pathlib.Path, default=pathlib.Path("docs/results.md")
+  )
+  parser.add_argument("--translations", type=pathlib.Path)
+  parser.add_argument("--store")
+  options = parser.parse_args()
+  runs: dict[str, list[Finished]] = {}
+  for name in study.SYSTEMS:
+    paths = sorted(options.logs.glob(f"{name}_[0-9]*.jsonl"))
+    found = [read(path) for path in paths]
+    found = [one for one in found if one.system == name]
+    if found:
+      runs[name] = found
+  if BASELINE not in runs:
+    raise SystemExit(f"{options.logs} holds no finished run of {BASELINE!r}")
+  kept = options.logs / "bootstrap.json"
+  if options.translations:
+    found_tests = bootstrap(runs, options.translations, options.store)
+    kept.write_text(json.dumps(found_tests, indent=1) + "\n")
+  significance = json.loads(kept.read_text()) if kept.exists() else {}
+  plots = options.out.parent / "plots"
+  plots.mkdir(parents=True, exist_ok=True)
+  plot_losses(runs, "steps", plots / "loss_updates.svg")
+  plot_losses(runs, "seconds", plots / "loss_seconds.svg")
+  plot_experts(runs, plots / "experts.svg")
+  options.out.write_text(render(runs, significance, plots.name))
+  print(f"wrote {options.out}")
+
+
+if __name__ == "__main__":
+  main()
