@@ -1,0 +1,265 @@
+"""The same training, by T5X itself; skipped where it cannot be imported.
+
+The README says how T5X is put on PYTHONPATH. Every test starts processes of
+`python -m t5x.train` and the like, about 20 seconds of CPU each.
+"""
+
+import contextlib
+import importlib.util
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+import toy
+from flax import traverse_util
+
+from basemt_jax import checkpointing
+
+
+def missing():
+  """The first module T5X's trainer needs and does not find, or None."""
+  # Not imported here: that takes seconds, and warns of what JAX deprecates.
+  for name in ("t5x", "airio", "jestimator", "fiddle", "clu", "seqio", "gin"):
+    if importlib.util.find_spec(name) is None:
+      return name
+  places = importlib.util.find_spec("t5x").submodule_search_locations or ()
+  if not any((pathlib.Path(p) / "train.py").exists() for p in places):
+    return "t5x.train"  # PyPI's t5x is an empty placeholder.
+  return None
+
+
+pytestmark = pytest.mark.skipif(
+  missing() is not None,
+  reason=f"T5X cannot be run: no module {missing()}; see README, With T5X",
+)
+
+ROOT = pathlib.Path(__file__).parent.parent
+CONFIG = """
+from __gin__ import dynamic_registration
+import toy_tasks
+from basemt_jax import model
+from basemt_jax import run
+MIXTURE_OR_TASK_NAME = 'toy'
+TASK_FEATURE_LENGTHS = {{'inputs': 32, 'targets': 24}}
+EMB_DIM = 16
+NUM_EXPERTS = 4
+BATCH_SIZE = 16
+TRAIN_STEPS = 4
+SAVE_STEPS = 1
+EVAL_STEPS = 4
+LOG_STEPS = 1
+model.TransformerConfig:
+  num_heads = 2
+  head_dim = 8
+  mlp_dim = 32
+  num_encoder_layers = 1
+  num_decoder_layers = 1
+  encoder_expert_blocks = (0,)
+  decoder_expert_blocks = (0,)
+  rows_per_group = 2
+  dropout_rate = 0.1
+run.Run.cache_dir = '{cache}'
+"""
+
+
+@pytest.fixture(scope="module")
+def workshop(tmp_path_factory):
+  return Workshop(tmp_path_factory.mktemp("t5x"))
+
+
+class Workshop:
+  """Starts T5X and our commands on the toy tasks, in one directory."""
+
+  def __init__(self, directory):
+    self.directory = directory
+    self._config = directory / "toy.gin"
+    self._config.write_text(CONFIG.format(cache=directory / "cache"))
+
+  def _start(self, module, arguments, devices):
+    flags = f"--xla_force_host_platform_device_count={devices}"
+    tests = str(pathlib.Path(__file__).parent)
+    environment = {
+      **os.environ,
+      "JAX_PLATFORMS": "cpu",
+      "XLA_FLAGS": flags,
+      "TF_CPP_MIN_LOG_LEVEL": "3",
+      "PYTHONPATH": os.pathsep.join(
+        [str(ROOT), tests, os.environ.get("PYTHONPATH", "")]
+      ),
+    }
+    return subprocess.run(
+      [sys.executable, "-m", module, *arguments],
+      cwd=ROOT,
+      env=environment,
+      capture_output=True,
+      text=True,
+      check=False,
+    )
+
+  def t5x(self, script, file, *bindings, config=None, devices=1, fails=False):
+    """Runs a T5X script; returns what it writes to standard error."""
+    done = self._start(
+      f"t5x.{script}",
+      [
+        f"--gin_file=gin/t5x/{file}.gin",
+        f"--gin_file={self._config}",
+        *([f"--gin_file={config}"] if config else []),
+        *(f"--gin.{b}" for b in bindings),
+      ],
+      devices,
+    )
+    assert (done.returncode != 0) == fails, done.stderr[-3000:]
+    return done.stderr
+
+  def ours(self, command, *arguments, devices=1):
+    done = self._start(
+      "basemt_jax.cli",
+      [
+        command,
+        "--gin_file=gin/recipes/quickstart.gin",
+        f"--gin_file={self._config}",
+        *arguments,
+      ],
+      devices,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+  def path(self, name):
+    return str(self.directory / name)
+
+  def text(self, name):
+    """A path, as gin writes it."""
+    return repr(self.path(name))
+
+  def state(self, model_dir, step):
+    """All arrays of a checkpoint by path."""
+    reader = ocp.PyTreeCheckpointHandler()
+    path = pathlib.Path(self.path(model_dir)) / f"checkpoint_{step}" / "state"
+    with contextlib.closing(
+      checkpointing.Checkpoints(path.parent.parent, read_only=True)
+    ) as checkpoints:
+      shapes = checkpoints.shapes(step)
+    args = traverse_util.unflatten_dict(
+      {p: ocp.RestoreArgs(restore_type=np.ndarray) for p in shapes}, sep="/"
+    )
+    tree = reader.restore(path, args=ocp.args.PyTreeRestore(restore_args=args))
+    return traverse_util.flatten_dict(tree, sep="/")
+
+
+def assert_equal(left, right):
+  assert left.keys() == right.keys() and len(left) > 20
+  different = [p for p in left if not np.array_equal(left[p], right[p])]
+  assert not different
+
+
+@pytest.fixture(scope="module")
+def two_phases(workshop):
+  """Dense, converted, interrupted and gone on with; returns our same run."""
+  workshop.ours("train", "--model_dir", workshop.path("ours"))
+  workshop.t5x("train", "pretrain", f"MODEL_DIR={workshop.text('dense')}")
+  sparse = (
+    f"MODEL_DIR={workshop.text('sparse')}",
+    f"INITIAL_CHECKPOINT_PATH={workshop.text('dense/checkpoint_2')}",
+  )
+  workshop.t5x("train", "convert", *sparse, "train.total_steps=3")
+  workshop.t5x("train", "convert", *sparse)
+  return "ours"
+
+
+def test_two_phases_and_a_restart_are_our_run_bit_by_bit(workshop, two_phases):
+  for model_dir, step in (("dense", 2), ("sparse", 3), ("sparse", 4)):
+    expected = workshop.state(two_phases, step) if step != 3 else None
+    found = workshop.state(model_dir, step)
+    if expected is not None:
+      assert_equal(found, expected)
+    assert any("prices" in path for path in found) == (model_dir == "sparse")
+
+
+def test_scores_are_written_by_direction(workshop, two_phases):
+  folder = workshop.directory / "sparse" / "inference_eval"
+  for direction in toy.PAIRS:
+    name = direction.replace("-", "_")
+    lines = (folder / f"toy.{name}-metrics.jsonl").read_text().splitlines()
+    assert {"bleu", "chrf++"} <= json.loads(lines[-1]).keys()
+
+
+def test_infers_what_we_translate(workshop, two_phases):
+  workshop.t5x(
+    "infer",
+    "infer",
+    f"CHECKPOINT_PATH={workshop.text('sparse/checkpoint_4')}",
+    f"INFER_OUTPUT_DIR={workshop.text('inferred')}",
+  )
+  folder = workshop.directory / "ours" / "evaluation" / "test_4"
+  for direction in toy.PAIRS:
+    name = direction.replace("-", "_")
+    (file,) = (workshop.directory / "inferred").glob(f"toy.{name}-*-00001")
+    found = [json.loads(x)["prediction"] for x in file.read_text().splitlines()]
+    expected = (folder / f"{direction}.hyp").read_text().split("\n")[:-1]
+    assert found == expected
+
+
+def test_experts_on_eight_devices_are_our_run_bit_by_bit(workshop):
+  common = ("DENSE_STEPS=0", "EXPERT_DEVICES=4", "TRAIN_STEPS=2")
+  workshop.t5x(
+    "train",
+    "pretrain_base",
+    *common,
+    f"MODEL_DIR={workshop.text('eight')}",
+    "train.infer_eval_dataset_cfg=None",
+    devices=8,
+  )
+  workshop.ours(
+    "train",
+    *(f"--gin.{b}" for b in common),
+    "--model_dir",
+    workshop.path("ours_eight"),
+    devices=8,
+  )
+  assert_equal(workshop.state("eight", 2), workshop.state("ours_eight", 2))
+
+
+IMPORTS = """
+from __gin__ import dynamic_registration
+import __main__ as train_script
+from t5x import trainer
+from t5x import utils
+"""
+
+
+@pytest.mark.parametrize(
+  ("binding", "said"),
+  [
+    (
+      "train_script.train.get_dataset_fn = @utils.get_dataset",
+      "bind train.get_dataset_fn = @t5x_adapter.get_dataset",
+    ),
+    (
+      "utils.SaveCheckpointConfig.save_dataset = True",
+      "bind utils.SaveCheckpointConfig.save_dataset = False",
+    ),
+    (
+      "trainer.Trainer.num_microbatches = 2",
+      "bind trainer.Trainer.num_microbatches = None",
+    ),
+  ],
+)
+def test_refuses_what_would_not_be_our_run(workshop, tmp_path, binding, said):
+  config = tmp_path / "more.gin"
+  config.write_text(IMPORTS + binding)
+  errors = workshop.t5x(
+    "train",
+    "pretrain_base",
+    f"MODEL_DIR={str(tmp_path / 'run')!r}",
+    "train.infer_eval_dataset_cfg=None",
+    config=config,
+    fails=True,
+  )
+  assert said in errors
+  assert not list((tmp_path / "run").glob("checkpoint_[1-9]*"))
