@@ -1,34 +1,24 @@
-"""The `basemt` command: the one place that parses flags and gin.
+"""The `basemt` command: the one place that parses flags.
 
     basemt train --gin_file=gin/recipes/quickstart.gin --gin.TRAIN_STEPS=500
 
-Flags follow T5X: `--gin_file` (repeatable), `--gin.NAME=VALUE`,
-`--gin_search_paths`. What the commands do is in `run`, `conversion` and
-`vocabulary`; here are their flags and what they print.
+What the commands do is in `run` and the modules it names, what configures them
+in `configuration`; here are their flags and what they print.
 """
 
 import argparse
 import contextlib
-import difflib
 import logging
 import os
 import pathlib
-import re
 import sys
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 # Quiet C++ logs; set before TensorFlow or XLA are loaded.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
-PACKAGE = pathlib.Path(__file__).parent
-CONFIG_FILE = "config.gin"
-OPERATIVE_FILE = "operative_config.gin"
-
-
-class UsageError(ValueError):
-  """The command line or the configuration is wrong."""
+from basemt_jax import configuration, console
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -60,7 +50,10 @@ def _guarded(
   except (ValueError, OSError, ImportError) as error:
     if options.traceback:
       raise
-    print(f"basemt: error{who()}: {_one_sentence(error)}", file=sys.stderr)
+    print(
+      f"basemt: error{who()}: {configuration.one_sentence(error)}",
+      file=sys.stderr,
+    )
     print("(--traceback shows where it came from)", file=sys.stderr)
     return 1
 
@@ -73,7 +66,7 @@ def _start(options: argparse.Namespace) -> int | None:
     return options.command(options)
   if given and len(given) < len(flags):
     missing = " and ".join(f"--{f}" for f in flags if f not in given)
-    raise UsageError(f"--{given[0]} needs {missing} too")
+    raise configuration.UsageError(f"--{given[0]} needs {missing} too")
   from basemt_jax import processes
 
   return processes.together(
@@ -104,16 +97,6 @@ def _quiet_libraries() -> None:
   """Libraries' warnings are for their developers, not for this command."""
   for name in ("absl", "jax", "orbax"):
     logging.getLogger(name).setLevel(logging.ERROR)
-
-
-def _one_sentence(error: Exception) -> str:
-  """The error's text without gin's and Python's trailing explanations."""
-  text = str(error).strip() or type(error).__name__
-  # gin repeats the whole configuration there.
-  text = text.split(" in config string:")[0]
-  lines = [line.strip() for line in text.splitlines() if line.strip()]
-  # gin appends where a call came from ("In call to configurable ...").
-  return " ".join(x for x in lines if not x.startswith("In call to"))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -332,200 +315,19 @@ def _parser() -> argparse.ArgumentParser:
   return parser
 
 
-# ---------------------------------------------------------------- gin
-
-
-def _configured(options: argparse.Namespace, **macros: Any) -> Any:
-  """Parses the configuration and returns its `run.Run`."""
-  import gin
-  from basemt_jax import processes
-
-  run_class = _parse(options, macros)
-  processes.check_same("the configuration", gin.config_str())
-  try:
-    # May make a vocabulary.
-    return processes.in_turn(run_class)
-  except TypeError as error:  # A value is missing, or of a wrong type.
-    raise UsageError(f"configuration: {str(error).splitlines()[0]}") from error
-
-
-def _parse(
-  options: argparse.Namespace, macros: Mapping[str, Any]
-) -> Callable[..., Any]:
-  """Parses files and bindings; returns the configurable `run.Run`."""
-  import gin
-  from basemt_jax import run
-
-  files = list(options.gin_file)
-  if options.model_dir:
-    macros = {"MODEL_DIR": options.model_dir, **macros}
-  if not files:
-    if not options.model_dir:
-      raise UsageError(
-        "nothing is configured: give --gin_file=gin/recipes/NAME.gin, or "
-        "--model_dir of a run, which holds its configuration"
-      )
-    saved = pathlib.Path(options.model_dir) / CONFIG_FILE
-    if not saved.exists():
-      raise UsageError(
-        f"{options.model_dir} is not the directory of a run: it holds no "
-        f"{CONFIG_FILE}; give another, or --gin_file"
-      )
-    files = [str(saved)]
-  for path in (
-    "",
-    *filter(None, options.gin_search_paths.split(",")),
-    *_roots(),
-  ):
-    gin.add_config_file_search_path(path)
-  bindings = [f"{name} = {value!r}" for name, value in macros.items()]
-  # gin logs an error for every place where an include is not.
-  logging.disable(logging.ERROR)
-  try:
-    paths = [_find(f, options) for f in files]
-    with _native_output_hidden():  # Imports tasks, and with them TensorFlow.
-      gin.parse_config_files_and_bindings(
-        paths,
-        [*_as_gin(options.bindings), *bindings],
-        finalize_config=False,
-        skip_unknown=False,
-      )
-      _check_macros(gin.config_str(), options.bindings)
-      gin.finalize()
-      if "seqio" in sys.modules:
-        from basemt_jax import mixtures  # noqa: F401
-  except (
-    ValueError,
-    LookupError,
-    AttributeError,
-    NameError,
-    SyntaxError,
-  ) as error:
-    raise UsageError(f"configuration: {_one_sentence(error)}") from error
-  except ImportError as error:
-    raise UsageError(
-      f"configuration: a module it imports is missing: {error}"
-    ) from error
-  finally:
-    logging.disable(logging.NOTSET)
-  try:
-    return gin.get_configurable(run.Run)
-  except ValueError as error:
-    raise UsageError(
-      f"{', '.join(files)} binds nothing of run.Run; include "
-      "'gin/runs/train.gin'"
-    ) from error
-
-
-@contextlib.contextmanager
-def _native_output_hidden() -> Iterator[None]:
-  """Hides what C++ libraries print when they are loaded.
-
-  TensorFlow greets on standard error whatever its log level. Exceptions are
-  Python's and not touched.
-  """
-  sys.stderr.flush()
-  saved = os.dup(2)
-  try:
-    with open(os.devnull, "wb") as nowhere:
-      os.dup2(nowhere.fileno(), 2)
-    yield
-  finally:
-    sys.stderr.flush()
-    os.dup2(saved, 2)
-    os.close(saved)
-
-
-def _check_macros(config: str, bindings: Sequence[str]) -> None:
-  """Refuses macros that have no value, and mistyped ones.
-
-  Args:
-    config: All bindings, as `gin.config_str` writes them.
-    bindings: Those of the command line; gin itself takes any macro.
-  """
-  lines = [x for x in config.splitlines() if not x.startswith("#")]
-  defined = [m[1] for x in lines if (m := re.match(r"(\w+) = ", x))]
-  used = set(re.findall(r"%(\w+)", "\n".join(lines)))
-  for name in (b.partition("=")[0].strip() for b in bindings):
-    if name in defined and name not in used:
-      near = difflib.get_close_matches(name, used, n=1)
-      hint = f"; did you mean {near[0]}?" if near else ""
-      raise UsageError(f"--gin.{name}: nothing uses that macro{hint}")
-  for name in sorted(used - {*defined, "gin"}):
-    hint = (
-      ": give a model, such as --gin_file=gin/models/tiny.gin, before the "
-      "recipe"
-      if name == "NETWORK"
-      else f": set it with --gin.{name}=VALUE"
-    )
-    raise UsageError(f"the macro {name} has no value{hint}")
-  for name in defined:
-    if f"{name} = %gin.REQUIRED" in lines:
-      raise UsageError(
-        f"the macro {name} has no value: set it with --gin.{name}=VALUE"
-      )
-
-
-def _roots() -> list[str]:
-  """Where the repository's or the installed package's `gin/` is found."""
-  return [str(PACKAGE.parent), str(PACKAGE)]
-
-
-def _find(name: str, options: argparse.Namespace) -> str:
-  """The gin file's path, in the search paths if it is not there as given."""
-  places = ["", *options.gin_search_paths.split(","), *_roots()]
-  for place in places:
-    if (pathlib.Path(place) / name).is_file():
-      return str(pathlib.Path(place) / name)
-  raise UsageError(
-    f"no gin file {name}; recipes are: "
-    + ", ".join(f"gin/recipes/{r}" for r in _recipes())
-  )
-
-
-def _recipes() -> list[str]:
-  for root in _roots():
-    found = sorted(p.name for p in pathlib.Path(root, "gin/recipes").glob("*"))
-    if found:
-      return found
-  return []
-
-
-def _as_gin(bindings: Sequence[str]) -> list[str]:
-  r"""`NAME=VALUE` as gin; a bare word or path is taken as a string.
-
-  A shell removes the quotes of --gin.MODEL_DIR="/tmp/run"; T5X users write
-  \"...\", which works too.
-  """
-  import gin
-
-  result = []
-  for binding in bindings:
-    name, equals, value = binding.partition("=")
-    if not equals:
-      raise UsageError(
-        f"--gin.{binding} has no value; write --gin.{binding}=VALUE"
-      )
-    try:
-      # References parse only once the files have imported their modules.
-      if value.lstrip("([{ ")[:1] not in ("@", "%"):
-        gin.config.parse_value(value)
-    except Exception:  # Whatever does not parse is a string.
-      value = repr(value)
-    result.append(f"{name.strip()} = {value}")
-  return result
-
-
 # ----------------------------------------------------------- commands
 
 
 def _train(options: argparse.Namespace) -> int:
   from basemt_jax import run as run_lib
 
-  run = _configured(options)
-  with _Writer(run.model_dir) as writer:
+  run = configuration.configured(options)
+  with console.Writer(run.model_dir) as writer:
     outcome = run_lib.train(
-      run, writer, _console(), lambda: _save_config(run.model_dir)
+      run,
+      writer,
+      console.standard(),
+      lambda: configuration.save_config(run.model_dir),
     )
     if outcome == "interrupted":
       print(
@@ -533,7 +335,7 @@ def _train(options: argparse.Namespace) -> int:
       )
       return 0
     try:
-      _print_evaluation(run, run_lib.evaluate(run, _console()), writer)
+      _print_evaluation(run, run_lib.evaluate(run, console.standard()), writer)
     except run_lib.NoPairsError as error:
       print(f"trained, but not evaluated: {error}")
   return 0
@@ -542,10 +344,12 @@ def _train(options: argparse.Namespace) -> int:
 def _evaluate(options: argparse.Namespace) -> None:
   from basemt_jax import run as run_lib
 
-  run = _with_search(_configured(options), options)
+  run = _with_search(configuration.configured(options), options)
   _print_evaluation(
     run,
-    run_lib.evaluate(run, _console(), options.checkpoint, options.split),
+    run_lib.evaluate(
+      run, console.standard(), options.checkpoint, options.split
+    ),
   )
 
 
@@ -597,13 +401,13 @@ def _translate(options: argparse.Namespace) -> None:
   from basemt_jax import evaluation, processes, vocabulary
   from basemt_jax import run as run_lib
 
-  run = _with_search(_configured(options), options, options.n_best)
-  trained = run_lib.load(run, _console(), options.checkpoint)
+  run = _with_search(configuration.configured(options), options, options.n_best)
+  trained = run_lib.load(run, console.standard(), options.checkpoint)
   targets = sorted(
     {evaluation.split_direction(d)[1] for d in trained.store.directions}
   )
   if options.to not in targets:
-    raise UsageError(
+    raise configuration.UsageError(
       f"--to {options.to}: the model was not trained to translate into that "
       f"language; it knows {', '.join(targets)}"
     )
@@ -638,7 +442,7 @@ def _read_lines(path: str | None) -> list[str]:
     text = data.decode("utf-8")
   except UnicodeDecodeError as error:
     line = data[: error.start].count(b"\n") + 1
-    raise UsageError(
+    raise configuration.UsageError(
       f"{name}, line {line}: not UTF-8; convert the text first"
     ) from error
   return text.removesuffix("\n").split("\n") if text else []
@@ -647,37 +451,24 @@ def _read_lines(path: str | None) -> list[str]:
 def _convert(options: argparse.Namespace) -> None:
   from basemt_jax import run as run_lib
 
-  run = _configured(options, MODEL_DIR=options.target)
+  run = configuration.configured(options, MODEL_DIR=options.target)
   step, error = run_lib.convert(
-    run, options.source, options.checkpoint, _console()
+    run, options.source, options.checkpoint, console.standard()
   )
-  _save_config(run.model_dir)
+  configuration.save_config(run.model_dir)
   print(
     f"{run.model_dir}/checkpoint_{step}: converted; largest relative "
     f"difference of the function on a training batch {error:.1e}"
   )
 
 
-def _import_modules(names: Sequence[str]) -> None:
-  """Imports the user's modules, from the working directory too."""
-  import importlib
-
-  if names and os.getcwd() not in sys.path:
-    sys.path.append(os.getcwd())
-  with _native_output_hidden():
-    for name in names:
-      importlib.import_module(name)
-    if "seqio" in sys.modules:
-      from basemt_jax import mixtures  # noqa: F401
-
-
 def _vocab(options: argparse.Namespace) -> None:
   from basemt_jax import mixtures, vocabulary
 
-  _import_modules(options.module)
+  configuration.import_modules(options.module)
   mixture = options.mixture
   if mixture is None:
-    mixture = _configured(options).mixture_or_task_name
+    mixture = configuration.configured(options).mixture_or_task_name
   vocabulary.train_from_mixture(
     mixtures.get_mixture(mixture),
     options.output,
@@ -713,7 +504,7 @@ def _prepare(options: argparse.Namespace) -> None:
     report = preparation.prepare(
       *arguments,
       processes=options.processes,
-      progress=_every_few_seconds(
+      progress=console.every_few_seconds(
         lambda text: print(text, file=sys.stderr, flush=True)
       ),
     )
@@ -734,16 +525,18 @@ def _raw_names(options: argparse.Namespace) -> Any:
   languages = options.languages and options.languages.split(",")
   if options.corpus == "files":
     if not languages or len(languages) < 2:
-      raise UsageError("prepare files: say --languages, such as en,de,fr")
+      raise configuration.UsageError(
+        "prepare files: say --languages, such as en,de,fr"
+      )
     return raw_text.Names(tuple(itertools.combinations(languages, 2)))
-  with _native_output_hidden():  # Imports TensorFlow.
+  with configuration.native_output_hidden():  # Imports TensorFlow.
     module = importlib.import_module(f"tasks.{options.corpus}")
   names = module.BENCHMARK.raw
   if not languages:
     return names
   unknown = sorted({*languages} - {"en", *module.BENCHMARK.languages})
   if unknown:
-    raise UsageError(
+    raise configuration.UsageError(
       f"--languages: {options.corpus} does not have {', '.join(unknown)}"
     )
   pairs = tuple(pair for pair in names.pairs if pair[1] in languages)
@@ -751,21 +544,27 @@ def _raw_names(options: argparse.Namespace) -> Any:
 
 
 def _cache(options: argparse.Namespace) -> None:
-  run = _configured(options)
+  run = configuration.configured(options)
   if options.seqio_dir:
     from basemt_jax import task_cache
 
     folders = task_cache.cache_mixture(
       run.mixture_or_task_name,
       options.seqio_dir,
-      _every_few_seconds(
+      console.every_few_seconds(
         lambda name, done: print(f"{name}: {done:,} examples", file=sys.stderr)
       ),
     )
     print(f"{options.seqio_dir}: {len(folders)} tasks")
     return
-  store = run.store(_console().building)
+  store = run.store(console.standard().building)
   print(f"{store.directory}: {store.rows('train').sum()} training rows")
+
+
+def _inspect(options: argparse.Namespace) -> None:
+  from basemt_jax import inspection_command
+
+  inspection_command.inspect(options)
 
 
 def _compile(options: argparse.Namespace) -> int:
@@ -778,7 +577,7 @@ def _compile(options: argparse.Namespace) -> int:
   macros = {}
   if options.vocab_size:
     macros = {"MODEL_DIR": "unused", "MIXTURE_OR_TASK_NAME": "unused"}
-  run = _configured(options, **macros)
+  run = configuration.configured(options, **macros)
   from basemt_jax import compilation, compilation_tables
   from basemt_jax import run as run_lib
 
@@ -798,305 +597,6 @@ def _compile(options: argparse.Namespace) -> int:
       encoding="utf-8",
     )
   return 0 if report.memory.fits else 1
-
-
-def _inspect(options: argparse.Namespace) -> None:
-  import dataclasses
-
-  from basemt_jax import inspection_page, reporting
-
-  _import_modules(options.module)
-  views = options.view or _views_there_are(options)
-  run = _inspected_run(options, views)
-  mixture = options.mixture or (run and run.mixture_or_task_name)
-  sections: list[Any] = []
-  numbers: dict[str, Any] = {}
-  data = None
-  if "task" in views or ("mixture" in views and not _store_there_is(run)):
-    data = _inspect_data(options, run, mixture)
-  if data and "task" in views:
-    sections.append(inspection_page.data_section(data))
-    numbers["task"] = dataclasses.asdict(data)
-  if "mixture" in views:
-    forecasts = _forecasts(options, run, data)
-    name = getattr(mixture, "name", mixture)
-    sections.append(inspection_page.forecast_section(name, forecasts))
-    numbers["mixture"] = [dataclasses.asdict(f) for f in forecasts]
-  if "run" in views:
-    from basemt_jax import inspection_run
-
-    report = inspection_run.inspect_run(run, _console(), options.checkpoint)
-    sections.append(inspection_page.run_section(report))
-    numbers["run"] = dataclasses.asdict(report)
-  inspection_page.print_sections(sections)
-  title = (
-    f"basemt inspect: {options.model_dir or getattr(mixture, 'name', mixture)}"
-  )
-  for path, text in (
-    (options.json, lambda: reporting.json_text(numbers)),
-    (options.html, lambda: inspection_page.page(title, sections)),
-  ):
-    if path:
-      reporting.write_atomically(path, text())
-      print(f"written: {path}")
-
-
-def _views_there_are(options: argparse.Namespace) -> list[str]:
-  """What can be shown of what was given."""
-  if options.model_dir:
-    return ["mixture", "run"]
-  if options.gin_file:
-    return ["task", "mixture"]
-  if options.mixture:
-    return ["task"]
-  raise UsageError(
-    "nothing to inspect: give --mixture or --task (and --module, which "
-    "registers it), --gin_file of a recipe, or --model_dir of a run"
-  )
-
-
-def _inspected_run(options: argparse.Namespace, views: Sequence[str]) -> Any:
-  """The configured run; None where there is no configuration."""
-  import copy
-
-  if not options.gin_file and not options.model_dir:
-    if set(views) & {"mixture", "run"}:
-      raise UsageError(
-        f"--view {views[0]} needs a run: give --gin_file of a recipe, or "
-        "--model_dir"
-      )
-    return None
-  macros = {"MIXTURE_OR_TASK_NAME": options.mixture} if options.mixture else {}
-  if "run" not in views:
-    # Neither a model nor a directory matters to data.
-    macros["MODEL_DIR"] = options.model_dir or "unused"
-  options = copy.copy(options)
-  if options.gin_file and "run" not in views:
-    options.gin_file = ["gin/models/tiny.gin", *options.gin_file]
-  return _configured(options, **macros)
-
-
-def _run_against(options: argparse.Namespace, run: Any) -> Any:
-  """The run with the other sampling: bindings changed, or another recipe's.
-
-  A recipe sets everything, so that it is read by itself; steps and batch stay
-  the run's, unless they are what is compared.
-  """
-  import copy
-
-  import gin
-
-  gin.clear_config()
-  bindings = [x.removeprefix("--gin.") for x in options.against if "=" in x]
-  files = [x for x in options.against if "=" not in x]
-  options = copy.copy(options)
-  if not files:
-    options.bindings = [*options.bindings, *bindings]
-    return _inspected_run(options, ["mixture"])
-  bound = {binding.partition("=")[0].strip() for binding in bindings}
-  macros = {
-    "TRAIN_STEPS": run.settings.train_steps,
-    "BATCH_SIZE": run.batch_size,
-    "MIXTURE_OR_TASK_NAME": "unused",
-    "MODEL_DIR": "unused",
-  }
-  options.gin_file = ["gin/models/tiny.gin", *files]
-  options.bindings, options.model_dir = bindings, None
-  return _configured(
-    options, **{k: v for k, v in macros.items() if k not in bound}
-  )
-
-
-def _store_there_is(run: Any) -> Any:
-  """The run's row store, if it has been built; never builds one."""
-  from basemt_jax import row_store
-
-  if run is None or run.store_dir:
-    return run and run.store()
-  from basemt_jax import mixtures  # Imports SeqIO and TensorFlow.
-
-  directory = mixtures.store_directory(
-    run.mixture_or_task_name,
-    run.task_feature_lengths,
-    run.cache_dir or row_store.default_cache_dir(),
-  )
-  if not (directory / "store.json").exists():
-    return None
-  if not row_store.read_header(directory)["complete"]:
-    return None
-  return row_store.RowStore(directory)
-
-
-def _inspect_data(options: argparse.Namespace, run: Any, mixture: Any) -> Any:
-  from basemt_jax import evaluation, inspection
-
-  lengths = {"inputs": 256, "targets": 256}
-  if run:
-    lengths = dict(run.task_feature_lengths)
-  if options.lengths:
-    found = re.fullmatch(r"(\d+),(\d+)", options.lengths)
-    if not found:
-      raise UsageError(
-        f"--lengths {options.lengths}: write two numbers of tokens, such as "
-        "256,256"
-      )
-    lengths = {"inputs": int(found[1]), "targets": int(found[2])}
-  if options.sample is not None and options.sample < 1:
-    raise UsageError(f"--sample {options.sample}: look at 1 pair at least")
-  sample = None if options.full else options.sample or inspection.SAMPLE
-  done = 0
-
-  def progress(name: str) -> None:
-    nonlocal done
-    done += 1
-    say(f"looked at {name}, {done} directions done")
-
-  say = _every_few_seconds(lambda text: print(text, file=sys.stderr))
-  return inspection.inspect_data(
-    mixture,
-    inspection.Options(
-      lengths,
-      sample,
-      bands=run.bands if run else evaluation.BandThresholds(),
-    ),
-    progress,
-  )
-
-
-def _forecasts(options: argparse.Namespace, run: Any, data: Any) -> list[Any]:
-  """What the configured strategy will draw, and another one's beside it."""
-  from basemt_jax import inspection_plan
-
-  store = _store_there_is(run)
-  sizes = (
-    inspection_plan.sizes_of_store(store)
-    if store
-    else inspection_plan.sizes_of_data(data)
-  )
-  runs = {"configured": run}
-  if options.against:
-    name = " ".join(
-      x if "=" in x else pathlib.Path(x).stem for x in options.against
-    )
-    runs[name] = _run_against(options, run)
-  return [
-    inspection_plan.forecast(
-      name,
-      own.strategy,
-      sizes,
-      own.settings.train_steps,
-      own.batch_size,
-      run.bands,
-      options.max_epochs,
-    )
-    for name, own in runs.items()
-  ]
-
-
-# -------------------------------------------------------------- output
-
-
-def _save_config(model_dir: str) -> None:
-  """Keeps the configuration with the run, for later commands and readers."""
-  import jax
-
-  import gin
-
-  if jax.process_index() == 0:
-    pathlib.Path(model_dir).mkdir(parents=True, exist_ok=True)
-    directory = pathlib.Path(model_dir)
-    for name, text in (
-      (CONFIG_FILE, gin.config_str()),  # All bindings: what commands read.
-      (OPERATIVE_FILE, gin.operative_config_str()),  # Those that had effect.
-    ):
-      (directory / name).write_text(text, encoding="utf-8")
-
-
-class _Writer:
-  """Metrics to TensorBoard and to `metrics.jsonl`."""
-
-  def __init__(self, model_dir: str):
-    import jax
-
-    self._is_first = jax.process_index() == 0
-    self._directory = model_dir
-
-  def __enter__(self) -> "_Writer":
-    self._writers = []
-    if self._is_first:
-      with _native_output_hidden():  # Imports TensorFlow.
-        from clu import metric_writers
-      pathlib.Path(self._directory).mkdir(parents=True, exist_ok=True)
-      self._writers.append(metric_writers.SummaryWriter(self._directory))
-      self._file = open(
-        pathlib.Path(self._directory) / "metrics.jsonl", "a", encoding="utf-8"
-      )
-    return self
-
-  def write_scalars(self, step: int, scalars: Mapping[str, Any]) -> None:
-    """Takes the metrics of a step."""
-    import json
-
-    if self._is_first:
-      line = {"step": step, "time": time.time(), **scalars}
-      self._file.write(json.dumps(line) + "\n")
-      for writer in self._writers:
-        writer.write_scalars(step, scalars)
-
-  def flush(self) -> None:
-    """Writes out what is buffered."""
-    if self._is_first:
-      self._file.flush()
-      for writer in self._writers:
-        writer.flush()
-
-  def __exit__(self, *exception: object) -> None:
-    self.flush()
-    if self._is_first:
-      self._file.close()
-
-
-def _console() -> Any:
-  from basemt_jax import run as run_lib
-
-  def say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
-
-  def progress(p: Any, temperature: float) -> None:
-    minutes, seconds = divmod(round(p.seconds_left), 60)
-    say(
-      f"step {p.step:>6}/{p.train_steps}  {p.phase:<6}  T {temperature:<5.2f} "
-      f"loss {p.loss:.3f}  {p.tokens_per_second:>8,.0f} tokens/s  "
-      f"{minutes}:{seconds:02d} left"
-    )
-
-  return run_lib.Console(
-    message=say,
-    progress=progress,
-    building=_every_few_seconds(
-      lambda split, direction, done, total: say(
-        f"packing {split} {direction}: {done:,} of {total or '?'} pairs"
-      )
-    ),
-    translating=_every_few_seconds(
-      lambda done, total: say(f"translated {done:,} of {total:,} sentences")
-    ),
-  )
-
-
-def _every_few_seconds(
-  function: Callable[..., None], seconds: float = 5.0
-) -> Callable[..., None]:
-  """Calls through once in `seconds`, first at once; drops the rest."""
-  last = -seconds
-
-  def call(*args: Any) -> None:
-    nonlocal last
-    if time.monotonic() - last >= seconds:
-      last = time.monotonic()
-      function(*args)
-
-  return call
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import pytest
 import toy
 
 import gin
-from basemt_jax import cli
+from basemt_jax import cli, configuration
 from basemt_jax import run as run_lib
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -385,7 +385,7 @@ def test_wrong_requests_of_a_model_are_one_sentence(
 
 
 def test_traceback_is_shown_when_asked_for():
-  with pytest.raises(cli.UsageError, match="nothing is configured"):
+  with pytest.raises(configuration.UsageError, match="nothing is configured"):
     cli.main(["train", "--traceback"])
 
 

@@ -29,6 +29,7 @@ from basemt_jax import (
   cli,
   compilation,
   compilation_tables,
+  configuration,
   hlo,
   model,
   partitioning,
@@ -394,7 +395,7 @@ def test_batch_has_the_shapes_of_real_ones(tmp_path):
 def configured(*flags):
   options = cli._parser().parse_args(["compile", *flags])
   options.bindings = []
-  return cli._configured(options)
+  return configuration.configured(options)
 
 
 def test_sizes_are_the_vocabulary_s_and_the_mixture_s():
@@ -599,7 +600,9 @@ def test_pod_recipes_fit_and_exchange_what_they_should():
 def test_pod_recipes_are_what_was_compiled(pod):
   options = cli._parser().parse_args(pod.command[:2])
   options.bindings = [f"NUM_EXPERTS={pod.experts}"]
-  run = cli._configured(options, MODEL_DIR="none", MIXTURE_OR_TASK_NAME="no")
+  run = configuration.configured(
+    options, MODEL_DIR="none", MIXTURE_OR_TASK_NAME="no"
+  )
   config = run.config_of(pods().VOCABULARY)
   report = pods().read(pod)
   assert report.topology == pod.topology and report.phase == "sparse"

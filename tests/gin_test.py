@@ -13,7 +13,7 @@ import toy
 from flax import traverse_util
 
 import gin
-from basemt_jax import cli, heating, routing, steps, trainer
+from basemt_jax import cli, configuration, heating, routing, steps, trainer
 from basemt_jax import model as model_lib
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -52,7 +52,7 @@ def configured(files, *bindings):
     ["train", *(f"--gin_file=gin/{name}.gin" for name in files)]
   )
   options.bindings = list(bindings)
-  return with_network(cli._configured(options))
+  return with_network(configuration.configured(options))
 
 
 def with_network(run):
@@ -309,7 +309,7 @@ def test_later_files_win(tmp_path):
     ]
   )
   options.bindings = ["MIXTURE_OR_TASK_NAME=none"]
-  run = cli._configured(options)
+  run = configuration.configured(options)
   assert (run.batch_size, run.data_seed, run.settings.seed) == (48, 7, 7)
   assert run.model_dir == "/nowhere"
 
@@ -338,8 +338,8 @@ def test_saved_configuration_gives_the_same_run(name, tmp_path):
   expected = described(
     *configured(["models/tiny", f"recipes/{name}"], *bindings)
   )
-  cli._save_config(str(tmp_path))
+  configuration.save_config(str(tmp_path))
   gin.clear_config()
   options = cli._parser().parse_args(["evaluate", f"--model_dir={tmp_path}"])
   options.bindings = []
-  assert described(*with_network(cli._configured(options))) == expected
+  assert described(*with_network(configuration.configured(options))) == expected

@@ -1,0 +1,246 @@
+"""The configuration of a command: gin files and bindings in, a `run.Run` out.
+
+Flags follow T5X: `--gin_file` (repeatable), `--gin.NAME=VALUE`,
+`--gin_search_paths`. gin itself takes any macro and says a lot about what it
+does not like; here mistyped and missing macros are found, and an error is one
+sentence.
+"""
+
+import argparse
+import contextlib
+import difflib
+import logging
+import os
+import pathlib
+import re
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+PACKAGE = pathlib.Path(__file__).parent
+CONFIG_FILE = "config.gin"
+OPERATIVE_FILE = "operative_config.gin"
+
+
+class UsageError(ValueError):
+  """The command line or the configuration is wrong."""
+
+
+def configured(options: argparse.Namespace, **macros: Any) -> Any:
+  """Parses the configuration and returns its `run.Run`."""
+  import gin
+  from basemt_jax import processes
+
+  run_class = _parse(options, macros)
+  processes.check_same("the configuration", gin.config_str())
+  try:
+    # May make a vocabulary.
+    return processes.in_turn(run_class)
+  except TypeError as error:  # A value is missing, or of a wrong type.
+    raise UsageError(f"configuration: {str(error).splitlines()[0]}") from error
+
+
+def _parse(
+  options: argparse.Namespace, macros: Mapping[str, Any]
+) -> Callable[..., Any]:
+  """Parses files and bindings; returns the configurable `run.Run`."""
+  import gin
+  from basemt_jax import run
+
+  files = list(options.gin_file)
+  if options.model_dir:
+    macros = {"MODEL_DIR": options.model_dir, **macros}
+  if not files:
+    if not options.model_dir:
+      raise UsageError(
+        "nothing is configured: give --gin_file=gin/recipes/NAME.gin, or "
+        "--model_dir of a run, which holds its configuration"
+      )
+    saved = pathlib.Path(options.model_dir) / CONFIG_FILE
+    if not saved.exists():
+      raise UsageError(
+        f"{options.model_dir} is not the directory of a run: it holds no "
+        f"{CONFIG_FILE}; give another, or --gin_file"
+      )
+    files = [str(saved)]
+  for path in (
+    "",
+    *filter(None, options.gin_search_paths.split(",")),
+    *_roots(),
+  ):
+    gin.add_config_file_search_path(path)
+  bindings = [f"{name} = {value!r}" for name, value in macros.items()]
+  # gin logs an error for every place where an include is not.
+  logging.disable(logging.ERROR)
+  try:
+    paths = [_find(f, options) for f in files]
+    with native_output_hidden():  # Imports tasks, and with them TensorFlow.
+      gin.parse_config_files_and_bindings(
+        paths,
+        [*_as_gin(options.bindings), *bindings],
+        finalize_config=False,
+        skip_unknown=False,
+      )
+      _check_macros(gin.config_str(), options.bindings)
+      gin.finalize()
+      if "seqio" in sys.modules:
+        from basemt_jax import mixtures  # noqa: F401
+  except (
+    ValueError,
+    LookupError,
+    AttributeError,
+    NameError,
+    SyntaxError,
+  ) as error:
+    raise UsageError(f"configuration: {one_sentence(error)}") from error
+  except ImportError as error:
+    raise UsageError(
+      f"configuration: a module it imports is missing: {error}"
+    ) from error
+  finally:
+    logging.disable(logging.NOTSET)
+  try:
+    return gin.get_configurable(run.Run)
+  except ValueError as error:
+    raise UsageError(
+      f"{', '.join(files)} binds nothing of run.Run; include "
+      "'gin/runs/train.gin'"
+    ) from error
+
+
+@contextlib.contextmanager
+def native_output_hidden() -> Iterator[None]:
+  """Hides what C++ libraries print when they are loaded.
+
+  TensorFlow greets on standard error whatever its log level. Exceptions are
+  Python's and not touched.
+  """
+  sys.stderr.flush()
+  saved = os.dup(2)
+  try:
+    with open(os.devnull, "wb") as nowhere:
+      os.dup2(nowhere.fileno(), 2)
+    yield
+  finally:
+    sys.stderr.flush()
+    os.dup2(saved, 2)
+    os.close(saved)
+
+
+def _check_macros(config: str, bindings: Sequence[str]) -> None:
+  """Refuses macros that have no value, and mistyped ones.
+
+  Args:
+    config: All bindings, as `gin.config_str` writes them.
+    bindings: Those of the command line; gin itself takes any macro.
+  """
+  lines = [x for x in config.splitlines() if not x.startswith("#")]
+  defined = [m[1] for x in lines if (m := re.match(r"(\w+) = ", x))]
+  used = set(re.findall(r"%(\w+)", "\n".join(lines)))
+  for name in (b.partition("=")[0].strip() for b in bindings):
+    if name in defined and name not in used:
+      near = difflib.get_close_matches(name, used, n=1)
+      hint = f"; did you mean {near[0]}?" if near else ""
+      raise UsageError(f"--gin.{name}: nothing uses that macro{hint}")
+  for name in sorted(used - {*defined, "gin"}):
+    hint = (
+      ": give a model, such as --gin_file=gin/models/tiny.gin, before the "
+      "recipe"
+      if name == "NETWORK"
+      else f": set it with --gin.{name}=VALUE"
+    )
+    raise UsageError(f"the macro {name} has no value{hint}")
+  for name in defined:
+    if f"{name} = %gin.REQUIRED" in lines:
+      raise UsageError(
+        f"the macro {name} has no value: set it with --gin.{name}=VALUE"
+      )
+
+
+def _roots() -> list[str]:
+  """Where the repository's or the installed package's `gin/` is found."""
+  return [str(PACKAGE.parent), str(PACKAGE)]
+
+
+def _find(name: str, options: argparse.Namespace) -> str:
+  """The gin file's path, in the search paths if it is not there as given."""
+  places = ["", *options.gin_search_paths.split(","), *_roots()]
+  for place in places:
+    if (pathlib.Path(place) / name).is_file():
+      return str(pathlib.Path(place) / name)
+  raise UsageError(
+    f"no gin file {name}; recipes are: "
+    + ", ".join(f"gin/recipes/{r}" for r in _recipes())
+  )
+
+
+def _recipes() -> list[str]:
+  for root in _roots():
+    found = sorted(p.name for p in pathlib.Path(root, "gin/recipes").glob("*"))
+    if found:
+      return found
+  return []
+
+
+def _as_gin(bindings: Sequence[str]) -> list[str]:
+  r"""`NAME=VALUE` as gin; a bare word or path is taken as a string.
+
+  A shell removes the quotes of --gin.MODEL_DIR="/tmp/run"; T5X users write
+  \"...\", which works too.
+  """
+  import gin
+
+  result = []
+  for binding in bindings:
+    name, equals, value = binding.partition("=")
+    if not equals:
+      raise UsageError(
+        f"--gin.{binding} has no value; write --gin.{binding}=VALUE"
+      )
+    try:
+      # References parse only once the files have imported their modules.
+      if value.lstrip("([{ ")[:1] not in ("@", "%"):
+        gin.config.parse_value(value)
+    except Exception:  # Whatever does not parse is a string.
+      value = repr(value)
+    result.append(f"{name.strip()} = {value}")
+  return result
+
+
+def import_modules(names: Sequence[str]) -> None:
+  """Imports the user's modules, from the working directory too."""
+  import importlib
+
+  if names and os.getcwd() not in sys.path:
+    sys.path.append(os.getcwd())
+  with native_output_hidden():
+    for name in names:
+      importlib.import_module(name)
+    if "seqio" in sys.modules:
+      from basemt_jax import mixtures  # noqa: F401
+
+
+def save_config(model_dir: str) -> None:
+  """Keeps the configuration with the run, for later commands and readers."""
+  import jax
+
+  import gin
+
+  if jax.process_index() == 0:
+    pathlib.Path(model_dir).mkdir(parents=True, exist_ok=True)
+    directory = pathlib.Path(model_dir)
+    for name, text in (
+      (CONFIG_FILE, gin.config_str()),  # All bindings: what commands read.
+      (OPERATIVE_FILE, gin.operative_config_str()),  # Those that had effect.
+    ):
+      (directory / name).write_text(text, encoding="utf-8")
+
+
+def one_sentence(error: Exception) -> str:
+  """The error's text without gin's and Python's trailing explanations."""
+  text = str(error).strip() or type(error).__name__
+  # gin repeats the whole configuration there.
+  text = text.split(" in config string:")[0]
+  lines = [line.strip() for line in text.splitlines() if line.strip()]
+  # gin appends where a call came from ("In call to configurable ...").
+  return " ".join(x for x in lines if not x.startswith("In call to"))

@@ -1,0 +1,99 @@
+"""Where commands speak: progress on standard error, metrics in files.
+
+Imports JAX only when it is used: some commands do not need it.
+"""
+
+import json
+import pathlib
+import sys
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from basemt_jax import configuration
+
+
+class Writer:
+  """Metrics to TensorBoard and to `metrics.jsonl`."""
+
+  def __init__(self, model_dir: str):
+    import jax
+
+    self._is_first = jax.process_index() == 0
+    self._directory = model_dir
+
+  def __enter__(self) -> "Writer":
+    self._writers = []
+    if self._is_first:
+      with configuration.native_output_hidden():  # Imports TensorFlow.
+        from clu import metric_writers
+      pathlib.Path(self._directory).mkdir(parents=True, exist_ok=True)
+      self._writers.append(metric_writers.SummaryWriter(self._directory))
+      self._file = open(
+        pathlib.Path(self._directory) / "metrics.jsonl", "a", encoding="utf-8"
+      )
+    return self
+
+  def write_scalars(self, step: int, scalars: Mapping[str, Any]) -> None:
+    """Takes the metrics of a step."""
+    if self._is_first:
+      line = {"step": step, "time": time.time(), **scalars}
+      self._file.write(json.dumps(line) + "\n")
+      for writer in self._writers:
+        writer.write_scalars(step, scalars)
+
+  def flush(self) -> None:
+    """Writes out what is buffered."""
+    if self._is_first:
+      self._file.flush()
+      for writer in self._writers:
+        writer.flush()
+
+  def __exit__(self, *exception: object) -> None:
+    self.flush()
+    if self._is_first:
+      self._file.close()
+
+
+def standard() -> Any:
+  """A `run.Console` that speaks on standard error."""
+  from basemt_jax import run
+
+  def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+  def progress(p: Any, temperature: float) -> None:
+    minutes, seconds = divmod(round(p.seconds_left), 60)
+    say(
+      f"step {p.step:>6}/{p.train_steps}  {p.phase:<6}  T {temperature:<5.2f} "
+      f"loss {p.loss:.3f}  {p.tokens_per_second:>8,.0f} tokens/s  "
+      f"{minutes}:{seconds:02d} left"
+    )
+
+  return run.Console(
+    message=say,
+    progress=progress,
+    building=every_few_seconds(
+      lambda split, direction, done, total: say(
+        f"packing {split} {direction}: {done:,} of {total or '?'} pairs"
+      )
+    ),
+    translating=every_few_seconds(
+      lambda done, total: say(f"translated {done:,} of {total:,} sentences")
+    ),
+  )
+
+
+def every_few_seconds(
+  function: Callable[..., None], seconds: float = 5.0
+) -> Callable[..., None]:
+  """Calls through once in `seconds`, first at once; drops the rest."""
+  last = -seconds
+
+  def call(*args: Any) -> None:
+    nonlocal last
+    if time.monotonic() - last >= seconds:
+      last = time.monotonic()
+      function(*args)
+
+  return call

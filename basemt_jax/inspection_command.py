@@ -1,0 +1,204 @@
+"""`basemt inspect`: which views, of what, and where they are written."""
+
+import argparse
+import copy
+import dataclasses
+import pathlib
+import re
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from basemt_jax import (
+  configuration,
+  console,
+  evaluation,
+  inspection,
+  inspection_page,
+  inspection_plan,
+  inspection_run,
+  reporting,
+  row_store,
+)
+
+
+def inspect(options: argparse.Namespace) -> None:
+  """Prints and writes the views that the flags ask for."""
+  configuration.import_modules(options.module)
+  views = options.view or _views_there_are(options)
+  run = _inspected_run(options, views)
+  mixture = options.mixture or (run and run.mixture_or_task_name)
+  sections: list[Any] = []
+  numbers: dict[str, Any] = {}
+  data = None
+  if "task" in views or ("mixture" in views and not _store_there_is(run)):
+    data = _inspect_data(options, run, mixture)
+  if data and "task" in views:
+    sections.append(inspection_page.data_section(data))
+    numbers["task"] = dataclasses.asdict(data)
+  if "mixture" in views:
+    forecasts = _forecasts(options, run, data)
+    name = getattr(mixture, "name", mixture)
+    sections.append(inspection_page.forecast_section(name, forecasts))
+    numbers["mixture"] = [dataclasses.asdict(f) for f in forecasts]
+  if "run" in views:
+    report = inspection_run.inspect_run(
+      run, console.standard(), options.checkpoint
+    )
+    sections.append(inspection_page.run_section(report))
+    numbers["run"] = dataclasses.asdict(report)
+  inspection_page.print_sections(sections)
+  title = (
+    f"basemt inspect: {options.model_dir or getattr(mixture, 'name', mixture)}"
+  )
+  for path, text in (
+    (options.json, lambda: reporting.json_text(numbers)),
+    (options.html, lambda: inspection_page.page(title, sections)),
+  ):
+    if path:
+      reporting.write_atomically(path, text())
+      print(f"written: {path}")
+
+
+def _views_there_are(options: argparse.Namespace) -> list[str]:
+  """What can be shown of what was given."""
+  if options.model_dir:
+    return ["mixture", "run"]
+  if options.gin_file:
+    return ["task", "mixture"]
+  if options.mixture:
+    return ["task"]
+  raise configuration.UsageError(
+    "nothing to inspect: give --mixture or --task (and --module, which "
+    "registers it), --gin_file of a recipe, or --model_dir of a run"
+  )
+
+
+def _inspected_run(options: argparse.Namespace, views: Sequence[str]) -> Any:
+  """The configured run; None where there is no configuration."""
+  if not options.gin_file and not options.model_dir:
+    if set(views) & {"mixture", "run"}:
+      raise configuration.UsageError(
+        f"--view {views[0]} needs a run: give --gin_file of a recipe, or "
+        "--model_dir"
+      )
+    return None
+  macros = {"MIXTURE_OR_TASK_NAME": options.mixture} if options.mixture else {}
+  if "run" not in views:
+    # Neither a model nor a directory matters to data.
+    macros["MODEL_DIR"] = options.model_dir or "unused"
+  options = copy.copy(options)
+  if options.gin_file and "run" not in views:
+    options.gin_file = ["gin/models/tiny.gin", *options.gin_file]
+  return configuration.configured(options, **macros)
+
+
+def _run_against(options: argparse.Namespace, run: Any) -> Any:
+  """The run with the other sampling: bindings changed, or another recipe's.
+
+  A recipe sets everything, so that it is read by itself; steps and batch stay
+  the run's, unless they are what is compared.
+  """
+  import gin
+
+  gin.clear_config()
+  bindings = [x.removeprefix("--gin.") for x in options.against if "=" in x]
+  files = [x for x in options.against if "=" not in x]
+  options = copy.copy(options)
+  if not files:
+    options.bindings = [*options.bindings, *bindings]
+    return _inspected_run(options, ["mixture"])
+  bound = {binding.partition("=")[0].strip() for binding in bindings}
+  macros = {
+    "TRAIN_STEPS": run.settings.train_steps,
+    "BATCH_SIZE": run.batch_size,
+    "MIXTURE_OR_TASK_NAME": "unused",
+    "MODEL_DIR": "unused",
+  }
+  options.gin_file = ["gin/models/tiny.gin", *files]
+  options.bindings, options.model_dir = bindings, None
+  return configuration.configured(
+    options, **{k: v for k, v in macros.items() if k not in bound}
+  )
+
+
+def _store_there_is(run: Any) -> Any:
+  """The run's row store, if it has been built; never builds one."""
+  if run is None or run.store_dir:
+    return run and run.store()
+  from basemt_jax import mixtures  # Imports SeqIO and TensorFlow.
+
+  directory = mixtures.store_directory(
+    run.mixture_or_task_name,
+    run.task_feature_lengths,
+    run.cache_dir or row_store.default_cache_dir(),
+  )
+  if not (directory / "store.json").exists():
+    return None
+  if not row_store.read_header(directory)["complete"]:
+    return None
+  return row_store.RowStore(directory)
+
+
+def _inspect_data(options: argparse.Namespace, run: Any, mixture: Any) -> Any:
+  lengths = {"inputs": 256, "targets": 256}
+  if run:
+    lengths = dict(run.task_feature_lengths)
+  if options.lengths:
+    found = re.fullmatch(r"(\d+),(\d+)", options.lengths)
+    if not found:
+      raise configuration.UsageError(
+        f"--lengths {options.lengths}: write two numbers of tokens, such as "
+        "256,256"
+      )
+    lengths = {"inputs": int(found[1]), "targets": int(found[2])}
+  if options.sample is not None and options.sample < 1:
+    raise configuration.UsageError(
+      f"--sample {options.sample}: look at 1 pair at least"
+    )
+  sample = None if options.full else options.sample or inspection.SAMPLE
+  done = 0
+
+  def progress(name: str) -> None:
+    nonlocal done
+    done += 1
+    say(f"looked at {name}, {done} directions done")
+
+  say = console.every_few_seconds(lambda text: print(text, file=sys.stderr))
+  return inspection.inspect_data(
+    mixture,
+    inspection.Options(
+      lengths,
+      sample,
+      bands=run.bands if run else evaluation.BandThresholds(),
+    ),
+    progress,
+  )
+
+
+def _forecasts(options: argparse.Namespace, run: Any, data: Any) -> list[Any]:
+  """What the configured strategy will draw, and another one's beside it."""
+  store = _store_there_is(run)
+  sizes = (
+    inspection_plan.sizes_of_store(store)
+    if store
+    else inspection_plan.sizes_of_data(data)
+  )
+  runs = {"configured": run}
+  if options.against:
+    name = " ".join(
+      x if "=" in x else pathlib.Path(x).stem for x in options.against
+    )
+    runs[name] = _run_against(options, run)
+  return [
+    inspection_plan.forecast(
+      name,
+      own.strategy,
+      sizes,
+      own.settings.train_steps,
+      own.batch_size,
+      run.bands,
+      options.max_epochs,
+    )
+    for name, own in runs.items()
+  ]
