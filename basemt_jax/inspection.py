@@ -261,8 +261,8 @@ def inspect_data(
       progress(direction.name)
     return direction
 
-  # Most of the time is TensorFlow's, which lets other threads run.
-  with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+  # Most of the time is TensorFlow's, which lets other threads run, and waits.
+  with concurrent.futures.ThreadPoolExecutor(2 * (os.cpu_count() or 1)) as pool:
     directions = list(pool.map(look, tasks))
   directions.sort(key=lambda d: (-(d.pairs or 0), d.name))
   return Data(
