@@ -234,7 +234,7 @@ def _solve_dual(
       capacity=capacity,
     )
 
-  if not assignment_kernels.is_supported(num_experts):
+  if not assignment_kernels.is_supported(scores.values):
     return lax.fori_loop(
       0, num_steps, functools.partial(step, _newton_step), start
     )
@@ -367,7 +367,7 @@ def _balance(
   index = jnp.minimum(start[:, None] + rank, num_tokens - 1)
   tokens = jnp.where(filled, order[index], num_tokens)
   slack = jnp.where(jnp.sum(mask) < num_experts * capacity, prices, 0.0)
-  if assignment_kernels.is_repair_supported(num_experts):
+  if assignment_kernels.is_repair_supported(values):
     tokens = assignment_kernels.repair(
       values.T,
       tokens,

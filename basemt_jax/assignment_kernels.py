@@ -29,29 +29,29 @@ _TILE = 2**14
 _TINY = 1e-30
 
 
-def is_supported(num_experts: int) -> bool:
-  """Whether `newton_step` can run here, for so many experts."""
-  return jax.default_backend() == "gpu" and 2 <= num_experts <= _MAX_EXPERTS
+def is_supported(values: jax.Array) -> bool:
+  """Whether `newton_step` can run here, for scores [E, S].
+
+  Not inside `jax.shard_map`: the kernels have not been run there.
+  """
+  return (
+    jax.default_backend() == "gpu"
+    and 2 <= values.shape[0] <= _MAX_EXPERTS
+    and not jax.typeof(values).manual_axis_type.varying
+  )
 
 
-def is_repair_supported(num_experts: int) -> bool:
-  """Whether `repair` can run here, and is faster than the plain form.
+def is_repair_supported(values: jax.Array) -> bool:
+  """Whether `repair` can run here for scores [E, S], and is the faster form.
 
   It is one program, which many experts keep busy for too long.
   """
-  return is_supported(num_experts) and num_experts <= _MAX_REPAIR_EXPERTS
+  return is_supported(values) and values.shape[0] <= _MAX_REPAIR_EXPERTS
 
 
 def _padded(num_experts: int) -> int:
   """A power of two, as every size of a Triton array."""
   return max(1 << (num_experts - 1).bit_length(), _MIN_EXPERTS)
-
-
-def _shape(shape: tuple[int, ...], dtype, like: jax.Array):
-  """An output's shape, varying over the same mesh axes as `like`."""
-  return jax.ShapeDtypeStruct(
-    shape, dtype, manual_axis_type=jax.typeof(like).manual_axis_type
-  )
 
 
 # ------------------------------------------------------------ Newton's step
@@ -94,8 +94,8 @@ def newton_step(
       _statistics_kernel, experts=experts, chunks=-(-chunks // parts)
     ),
     out_shape=(
-      _shape((parts, experts, experts), jnp.float32, values),
-      _shape((parts, experts), jnp.float32, values),
+      jax.ShapeDtypeStruct((parts, experts, experts), jnp.float32),
+      jax.ShapeDtypeStruct((parts, experts), jnp.float32),
     ),
     grid=(parts,),
     compiler_params=triton.CompilerParams(
@@ -108,7 +108,7 @@ def newton_step(
     functools.partial(
       _newton_kernel, capacity=capacity, num_doublings=num_doublings
     ),
-    out_shape=_shape((num_experts,), jnp.float32, values),
+    out_shape=jax.ShapeDtypeStruct((num_experts,), jnp.float32),
     grid=(1,),
     compiler_params=triton.CompilerParams(
       num_warps=8 if experts > 32 else 4, num_stages=1
@@ -274,9 +274,9 @@ def repair(
       barrier=(lambda: None) if interpret else triton.debug_barrier,
     ),
     out_shape=(
-      _shape(tokens.shape, jnp.int32, values),
-      _shape(rows.shape, jnp.float32, values),
-      _shape((experts, max_moves), jnp.int32, values),
+      jax.ShapeDtypeStruct(tokens.shape, jnp.int32),
+      jax.ShapeDtypeStruct(rows.shape, jnp.float32),
+      jax.ShapeDtypeStruct((experts, max_moves), jnp.int32),
     ),
     grid=(1,),
     input_output_aliases={0: 0, 1: 1},

@@ -40,8 +40,7 @@ def interpreted(monkeypatch):
     monkeypatch.setattr(
       assignment_kernels, name, functools.partial(kernel, interpret=True)
     )
-  for name in ("is_supported", "is_repair_supported"):
-    monkeypatch.setattr(assignment_kernels, name, lambda num_experts: True)
+  monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
 
 
 @pytest.mark.parametrize("num_experts", [2, 6])
@@ -137,3 +136,33 @@ def test_repair_makes_the_plain_ones_moves(num_experts, is_full):
     np.testing.assert_array_equal(repair(*given), expected)
     moved += int(np.sum(expected != tokens))
   assert moved > 20
+
+
+def test_devices_of_a_mesh_use_the_plain_solver(interpreted, monkeypatch):
+  num_experts, groups = 4, 4
+  values, masks = zip(
+    *(scores("random", num_experts, seed) for seed in range(groups)),
+    strict=True,
+  )
+  values, mask = jnp.stack(values), jnp.stack(masks)
+  prices = jnp.asarray([0.3, -0.1, 0.0, -0.2])
+  solve = jax.vmap(assignment.balanced_assignment, in_axes=(0, 0, None))
+  mesh = jax.make_mesh(
+    (2,), ("data",), (jax.sharding.AxisType.Auto,), devices=jax.devices()[:2]
+  )
+  rows = jax.sharding.PartitionSpec("data")
+  sharded = jax.shard_map(
+    solve,
+    mesh=mesh,
+    in_specs=(rows, rows, jax.sharding.PartitionSpec()),
+    out_specs=rows,
+  )
+  found = jax.jit(sharded)(values, mask, prices)
+  monkeypatch.undo()
+  expected = jax.jit(
+    jax.vmap(
+      lambda *given: assignment.balanced_assignment(*given),
+      in_axes=(0, 0, None),
+    )
+  )(values, mask, prices)
+  np.testing.assert_array_equal(found.expert, expected.expert)
