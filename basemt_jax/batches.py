@@ -57,6 +57,27 @@ def eval_batches(
     counts = counts * (np.array(store.directions) == direction)
   directions = np.repeat(np.arange(len(counts)), counts)
   rows = packing.ranks(counts)
+  yield from filled_up(store, split, directions, rows, batch_size, share)
+
+
+def filled_up(
+  store: row_store.RowStore,
+  split: str,
+  directions: np.ndarray,
+  rows: np.ndarray,
+  batch_size: int,
+  share: Any = slice(None),
+) -> Iterator[packing.Batch]:
+  """Given rows in batches of one size; the last is filled up with empty rows.
+
+  Args:
+    store: an open store.
+    split: of the rows.
+    directions: [M] int, indices into `store.directions`.
+    rows: [M] int, numbers within the direction.
+    batch_size: B, rows of a global batch.
+    share: which of a batch's rows are read here, a slice or indices.
+  """
   for start in range(0, len(rows), batch_size):
     at = np.arange(start, start + batch_size)[share]
     is_row = at < len(rows)

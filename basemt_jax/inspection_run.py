@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from basemt_jax import (
+  batches,
   checkpointing,
   evaluation,
   inspection,
@@ -421,15 +422,7 @@ def _some_batches(
   row = np.concatenate(chosen)
   # Devices divide a batch, so that all of them get a part.
   size = min(batch_size, -(-len(row) // devices) * devices)
-  for start in range(0, len(row), size):
-    at = np.arange(start, start + size)
-    is_row = at < len(row)
-    at = np.minimum(at, len(row) - 1)
-    batch = store.read_mixed(split, directions[at], row[at])
-    for name, value in batch.items():
-      if name != "direction":
-        value[~is_row] = 0
-    yield batch
+  return batches.filled_up(store, split, directions, row, size)
 
 
 def _expert_map(

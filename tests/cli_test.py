@@ -17,7 +17,8 @@ from basemt_jax import cli, configuration
 from basemt_jax import run as run_lib
 
 ROOT = pathlib.Path(__file__).parent.parent
-CONFIG = """
+CONFIG = (
+  """
 from __gin__ import dynamic_registration
 include 'gin/models/tiny.gin'
 from basemt_jax import model
@@ -31,19 +32,10 @@ LOG_STEPS = 2
 EVAL_STEPS = 2
 SAVE_STEPS = 2
 WARMUP_STEPS = 4
-NUM_EXPERTS = 4
-model.TransformerConfig:
-  emb_dim = 16
-  num_heads = 2
-  head_dim = 8
-  mlp_dim = 32
-  num_encoder_layers = 1
-  num_decoder_layers = 1
-  encoder_expert_blocks = (0,)
-  decoder_expert_blocks = (0,)
-  rows_per_group = 2
 translation.SearchOptions.max_target_length = 4
 """
+  + toy.NETWORK_GIN
+)
 
 
 @pytest.fixture(autouse=True)

@@ -26,20 +26,9 @@ WARMUP_STEPS = 4
 LOG_STEPS = 1
 EVAL_STEPS = 20
 SAVE_STEPS = 4
-NUM_EXPERTS = 4
-model.TransformerConfig:
-  emb_dim = 16
-  num_heads = 2
-  head_dim = 8
-  mlp_dim = 32
-  num_encoder_layers = 1
-  num_decoder_layers = 1
-  encoder_expert_blocks = (0,)
-  decoder_expert_blocks = (0,)
-  rows_per_group = 2
-  dropout_rate = 0.1
+model.TransformerConfig.dropout_rate = 0.1
 translation.SearchOptions.max_target_length = 4
-"""
+{toy.NETWORK_GIN}"""
 
 
 class Command:

@@ -36,6 +36,21 @@ DENSE = model.TransformerConfig(
 )
 SPARSE = dataclasses.replace(DENSE, feed_forward="experts")
 
+# The same network for commands, after gin/models/tiny.gin.
+NETWORK_GIN = """
+NUM_EXPERTS = 4
+EMB_DIM = 16
+model.TransformerConfig:
+  num_heads = 2
+  head_dim = 8
+  mlp_dim = 32
+  num_encoder_layers = 1
+  num_decoder_layers = 1
+  encoder_expert_blocks = (0,)
+  decoder_expert_blocks = (0,)
+  rows_per_group = 2
+"""
+
 LAYOUT = packing.RowLayout(32, 24)
 PAIRS = {"de-en": 60, "en-de": 60, "en-fr": 24}
 DIRECTIONS = tuple(sorted(PAIRS))
