@@ -45,7 +45,10 @@ def _guarded(
   try:
     return function(options) or 0
   except KeyboardInterrupt:
-    print(f"basemt: interrupted{who()}", file=sys.stderr)
+    print(
+      f"basemt: interrupted{who()}; the same command goes on, or starts again",
+      file=sys.stderr,
+    )
     return 130
   except (ValueError, OSError, ImportError) as error:
     if options.traceback:

@@ -237,11 +237,7 @@ def plot_experts(
   runs: Mapping[str, Sequence[Finished]], path: pathlib.Path
 ) -> None:
   """Share of each language's tokens at each expert, by system and layer."""
-  shown = [
-    own[0]
-    for name, own in runs.items()
-    if own[0].experts and name in study.SYSTEMS
-  ][:4]
+  shown = [own[0] for own in runs.values() if own[0].experts][:4]
   layers = sorted({layer for r in shown for layer in r.experts})
   if not shown:
     return
