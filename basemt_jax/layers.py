@@ -291,6 +291,7 @@ class Attention(nn.Module):
     if implementation == "cudnn" and mask is not None:
       shape = (*mask.shape[:2], query.shape[1], key.shape[1])
       mask = jnp.broadcast_to(mask, shape)  # cuDNN does not broadcast these.
+      mask = without_empty_rows(mask)
     y = jax.nn.dot_product_attention(
       query, key, value, mask=mask, implementation=implementation
     )
@@ -359,6 +360,19 @@ def _implementation(query: Array, key: Array) -> str:
   return "cudnn" if fits else "xla"
 
 
+def without_empty_rows(mask: Array) -> Array:
+  """Lets queries that may see no key at all see every key.
+
+  Padding of the target is such a query where the source has no padding. Its
+  output is of no consequence, but cuDNN's gradients of a softmax of nothing are
+  NaN, for all keys.
+
+  Args:
+    mask: [..., Lq, Lk] bool.
+  """
+  return mask | ~jnp.any(mask, axis=-1, keepdims=True)
+
+
 def segment_mask(
   query_segments: Array, key_segments: Array, causal: bool = False
 ) -> Array:
@@ -370,8 +384,8 @@ def segment_mask(
     causal: Whether a query sees only keys at or before its index.
 
   Returns:
-    [B, 1, Lq, Lk] bool. Padding sees padding, so no row is empty (an empty
-    row would make a softmax of nothing).
+    [B, 1, Lq, Lk] bool. Padding sees padding; where there is none on the side
+    of the keys, a row is empty.
   """
   mask = query_segments[:, :, None] == key_segments[:, None, :]
   if causal:

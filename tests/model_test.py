@@ -258,3 +258,15 @@ def test_wrong_configurations_are_refused(change, text):
 def test_unknown_activation_is_named():
   with pytest.raises(ValueError, match="'rellu'"):
     layers.activation("rellu")
+
+
+def test_without_empty_rows():
+  """cuDNN's gradients are NaN where a query may see nothing."""
+  source = jnp.array([[1, 1, 2, 2], [1, 1, 1, 0]])
+  target = jnp.array([[1, 2, 2, 0], [1, 1, 0, 0]])
+  mask = np.asarray(layers.segment_mask(target, source))
+  filled = np.asarray(layers.without_empty_rows(jnp.asarray(mask)))
+  is_empty = ~mask.any(axis=-1)
+  assert is_empty.sum() == 1  # The source of the first row has no padding.
+  np.testing.assert_array_equal(filled[~is_empty], mask[~is_empty])
+  assert filled[is_empty].all()
