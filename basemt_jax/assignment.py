@@ -1,7 +1,7 @@
 """Balanced assignment of tokens to experts: scores in, experts out.
 
 Axes: S tokens of a group, E experts, C = ceil(S / E) slots of an expert,
-W tokens in an expert's repair window, Q tokens moved together.
+W tokens in an expert's repair window, Q tokens moved together, M bidders.
 
 The problem (BASE layers, Lewis et al. 2021, arXiv:2103.16716, section 3.1):
 
@@ -19,7 +19,9 @@ indifferent. The solver therefore
    by how much they would lose elsewhere;
 3. moves the few tokens that are too many along cheapest paths from over-full to
    free experts (the primal-dual method for transportation problems, all
-   paths of a round at once), in a fixed number of rounds;
+   paths of a round at once), in a fixed number of rounds; where both experts
+   and their slots are many, one such round and then some rounds of bids, which
+   cost less and lose little there;
 4. gives what is still left, and padding, the free slots in order.
 
 All trip counts are static: no host synchronisation, and work is bounded. After
@@ -41,12 +43,16 @@ from basemt_jax import assignment_kernels
 # drift between batches and by sampling noise, about a tenth of the spread.
 _COLD_TEMPERATURE = 1.0
 _WARM_TEMPERATURE = 0.2
-_FINAL_TEMPERATURE = 0.005
+_FINAL_TEMPERATURE = 0.00125
 _COLD_STEPS = 12
 _WARM_STEPS = 6
 
 # The Newton system's inverse is a product of this many factors (I + M^(2^i)).
 _NUM_DOUBLINGS = 6
+
+# Noise that splits equal tokens, in final temperatures. More of it leaves more
+# tokens to repair.
+_NOISE = 0.3
 
 # Repair: at least and at most so many tokens of an expert that may move, fewer
 # for more experts; moves of a path in one round, rounds, experts on a path.
@@ -56,7 +62,13 @@ _MAX_MOVES = 8
 _REPAIR_ROUNDS = 8
 _HOPS = 4
 # A move this much worse than the best one may go with it.
-_TOLERANCE = 2 * _FINAL_TEMPERATURE
+_TOLERANCE = 0.01
+
+# Bids take the place of most rounds of repair above so many experts with so
+# many slots; at most so many tokens bid, in so many rounds.
+_BIDS_ABOVE_EXPERTS, _BIDS_FROM_SLOTS = 32, 64
+_BIDDERS_PER_EXPERT = 4
+_BID_ROUNDS = 4
 
 # Finite stand-ins for infinities; a million times more still fits float32.
 _HUGE = 1e30
@@ -344,7 +356,7 @@ def _balance(
   experts = jnp.arange(num_experts, dtype=jnp.int32)
   # Sampling from the softened shares splits equal tokens as the shares say;
   # the plain maximum would send all of them to one expert.
-  noise = _FINAL_TEMPERATURE * _gumbel_noise(num_experts, num_tokens)
+  noise = _NOISE * _FINAL_TEMPERATURE * _gumbel_noise(num_experts, num_tokens)
   choice = jnp.argmax(values + noise, axis=0).astype(jnp.int32)
   chosen = choice[None] == experts[:, None]
   gain = jnp.max(jnp.where(chosen, values, -jnp.inf), axis=0)
@@ -367,6 +379,8 @@ def _balance(
   index = jnp.minimum(start[:, None] + rank, num_tokens - 1)
   tokens = jnp.where(filled, order[index], num_tokens)
   slack = jnp.where(jnp.sum(mask) < num_experts * capacity, prices, 0.0)
+  is_large = num_experts > _BIDS_ABOVE_EXPERTS and capacity >= _BIDS_FROM_SLOTS
+  rounds = 1 if is_large else _REPAIR_ROUNDS
   if assignment_kernels.is_repair_supported(values):
     tokens = assignment_kernels.repair(
       values.T,
@@ -374,13 +388,13 @@ def _balance(
       count,
       slack,
       capacity=capacity,
-      rounds=_REPAIR_ROUNDS,
+      rounds=rounds,
       hops=_HOPS,
       max_moves=_MAX_MOVES,
       tolerance=_TOLERANCE,
     )
   elif num_experts > 1:
-    tokens = _repair(values.T, tokens, count, slack, capacity)
+    tokens = _repair(values.T, tokens, count, slack, capacity, rounds)
 
   # Slots: settled tokens by rank, the window's after them, then all others.
   position = jnp.arange(num_tokens, dtype=jnp.int32)
@@ -397,7 +411,58 @@ def _balance(
     jnp.where(kept, experts[:, None] * capacity + rank, -1), mode="drop"
   )
   load = jnp.minimum(settled + jnp.sum(filled, axis=1), capacity)
+  if is_large:
+    # Room for more late tokens than there usually are; _fill takes the rest.
+    width = min(num_tokens, _BIDDERS_PER_EXPERT * num_experts)
+    is_late = (slot < 0) & mask
+    place = jnp.where(is_late, jnp.cumsum(is_late) - 1, width)
+    late = jnp.full(width, num_tokens, jnp.int32)
+    late = late.at[place].set(position, mode="drop")
+    late_slot, load = _bid(values, late, load, capacity)
+    slot = slot.at[late].set(late_slot, mode="drop")
   return _fill(slot, load, capacity)
+
+
+def _bid(
+  values: jax.Array, late: jax.Array, load: jax.Array, capacity: int
+) -> tuple[jax.Array, jax.Array]:
+  """Lets tokens without a slot bid for the free ones, in rounds.
+
+  In a round every token bids for its best expert with room, by what it would
+  lose at the next best, and an expert takes the highest bids while it has room
+  (Vogel's regret rule for transportation problems).
+
+  Args:
+    values: [E, S] priced scores.
+    late: [M] int32, the tokens; S where there is none.
+    load: [E] int32, slots taken.
+    capacity: C.
+
+  Returns:
+    [M] int32, the tokens' slots, -1 for those still without; the new load.
+  """
+  num_experts, num_tokens = values.shape
+  experts = jnp.arange(num_experts, dtype=jnp.int32)
+  turn = jnp.arange(late.shape[0], dtype=jnp.int32)
+  rows = values[:, jnp.minimum(late, num_tokens - 1)]
+  slot = jnp.full(late.shape, -1, jnp.int32) + 0 * late
+
+  for _ in range(_BID_ROUNDS):
+    is_bidding = (slot < 0) & (late < num_tokens)
+    open_rows = jnp.where((load < capacity)[:, None], rows, -_HUGE)
+    expert = jnp.argmax(open_rows, axis=0).astype(jnp.int32)
+    chosen = expert[None] == experts[:, None]
+    best = jnp.max(open_rows, axis=0)
+    bid = best - jnp.max(jnp.where(chosen, -_HUGE, open_rows), axis=0)
+    higher = bid[:, None] > bid[None]
+    higher |= (bid[:, None] == bid[None]) & (turn[:, None] < turn[None])
+    rival = (expert[:, None] == expert[None]) & is_bidding[:, None]
+    rank = jnp.sum(rival & higher, axis=0, dtype=jnp.int32)
+    position = jnp.sum(jnp.where(chosen, load[:, None], 0), axis=0) + rank
+    wins = is_bidding & (position < capacity)
+    slot = jnp.where(wins, expert * capacity + position, slot)
+    load += jnp.sum(chosen & wins[None], axis=1, dtype=jnp.int32)
+  return slot, load
 
 
 def _fill(slot: jax.Array, load: jax.Array, capacity: int) -> jax.Array:
@@ -418,6 +483,7 @@ def _repair(
   load: jax.Array,
   slack: jax.Array,
   capacity: int,
+  rounds: int,
 ) -> jax.Array:
   """Moves tokens from over-full to free experts along cheapest paths.
 
@@ -434,6 +500,7 @@ def _repair(
     load: [E] tokens of each expert, the settled ones included.
     slack: [E] what a free slot of an expert is worth more than another's.
     capacity: C.
+    rounds: Rounds.
 
   Returns:
     [E, W], the tokens' new places.
@@ -527,7 +594,7 @@ def _repair(
   own = jnp.where(filled, own, 0.0)
   rows = jnp.where(filled[:, :, None], rows, -jnp.inf)
   state = (tokens, rows, own, load)
-  return lax.fori_loop(0, _REPAIR_ROUNDS, body, state)[0]
+  return lax.fori_loop(0, rounds, body, state)[0]
 
 
 def _first(flags: jax.Array, number: int) -> jax.Array:

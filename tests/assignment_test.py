@@ -70,7 +70,8 @@ def check(result, num_tokens, num_experts, mask=None):
 
 
 @pytest.mark.parametrize(
-  ("num_tokens", "num_experts"), [(128, 4), (512, 8), (512, 64), (64, 64)]
+  ("num_tokens", "num_experts"),
+  [(128, 4), (512, 8), (512, 64), (64, 64), (4096, 64)],
 )
 def test_near_optimal_cold_and_warm(num_tokens, num_experts):
   first, second = realistic(num_tokens, num_experts, seed=1)
