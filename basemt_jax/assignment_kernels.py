@@ -7,7 +7,7 @@ On a GPU the plain solver spends its time starting kernels: a Newton step is
 about 22 of them, a round of repair 24, of a microsecond or two each. Here a
 step is two kernels and all rounds of repair are one, for the same results (up
 to the rounding of sums). Written in Pallas for Triton; groups are batched by
-`jax.vmap`.
+`jax.vmap`, and inside `jax.shard_map` every device solves its own.
 """
 
 import functools
@@ -18,6 +18,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
+
+from basemt_jax import kernel_call
 
 # Matrix units take at least 16 rows and columns.
 _MIN_EXPERTS, _MAX_EXPERTS = 16, 128
@@ -30,15 +32,8 @@ _TINY = 1e-30
 
 
 def is_supported(values: jax.Array) -> bool:
-  """Whether `newton_step` can run here, for scores [E, S].
-
-  Not inside `jax.shard_map`: the kernels have not been run there.
-  """
-  return (
-    jax.default_backend() == "gpu"
-    and 2 <= values.shape[0] <= _MAX_EXPERTS
-    and not jax.typeof(values).manual_axis_type.varying
-  )
+  """Whether `newton_step` can run here, for scores [E, S]."""
+  return jax.default_backend() == "gpu" and 2 <= values.shape[0] <= _MAX_EXPERTS
 
 
 def is_repair_supported(values: jax.Array) -> bool:
@@ -89,39 +84,41 @@ def newton_step(
   experts = _padded(num_experts)
   chunks = -(-num_tokens // _CHUNK)
   parts = min(chunks, _MAX_PARTS)
-  partial, loads = pl.pallas_call(
+  partial, loads = kernel_call.run(
     functools.partial(
       _statistics_kernel, experts=experts, chunks=-(-chunks // parts)
     ),
-    out_shape=(
+    (
       jax.ShapeDtypeStruct((parts, experts, experts), jnp.float32),
       jax.ShapeDtypeStruct((parts, experts), jnp.float32),
     ),
+    (values, weights, prices, temperature.reshape(1)),
     grid=(parts,),
     compiler_params=triton.CompilerParams(
       num_warps=8 if experts > 64 else 4, num_stages=2
     ),
     interpret=interpret,
     name="newton_statistics",
-  )(values, weights, prices, temperature.reshape(1))
-  return pl.pallas_call(
+  )
+  return kernel_call.run(
     functools.partial(
       _newton_kernel, capacity=capacity, num_doublings=num_doublings
     ),
-    out_shape=jax.ShapeDtypeStruct((num_experts,), jnp.float32),
+    jax.ShapeDtypeStruct((num_experts,), jnp.float32),
+    (
+      jnp.sum(partial, axis=0),
+      jnp.sum(loads, axis=0),
+      free_values,
+      free_weight.reshape(1),
+      prices,
+      temperature.reshape(1),
+    ),
     grid=(1,),
     compiler_params=triton.CompilerParams(
       num_warps=8 if experts > 32 else 4, num_stages=1
     ),
     interpret=interpret,
     name="newton_step",
-  )(
-    jnp.sum(partial, axis=0),
-    jnp.sum(loads, axis=0),
-    free_values,
-    free_weight.reshape(1),
-    prices,
-    temperature.reshape(1),
   )
 
 
@@ -262,7 +259,7 @@ def repair(
   rows = values[jnp.minimum(tokens, num_tokens - 1)]
   rows = jnp.pad(rows, ((0, 0), (0, 0), padding[0]), constant_values=-jnp.inf)
   rows = jnp.where((tokens < num_tokens)[:, :, None], rows, -jnp.inf)
-  out, *_ = pl.pallas_call(
+  out, *_ = kernel_call.run(
     functools.partial(
       _repair_kernel,
       num_tokens=num_tokens,
@@ -273,17 +270,18 @@ def repair(
       tolerance=tolerance,
       barrier=(lambda: None) if interpret else triton.debug_barrier,
     ),
-    out_shape=(
+    (
       jax.ShapeDtypeStruct(tokens.shape, jnp.int32),
       jax.ShapeDtypeStruct(rows.shape, jnp.float32),
       jax.ShapeDtypeStruct((experts, max_moves), jnp.int32),
     ),
+    (tokens, rows, load, slack),
     grid=(1,),
     input_output_aliases={0: 0, 1: 1},
     compiler_params=triton.CompilerParams(num_warps=8, num_stages=1),
     interpret=interpret,
     name="assignment_repair",
-  )(tokens, rows, load, slack)
+  )
   return out[:num_experts, :num_places]
 
 
@@ -318,6 +316,7 @@ def _repair_kernel(
   is_expert = expert < num_experts
   itself = expert[:, None] == expert[None, :]
   slack = slack_ref[:]
+  has_slack = jnp.max(jnp.abs(slack)) > 0
   infinity = jnp.float32(jnp.inf)
   # So many places at a time that their scores fit into registers.
   span = min(max(_TILE // experts**2, 1), width)
@@ -359,7 +358,8 @@ def _repair_kernel(
       0, width // span, body, jnp.full((experts, experts), -infinity)
     )
 
-  def body(_, load):
+  def body(state):
+    turn, load, _ = state
     tokens = tokens_ref[:, :]
     own = scores_at(expert)
     own = jnp.where(own > -infinity, own, 0.0)
@@ -454,6 +454,14 @@ def _repair_kernel(
       mask=written[:, :, None] & is_expert[None, None, :],
     )
     barrier()
-    return load + jnp.where(receives, amount, 0) - jnp.where(sends, amount, 0)
+    arrived = jnp.where(receives, amount, 0)
+    load = load + arrived - jnp.where(sends, amount, 0)
+    goes_on = (jnp.max(load) > capacity) | has_slack
+    return turn + 1, load, (jnp.max(arrived) > 0) & goes_on
 
-  lax.fori_loop(0, rounds, body, load_ref[:])
+  # A round that finds nothing to do, or has nothing left to do, is the last.
+  lax.while_loop(
+    lambda state: (state[0] < rounds) & state[2],
+    body,
+    (jnp.int32(0), load_ref[:], jnp.bool_(True)),
+  )

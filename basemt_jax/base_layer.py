@@ -609,10 +609,10 @@ def _run_blocks(
   """
   num_experts = weights[0]["norm"].shape[0]
   num_choices = expert.size
-  # Under shard_map the kernel has not been tried.
-  use_kernel = key is None and settings.mesh is None and _has_kernel(weights)
+  use_kernel = key is None and _has_kernel(weights)
   if use_kernel:
-    block = grouped_matmul.block_size(num_choices, num_experts)
+    # The choices are among all experts, of which this device has some.
+    block = grouped_matmul.block_size(num_choices, settings.num_experts)
   else:
     block = _block_size(num_choices, num_experts)
   busy = min(num_experts, num_choices)
@@ -648,8 +648,7 @@ def _grouped(
   weights: Weights,
 ) -> jax.Array:
   """`_scan` in two products for each sublayer, with the gradient of `_scan`."""
-  num_experts = weights[0]["norm"].shape[0]
-  if grouped_matmul.round_once(num_rows, num_experts):
+  if grouped_matmul.round_once(num_rows, settings.num_experts):
     weights = [
       {
         **w,
@@ -673,6 +672,8 @@ def _grouped(
     out = grouped_matmul.grouped_matmul(
       hidden, [sublayer["wo"]], ["linear"], block_expert, used
     )
+    if settings.mesh is not None:
+      out = lax.psum(out, "model")
     change = out if j == 0 else change + out
   return change
 

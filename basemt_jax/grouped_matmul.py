@@ -23,7 +23,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
-from basemt_jax import layers
+from basemt_jax import kernel_call, layers
 
 # The matrix units take at least 16 rows; more than 128 only cost registers.
 _MIN_BLOCK, _MAX_BLOCK = 16, 128
@@ -98,21 +98,14 @@ def grouped_matmul(
   Returns:
     [R, M, N] in x's type.
   """
-  num_blocks, _, depth = x.shape
+  num_blocks, block, depth = x.shape
   columns = weights[0].shape[2]
   if tiles is None:
     tiles = _tiles(x, weights)
   tile_n, tile_k, warps, stages = tiles
   tile_n = math.gcd(tile_n, columns)
   tile_k = math.gcd(tile_k, depth)
-  operands = (block_expert, used.reshape(1), x, *weights)
-  out_shape = jax.eval_shape(
-    lambda x, w, e: grouped_matmul_reference(x, w, activations, e),
-    x,
-    list(weights),
-    block_expert,
-  )
-  return pl.pallas_call(
+  return kernel_call.run(
     functools.partial(
       _kernel,
       activations=tuple(activations),
@@ -120,12 +113,13 @@ def grouped_matmul(
       tile_n=tile_n,
       tile_k=tile_k,
     ),
-    out_shape=out_shape,
+    jax.ShapeDtypeStruct((num_blocks, block, columns), x.dtype),
+    (block_expert, used.reshape(1), x, *weights),
     grid=(num_blocks * (columns // tile_n),),
     compiler_params=triton.CompilerParams(num_warps=warps, num_stages=stages),
     interpret=interpret,
     name="grouped_matmul",
-  )(*operands)
+  )
 
 
 def _tiles(

@@ -44,6 +44,7 @@ _NO_TRAFFIC = {
   "partition-id",
   "replica-id",
 }
+_CALLERS = {"while", "conditional", "call", "async-start"}
 # Computations that run when the instruction does. `to_apply` of a reduction is
 # no such thing, for it is applied inside of the collective.
 _CALLED = re.compile(
@@ -135,7 +136,6 @@ def collectives(text: str, num_devices: int) -> list[Collective]:
         for operand in operands
         for dtype, shape in _ARRAY.findall(types[operand])
       )
-      op_name = re.search(r'op_name="([^"]*)"', i.rest)
       found.append(
         Collective(
           kind,
@@ -143,10 +143,88 @@ def collectives(text: str, num_devices: int) -> list[Collective]:
           arrays,
           sum(array_bytes(a) for a in arrays),
           count,
-          op_name[1] if op_name else "",
+          _op_name(i),
         )
       )
   return found
+
+
+@dataclasses.dataclass(frozen=True)
+class Asynchronous:
+  """A collective that is started, and waited for later.
+
+  Attributes:
+    kind: One of `KINDS`.
+    op_name: Where in the program it comes from, as JAX names it.
+    meanwhile: (operation, op_name) of what the schedule has in between, but
+      for what only names arrays.
+  """
+
+  kind: str
+  op_name: str
+  meanwhile: tuple[tuple[str, str], ...]
+
+
+def asynchronous(text: str) -> list[Asynchronous]:
+  """The collectives that other work may run beside, in a scheduled program."""
+  computations, _ = _parse(text)
+  found = []
+  for body in computations.values():
+    ends = {
+      operand: place
+      for place, i in enumerate(body)
+      if i.opcode.endswith("-done")
+      for operand in _operands(i.rest)
+    }
+    for place, i in enumerate(body):
+      kind = _started(i, computations)
+      if kind is None or i.name not in ends:
+        continue
+      meanwhile = tuple(
+        (_operation(other), _op_name(other))
+        for other in body[place + 1 : ends[i.name]]
+        if other.opcode not in _NO_TRAFFIC - _CALLERS
+        and not other.opcode.endswith(("-done", "-update"))
+      )
+      found.append(Asynchronous(kind, _op_name(i), meanwhile))
+  return found
+
+
+def _started(
+  i: _Instruction, computations: dict[str, list[_Instruction]]
+) -> str | None:
+  """The kind of collective that an instruction starts, if any."""
+  if i.opcode == "async-start":
+    inside = [
+      other.opcode
+      for name in _CALLED.findall(i.rest)
+      for other in computations[name]
+    ]
+    return next((opcode for opcode in inside if opcode in KINDS), None)
+  kind = i.opcode.removesuffix("-start")
+  return kind if kind in KINDS and kind != i.opcode else None
+
+
+def _operation(i: _Instruction) -> str:
+  """The operation's name, with that of a library's function."""
+  target = re.search(r'custom_call_target="([^"]*)"', i.rest)
+  return f"{i.opcode} {target[1]}" if target else i.opcode
+
+
+def _op_name(i: _Instruction) -> str:
+  found = re.search(r'op_name="([^"]*)"', i.rest)
+  return found[1] if found else ""
+
+
+def array_shapes(text: str) -> set[tuple[int, ...]]:
+  """Shapes of all arrays that a program names, inside of fusions too."""
+  computations, _ = _parse(text)
+  return {
+    tuple(_numbers(shape))
+    for body in computations.values()
+    for i in body
+    for _, shape in _ARRAY.findall(i.type)
+  }
 
 
 def memory_bytes(text: str) -> int:

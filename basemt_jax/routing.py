@@ -115,7 +115,7 @@ class BalancedRouter:
     """Assigns C tokens to each expert; see `Router.plan`."""
     num_tokens, num_experts = affinities.shape
     solution = assignment.balanced_assignment(
-      lax.stop_gradient(affinities), mask, prices
+      lax.stop_gradient(affinities), mask, lax.stop_gradient(prices)
     )
     num_slots = num_experts * self.capacity(num_tokens, num_experts)
     slot = solution.slot[:, None]

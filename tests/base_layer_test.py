@@ -1,6 +1,7 @@
 """BaseLayer against per-token loops, and sharded against unsharded."""
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,7 @@ import pytest
 from flax import linen as nn
 from jax.sharding import Mesh
 
-from basemt_jax import base_layer, layers, routing
+from basemt_jax import base_layer, hlo, layers, routing
 
 B, L, D, F = 16, 6, 8, 16
 
@@ -245,6 +246,60 @@ def test_exchange_is_all_to_all():
   # Two forward, and their two transposes.
   assert text.count('"stablehlo.all_to_all"') == 4
   assert "all_gather" not in text
+
+
+def largest_array(function, *arguments):
+  """Elements of the largest array of a compiled program, fusions' included."""
+  text = jax.jit(function).lower(*arguments).compile().as_text()
+  return max(math.prod(shape) for shape in hlo.array_shapes(text))
+
+
+def test_training_holds_no_array_of_tokens_by_slots_or_by_experts_widths():
+  """Neither a one-hot dispatch [T, E, C] nor all experts' outputs [T, E, D]."""
+  tokens, experts, width = 2048, 16, 32
+  slots = tokens // experts
+  least = tokens * experts * min(slots, width)
+  h = jax.ShapeDtypeStruct((8, tokens // 8, width), jnp.float32)
+  mask = jax.ShapeDtypeStruct(h.shape[:2], bool)
+  layer = base_layer.BaseLayer(experts, 2 * width, rows_per_group=8)
+  variables = jax.eval_shape(
+    lambda h: layer.init(jax.random.key(0), h, train=True), h
+  )
+
+  def step(params, prices, h, mask):
+    def loss(params, h):
+      out, updates = layer.apply(
+        {"params": params, "prices": prices},
+        h,
+        mask,
+        train=True,
+        mutable=["prices"],
+      )
+      return jnp.sum(out**2), updates
+
+    return jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(params, h)
+
+  def one_hot_step(weights, place, h):
+    """The same exchange of tokens by products with [T, E, C]."""
+
+    def loss(weights, h):
+      expert, slot = place // slots, place % slots
+      to_expert = jax.nn.one_hot(expert, experts)[:, :, None]
+      to_slot = jax.nn.one_hot(slot, slots)[:, None, :]
+      moves = to_expert * to_slot
+      x = jnp.einsum("tec,td->ecd", moves, h)
+      y = jnp.einsum("ecd,edf->ecf", x, weights)
+      return jnp.sum(jnp.einsum("tec,ecf->tf", moves, y) ** 2)
+
+    return jax.grad(loss, argnums=(0, 1))(weights, h)
+
+  params, prices = variables["params"], variables["prices"]
+  assert largest_array(step, params, prices, h, mask) < least
+  weights = jax.ShapeDtypeStruct((experts, width, width), jnp.float32)
+  place = jax.ShapeDtypeStruct((tokens,), jnp.int32)
+  flat = jax.ShapeDtypeStruct((tokens, width), jnp.float32)
+  held = largest_array(one_hot_step, weights, place, flat)
+  assert held >= tokens * experts * slots
 
 
 def test_test_batches_of_any_size():

@@ -1,5 +1,8 @@
 """The grouped product's kernel, interpreted, against a plain product."""
 
+import functools
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -95,6 +98,7 @@ def test_layer_with_kernel_matches_the_loop(load, dtype, monkeypatch):
     assert np.linalg.norm(a - b) <= tolerance * np.linalg.norm(b) + 1e-6
 
 
+@pytest.mark.filterwarnings("ignore:The Pallas Triton backend")
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_kernel_lowers_for_cuda_without_a_gpu(dtype):
   def product(x, w):
@@ -105,7 +109,13 @@ def test_kernel_lowers_for_cuda_without_a_gpu(dtype):
 
   x = jnp.zeros((3, M, K), dtype)
   w = jnp.zeros((E, K, N), jnp.float32)
-  lowered = jax.jit(product).trace(x, w).lower(lowering_platforms=("cuda",))
+  gpu = jax.sharding.AbstractMesh(
+    (),
+    (),
+    abstract_device=jax.sharding.AbstractDevice("NVIDIA H100", None, "gpu"),
+  )
+  with jax.sharding.use_abstract_mesh(gpu):
+    lowered = jax.jit(product).trace(x, w).lower(lowering_platforms=("cuda",))
   assert "grouped_matmul" in lowered.as_text()
 
 
@@ -114,3 +124,54 @@ def test_kernel_lowers_for_cuda_without_a_gpu(dtype):
 )
 def test_block_size(num_rows, size):
   assert grouped_matmul.block_size(num_rows, 8) == size
+
+
+@pytest.mark.parametrize("sizes", [(2, 1, 1), (1, 2, 1), (2, 2, 2)])
+def test_layer_on_a_mesh_matches_one_device(sizes, monkeypatch):
+  devices = np.array(jax.devices()[: math.prod(sizes)]).reshape(sizes)
+  mesh = jax.sharding.Mesh(devices, ("data", "expert", "model"))
+  options = {"num_sublayers": 2, "activations": ("gelu", "linear")}
+  alone = base_layer.BaseLayer(E, N, **options)
+  sharded = base_layer.BaseLayer(E, N, **options, mesh=mesh)
+  keys = jax.random.split(jax.random.key(0), 3)
+  h = jax.random.normal(keys[0], (4, 12, K))
+  mask = jax.random.bernoulli(keys[1], 0.8, h.shape[:2])
+  variables = alone.init(keys[2], h, train=True)
+
+  def loss(layer, variables, h):
+    out = layer.apply(variables, h, mask, train=False)
+    return jnp.sum(jnp.sin(out)), out
+
+  def run(layer):
+    compute = jax.value_and_grad(
+      functools.partial(loss, layer), argnums=(0, 1), has_aux=True
+    )
+    (_, out), gradient = jax.jit(compute)(variables, h)
+    return out, gradient
+
+  expected = run(alone)
+  # Gradients, and the types that shard_map checks, with the plain product.
+  monkeypatch.setattr(base_layer, "_has_kernel", lambda _: True)
+  kernel = grouped_matmul.grouped_matmul
+  monkeypatch.setattr(
+    grouped_matmul,
+    "grouped_matmul",
+    lambda *args: grouped_matmul.grouped_matmul_reference(*args[:-1]),
+  )
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4),
+    run(sharded),
+    expected,
+  )
+  # The kernel itself. Pallas's interpreter mixes what varies over devices with
+  # constants, so that types go unchecked; `kernel_call_test` checks them.
+  monkeypatch.setattr(
+    grouped_matmul,
+    "grouped_matmul",
+    functools.partial(kernel, interpret=True),
+  )
+  monkeypatch.setattr(
+    jax, "shard_map", functools.partial(jax.shard_map, check_vma=False)
+  )
+  out = jax.jit(lambda *args: loss(sharded, *args)[1])(variables, h)
+  np.testing.assert_allclose(out, expected[0], rtol=1e-4, atol=1e-4)

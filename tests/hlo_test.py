@@ -153,6 +153,40 @@ def test_memory_traffic_is_what_goes_in_and_out_of_fusions():
   assert 7 * 3 * 4000 <= hlo.memory_bytes(text) <= 7 * 4 * 4000 + 100_000
 
 
+SCHEDULED = """\
+HloModule scheduled, is_scheduled=true
+
+%wrapped (a: f32[4,8]) -> f32[4,8] {
+  %a = f32[4,8]{1,0} parameter(0)
+  ROOT %inner = f32[4,8]{1,0} all-to-all(%a), replica_groups={{0,1}}, dimensions={0}
+}
+
+ENTRY %main (p0: f32[4,8], p1: f32[8,8]) -> (f32[4,8], f32[4,8]) {
+  %p0 = f32[4,8]{1,0} parameter(0)
+  %p1 = f32[8,8]{1,0} parameter(1)
+  %all-to-all-start.1 = ((f32[4,8]{1,0}), f32[4,8]{1,0}) all-to-all-start(%p0), replica_groups={{0,1}}, dimensions={0}, metadata={op_name="exchange"}
+  %gemm = f32[4,8]{1,0} custom-call(%p0, %p1), custom_call_target="__cublas$gemm", metadata={op_name="product"}
+  %name = f32[4,8]{1,0} bitcast(%gemm)
+  %start.2 = ((f32[4,8]{1,0}), f32[4,8]{1,0}) async-start(%name), calls=%wrapped
+  %all-to-all-done.1 = f32[4,8]{1,0} all-to-all-done(%all-to-all-start.1)
+  %done.2 = f32[4,8]{1,0} async-done(%start.2)
+  ROOT %all = (f32[4,8]{1,0}, f32[4,8]{1,0}) tuple(%all-to-all-done.1, %done.2)
+}
+"""  # noqa: E501
+
+
+def test_what_a_schedule_has_beside_an_exchange():
+  first, second = hlo.asynchronous(SCHEDULED)
+  assert (first.kind, first.op_name) == ("all-to-all", "exchange")
+  assert first.meanwhile == (
+    ("custom-call __cublas$gemm", "product"),
+    ("async-start", ""),
+  )
+  assert second.kind == "all-to-all" and not second.meanwhile
+  assert len(hlo.collectives(SCHEDULED, 2)) == 2
+  assert not hlo.asynchronous(program())  # On a CPU they are waited for.
+
+
 TPU_COPIES = """\
 HloModule copies
 

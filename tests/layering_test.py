@@ -12,14 +12,15 @@ PACKAGE = pathlib.Path(__file__).parent.parent / "basemt_jax"
 # Lower layers first; a module imports only from layers before its own.
 LAYERS = [
   [
-    "assignment_kernels",
     "decoding",
     "heating",
     "hlo",
+    "kernel_call",
     "packing",
     "permutation",
     "processes",
   ],
+  ["assignment_kernels"],
   ["assignment"],
   ["routing", "row_store", "sampling", "losses", "optimizer", "partitioning"],
   ["chips"],
