@@ -12,7 +12,7 @@ one counter per direction, for any number of hosts.
 
 import queue
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -356,23 +356,30 @@ def _row_differences(
 class Prefetcher:
   """Reads batches ahead in a thread of its own.
 
-  Yields (batch, state): state is the iterator's after that batch, so that a
-  checkpoint never runs ahead of what was used; None for iterators without
-  `state()`. Use it as a context manager, or call `close`.
+  Yields (batch, state): the batch as `place` leaves it; state is the iterator's
+  after that batch, so that a checkpoint never runs ahead of what was used; None
+  for iterators without `state()`. Use it as a context manager, or call `close`.
   """
 
-  def __init__(self, iterator: Iterator[packing.Batch], depth: int = 2):
+  def __init__(
+    self,
+    iterator: Iterator[packing.Batch],
+    depth: int = 2,
+    place: Callable[[packing.Batch], Any] = lambda batch: batch,
+  ):
     """Starts reading.
 
     Args:
       iterator: batches; from now on only the thread may use it.
       depth: batches kept ready, above 0.
+      place: what the thread does with each, such as putting it on the devices.
     """
     if depth <= 0:
       raise ValueError(f"depth must be above 0, got {depth}.")
     self._queue: queue.Queue[tuple[str, Any]] = queue.Queue(depth)
     self._stop = threading.Event()
     self._done = False
+    self._place = place
     self._thread = threading.Thread(
       target=self._read, args=(iterator,), daemon=True, name="prefetch"
     )
@@ -382,7 +389,7 @@ class Prefetcher:
     state = getattr(iterator, "state", lambda: None)
     try:
       for batch in iterator:
-        if not self._put(("batch", (batch, state()))):
+        if not self._put(("batch", (self._place(batch), state()))):
           return
       self._put(("end", StopIteration()))
     except BaseException as error:  # Raised again by the reader.
@@ -401,7 +408,7 @@ class Prefetcher:
   def __iter__(self) -> "Prefetcher":
     return self
 
-  def __next__(self) -> tuple[packing.Batch, Any]:
+  def __next__(self) -> tuple[Any, Any]:
     if self._done:
       raise StopIteration
     kind, value = self._queue.get()

@@ -7,14 +7,20 @@ Directory layout, T5X's own plus one item:
     MODEL_DIR/checkpoint_N/metrics/   JSON: dev loss, if it was measured
 
 Orbax writes in a background thread into a temporary directory and renames it
-when complete, so a killed process leaves whole checkpoints only.
+when complete, so a killed process leaves whole checkpoints only. It needs the
+arrays until they are on the host, which takes seconds where training takes
+milliseconds a step. So what it gets is a copy on the devices, made in the time
+of reading them once, wherever one fits (see `has_room`).
 """
 
+import concurrent.futures
+import math
 import pathlib
 from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
@@ -82,7 +88,9 @@ class Checkpoints:
   """The checkpoints of one model directory.
 
   With several processes all of them call the same functions in the same order,
-  and write their parts of one checkpoint into the one directory.
+  and write their parts of one checkpoint into the one directory. Orbax then has
+  them wait for each other by a computation, which may not mix with those of
+  training: `save` is done with the devices when it returns.
 
   Args:
     directory: MODEL_DIR; created if need be.
@@ -118,7 +126,7 @@ class Checkpoints:
       ),
       best_fn=lambda metrics: -metrics["dev_loss"],
     )
-    self._manager = _Manager(
+    self._idle_manager = _Manager(
       epath.Path(directory).absolute(),
       options=options,
       item_handlers={
@@ -126,9 +134,20 @@ class Checkpoints:
         "position": ocp.JsonCheckpointHandler(),
       },
     )
+    self._thread = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
+    self._start: concurrent.futures.Future[Any] | None = None
+    self._room: dict[int, bool] = {}
+
+  @property
+  def _manager(self) -> ocp.CheckpointManager:
+    """Orbax's, which only one thread may use: not while a save starts in it."""
+    if self._start is not None:
+      start, self._start = self._start, None
+      start.result()
+    return self._idle_manager
 
   def latest_step(self) -> int | None:
-    """Step of the newest complete checkpoint, or None."""
+    """Step of the newest checkpoint, complete or being written, or None."""
     return self._manager.latest_step()
 
   def best_step(self) -> int | None:
@@ -146,7 +165,9 @@ class Checkpoints:
     position: dict[str, Any],
     dev_loss: float | None = None,
   ) -> None:
-    """Starts writing; returns when the arrays have left the devices.
+    """Starts writing; the arrays may be given away (donated) when it returns.
+
+    What goes wrong later is raised by the next call of any function here.
 
     Args:
       step: Training step; a checkpoint of that step must not exist.
@@ -154,15 +175,27 @@ class Checkpoints:
       position: JSON-able.
       dev_loss: Decides which checkpoint is best.
     """
-    self._manager.save(
-      step,
-      args=ocp.args.Composite(
-        state=ocp.args.PyTreeSave(tree),
-        position=ocp.args.JsonSave(position),
-      ),
-      metrics=None if dev_loss is None else {"dev_loss": dev_loss},
-      force=True,
-    )
+    manager = self._manager
+
+    def start(tree: dict[str, Any]) -> None:
+      manager.save(
+        step,
+        args=ocp.args.Composite(
+          state=ocp.args.PyTreeSave(tree),
+          position=ocp.args.JsonSave(position),
+        ),
+        metrics=None if dev_loss is None else {"dev_loss": dev_loss},
+        force=True,
+      )
+
+    size = _bytes_per_device(tree)
+    if size not in self._room:  # Later the peak includes the copies.
+      self._room[size] = jax.process_count() == 1 and has_room(size)
+    manager.wait_until_finished()  # Orbax keeps the last copy until then.
+    if self._room[size]:
+      self._start = self._thread.submit(start, _copied(tree))
+    else:
+      start(tree)
 
   def position(self, step: int) -> dict[str, Any]:
     """The stored position of a step; {} for a checkpoint T5X wrote."""
@@ -238,7 +271,54 @@ class Checkpoints:
 
   def close(self) -> None:
     """Waits, then frees the background threads."""
-    self._manager.close()
+    try:
+      self.wait()
+    finally:
+      self._idle_manager.close()
+      self._thread.shutdown()
+
+
+def has_room(size: int) -> bool:
+  """Whether every device of this host has room for so many bytes more.
+
+  It has where they fit beside the most memory that was ever in use, the
+  temporary arrays of a training step included, with a tenth left over. Only
+  GPUs' figures are known to mean that; a CPU has no figures, and the host's
+  memory. Others' answer is no.
+  """
+  for device in jax.local_devices():
+    if device.platform == "gpu":
+      memory = device.memory_stats() or {}
+      used = memory.get("peak_bytes_in_use", 0) + size
+      if used > 0.9 * memory.get("bytes_limit", 0):
+        return False
+    elif device.platform != "cpu":
+      return False
+  return True
+
+
+def _bytes_per_device(tree: Tree) -> int:
+  return sum(
+    math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+    for x in jax.tree.leaves(tree)
+    if isinstance(x, jax.Array)
+  )
+
+
+def _copied(tree: Tree) -> Tree:
+  """The tree with new arrays in place of those on devices."""
+  leaves, structure = jax.tree.flatten(tree)
+  copies = iter(_copy([x for x in leaves if isinstance(x, jax.Array)]))
+  return jax.tree.unflatten(
+    structure,
+    [next(copies) if isinstance(x, jax.Array) else x for x in leaves],
+  )
+
+
+@jax.jit
+def _copy(arrays: list[jax.Array]) -> list[jax.Array]:
+  """One program, because hundreds of small ones would take longer to start."""
+  return [jnp.copy(array) for array in arrays]
 
 
 def _restore_args(leaf: Any) -> ocp.RestoreArgs:

@@ -432,9 +432,10 @@ class Program:
       self.shapes, axes, settings.optimizer, mesh
     )
     batch = partitioning.batch_sharding(mesh)
-    self.init = functools.partial(
-      self._scoped(jax.jit(init, out_shardings=self.shardings)), key
-    )
+    make_state = jax.jit(init, out_shardings=self.shardings)
+    self.init = functools.partial(self._scoped(make_state), key)
+    # Ready to be compiled ahead, as `lower` has the step.
+    self.lower_init = functools.partial(self._scoped(make_state.lower), key)
     step = jax.jit(
       functools.partial(
         train_step,
@@ -451,7 +452,8 @@ class Program:
     self._trace_step = self._scoped(functools.partial(jax.eval_shape, step))
     self._lower_step = self._scoped(step.lower)
     # Apart from the step, so that the step is compiled only once.
-    self._add_sums = jax.jit(add_sums, donate_argnums=0)
+    # No sums are given away: the loop waits for those of earlier steps.
+    self._add_sums = jax.jit(add_sums)
     self.eval_step = self._scoped(
       jax.jit(
         functools.partial(

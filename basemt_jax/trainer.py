@@ -7,9 +7,15 @@ compiled step; see `steps`) changes when the dense model is converted. A run
 that is killed and started again ends with the same bits, because everything
 it does is a function of what a checkpoint holds: the state, and the position
 in the data.
+
+The device never waits for the loop: steps are dispatched ahead of it, a report
+is told once its steps are done, batches are put on the device by a thread, and
+checkpoints are written from a copy.
 """
 
+import collections
 import dataclasses
+import functools
 import math
 import signal
 import threading
@@ -35,6 +41,11 @@ from basemt_jax import model as model_lib
 
 Batch = dict[str, Any]
 Tree = Any
+
+# Steps that the loop may be ahead of the device: enough to outlast what now and
+# then holds it up (a report, another thread), few enough that a report comes
+# soon and an interruption has little to wait for.
+AHEAD = 8
 
 
 class NonFiniteLossError(ValueError):
@@ -94,6 +105,23 @@ class Hooks:
   evaluate_every: int = 0
 
 
+@dataclasses.dataclass(frozen=True)
+class _Dispatched:
+  """A step that the device need not have done yet.
+
+  Attributes:
+    step: Steps done when it is.
+    phase: 'dense' or 'sparse'.
+    sums: Of `steps.train_step` since the last report; ready when it is done.
+    learning_rate: The step's, where a report is due after it, else None.
+  """
+
+  step: int
+  phase: str
+  sums: dict[str, Any]
+  learning_rate: Any = None
+
+
 class Trainer:
   """Trains one model in one directory, from wherever it stands.
 
@@ -139,6 +167,7 @@ class Trainer:
       model_dir, settings.keep_checkpoints
     )
     self._metrics: dict[str, Any] | None = None
+    self._dispatched: collections.deque[_Dispatched] = collections.deque()
     self._stop = threading.Event()
     self._best_loss, self._worse = math.inf, 0
     self.dev_losses: dict[str, float] = {}
@@ -234,36 +263,44 @@ class Trainer:
       NonFiniteLossError: The loss is not finite. The last checkpoint is from
         before that.
     """
-    end = self._settings.train_steps
     outcome = "done"
+    put = functools.partial(partitioning.put_batch, mesh=self._mesh)
     with (
       _on_sigterm(self.stop),
-      batches.Prefetcher(self._batches) as ahead,
+      batches.Prefetcher(self._batches, place=put) as ahead,
     ):
       self._log_time, self._log_step = time.monotonic(), self._step
-      is_checked = not self._converts()
       if self._gives_up():
         return "stopped early"
-      while self._step < end:
-        rows, position = self._next(ahead)
-        batch = partitioning.put_batch(rows, self._mesh)
-        if not is_checked:
-          self._check_conversion(batch)
-          is_checked = True
-        if self._conversion_is_due():
-          self._convert(batch)
-        self.state, self._metrics = self.program.train_step(
-          self.state, self._metrics, batch
-        )
-        self._step += 1
-        outcome = self._after_step(position)
-        if outcome != "done":
-          break
+      try:
+        outcome = self._train(ahead)
+      finally:
+        self._settle()
       self._checkpoints.wait()
     self._writer.flush()
     return outcome
 
+  def _train(self, ahead: batches.Prefetcher) -> str:
+    """Steps to the end, or to where `_after_step` says."""
+    is_checked = not self._converts()
+    while self._step < self._settings.train_steps:
+      batch, position = self._next(ahead)
+      if not is_checked:
+        self._check_conversion(batch)
+        is_checked = True
+      if self._conversion_is_due():
+        self._convert(batch)
+      self.state, self._metrics = self.program.train_step(
+        self.state, self._metrics, batch
+      )
+      self._step += 1
+      outcome = self._after_step(position)
+      if outcome != "done":
+        return outcome
+    return "done"
+
   def _next(self, ahead: batches.Prefetcher) -> tuple[Batch, Any]:
+    """The next batch, on the devices, and the position after it."""
     try:
       return next(ahead)
     except StopIteration:
@@ -273,7 +310,9 @@ class Trainer:
       ) from None
 
   def stop(self) -> None:
-    """Ends `run` after the current step, with a checkpoint.
+    """Ends `run` after the step it is at, with a checkpoint.
+
+    Reports are behind that by up to `AHEAD` steps.
 
     With several processes, which need not be at the same step, after one of the
     next.
@@ -305,23 +344,30 @@ class Trainer:
 
     evaluates, saves = due(settings.eval_every), due(settings.save_every)
     saves = saves or ends_phase or is_stopped
+    scores = self._hooks.evaluate and due(self._hooks.evaluate_every)
     dev_loss = None
-    if due(settings.log_every) or evaluates or saves or ends_phase:
-      self._report()
+    reports = due(settings.log_every) or evaluates or saves or ends_phase
+    self._note(reports)
+    # All else comes after the reports, and nothing that is not finite is saved.
+    self._settle(0 if evaluates or saves or scores else AHEAD)
+    start = time.monotonic()
+    if evaluates or ends_phase or scores:
+      # Their arrays get the room of the last checkpoint's copy on the devices.
+      self._checkpoints.wait()
     if evaluates or ends_phase:
       dev_loss = self._evaluate()
-    if self._hooks.evaluate and due(self._hooks.evaluate_every):
+    if self._hooks.evaluate and scores:
       self._write(
+        step,
         self._hooks.evaluate(
           self.program.model, self.program.variables(self.state), step
-        )
+        ),
       )
     gives_up = self._gives_up()
     if saves or gives_up:
       self._save(position, dev_loss)
-    if evaluates or saves:
-      # The next report's speed leaves the time of this out.
-      self._log_time, self._log_step = time.monotonic(), step
+    # The next report's speed leaves the time of this out.
+    self._log_time += time.monotonic() - start
     if is_last:
       return "done"
     if gives_up:
@@ -332,44 +378,65 @@ class Trainer:
     patience = self._settings.patience
     return patience is not None and self._worse >= patience
 
-  def _report(self) -> None:
-    """Checks, writes and forgets the sums since the last report."""
-    sums = jax.device_get(self._metrics)
-    if sums is None:
-      return
-    self._metrics = None
-    self._check_finite(sums)
-    seconds = time.monotonic() - self._log_time
-    done = self._step - self._log_step
-    self._log_time, self._log_step = time.monotonic(), self._step
+  def _note(self, reports: bool) -> None:
+    """Remembers the step just dispatched; a report begins new sums."""
+    assert self._metrics is not None
+    rate = None
+    if reports:
+      # Computed now: later it would queue behind the steps dispatched by then.
+      rate = self._settings.learning_rate(self._step - 1)
+      for array in jax.tree.leaves((self._metrics, rate)):
+        if isinstance(array, jax.Array):
+          array.copy_to_host_async()
+    self._dispatched.append(
+      _Dispatched(self._step, self.program.name, self._metrics, rate)
+    )
+    if reports:
+      self._metrics = None
+
+  def _settle(self, ahead: int = 0) -> None:
+    """Waits for all steps but the last few, and tells their reports."""
+    while len(self._dispatched) > ahead:
+      done = self._dispatched.popleft()
+      jax.block_until_ready(done.sums["steps"])
+      if done.learning_rate is not None:
+        self._report(done, time.monotonic())
+
+  def _report(self, done: _Dispatched, now: float) -> None:
+    """Checks and writes the sums up to a step that was done at `now`."""
+    sums = jax.device_get(done.sums)
+    self._check_finite(sums, done.phase)
+    seconds, count = now - self._log_time, done.step - self._log_step
+    self._log_time, self._log_step = now, done.step
     loss = float(sums["nll"].sum() / sums["weight"].sum())
-    left = seconds / done * (self._settings.train_steps - self._step)
+    left = seconds / count * (self._settings.train_steps - done.step)
     speed = float(sums["tokens"]) / seconds
     self._write(
+      done.step,
       {
         **scalar_metrics(sums, self._directions),
         "tokens_per_second": speed,
-        "steps_per_second": done / seconds,
-        "learning_rate": float(self._settings.learning_rate(self._step - 1)),
-        **self._hooks.scalars(self._step - 1),
-      }
+        "steps_per_second": count / seconds,
+        "learning_rate": float(done.learning_rate),
+        **self._hooks.scalars(done.step - 1),
+      },
     )
     self._hooks.report(
       Progress(
-        self._step,
+        done.step,
         self._settings.train_steps,
-        self.program.name,
+        done.phase,
         loss,
         speed,
         left,
       )
     )
 
-  def _write(self, scalars: Mapping[str, float]) -> None:
+  def _write(self, step: int, scalars: Mapping[str, float]) -> None:
     if jax.process_index() == 0:
-      self._writer.write_scalars(self._step, scalars)
+      self._writer.write_scalars(step, scalars)
 
-  def _check_finite(self, sums: dict[str, Any]) -> None:
+  def _check_finite(self, sums: dict[str, Any], phase: str) -> None:
     bad = int(sums["bad_step"])
     if bad == steps.NEVER:
       return
@@ -392,8 +459,9 @@ class Trainer:
       else f"checkpoint_{latest} is from before it and was kept"
     )
     self._checkpoints.wait()
+    self._dispatched.clear()  # They have nothing to say after this.
     raise NonFiniteLossError(
-      f"the loss is not finite at step {bad} ({self.program.name} phase), "
+      f"the loss is not finite at step {bad} ({phase} phase), "
       f"{where}; {kept}: lower the learning rate or clip gradients more, and "
       "run the same command again"
     )
@@ -416,10 +484,11 @@ class Trainer:
     else:
       self._worse += 1
     self._write(
+      self._step,
       {
         "dev/loss": mean,
         **{f"dev/loss/{d}": v for d, v in self.dev_losses.items()},
-      }
+      },
     )
     self._hooks.message(f"step {self._step}: dev loss {mean:.3f}")
     return mean
@@ -455,6 +524,7 @@ class Trainer:
   def _convert(self, batch: Batch) -> None:
     """Goes over to the sparse program; verified on the batch that is next."""
     dense, sparse = self.program, self._program("sparse")
+    self._checkpoints.wait()  # Its copy makes room, as before an evaluation.
     self._hooks.message(
       f"step {self._step}: converting the dense model to "
       f"{self._config.num_experts} experts a layer"
@@ -466,7 +536,7 @@ class Trainer:
       f"step {self._step}: converted; largest relative difference of the "
       f"function on a training batch: {error:.1e}"
     )
-    self._write({"conversion/relative_error": error})
+    self._write(self._step, {"conversion/relative_error": error})
 
 
 def phase_config(

@@ -1,17 +1,20 @@
-"""How busy the training loop keeps the device, from a trace.
+"""What the training loop adds to a step: reports, data, checkpoints.
 
-    PYTHONPATH=. python benchmarks/loop.py --json out.json
+    PYTHONPATH=. python benchmarks/loop.py --every 10 100 --json out.json
 
-The trainer itself (`trainer.Trainer`) with rows read from disk, logging and
-checkpoints, on a network of Transformer-base's size with experts. Three times
-of a step: in the loop; bare, the same program called on batches that are on
-the device already; and the time in which the device runs kernels, from a trace
-of the loop (tracing slows the launches, not the kernels). What a checkpoint
-costs is measured by the clock.
+The trainer itself (`trainer.Trainer`) with rows read from disk, on a network of
+Transformer-base's size with experts, once for every interval of reports. A row
+of the table compares three times of a step: in the loop; bare, the same program
+on batches that are on the device already; and the time in which the device runs
+kernels, from a trace of the bare steps. busy is kernels / loop. What a
+checkpoint adds is the difference of two windows of as many steps, one of which
+begins with a checkpoint; the first of a run also compiles, and allocates the
+host's memory.
 """
 
 import argparse
 import contextlib
+import itertools
 import json
 import tempfile
 import time
@@ -36,6 +39,7 @@ from benchmarks import device_trace
 
 DIRECTIONS = 24
 VOCABULARY = 32000
+TRACED_STEPS = 20
 
 
 def write_store(directory: str, length: int, rows: int) -> row_store.RowStore:
@@ -73,40 +77,16 @@ class NoWriter:
     """See `trainer.Writer`."""
 
 
-def bare_step_ms(
-  loop: trainer.Trainer, store: row_store.RowStore, args: argparse.Namespace
-) -> float:
-  """Milliseconds of a step of the loop's program without the loop."""
-  program, state = loop.program, loop.state
-  source = train_batches(store, args.rows)
-  data = [partitioning.put_batch(next(source), program.mesh) for _ in range(4)]
-  for count in (4, args.every):  # The first few warm up.
-    start = time.perf_counter()
-    for i in range(count):
-      state, _ = program.train_step(state, None, data[i % 4])
-    jax.block_until_ready(state)
-  return 1e3 * (time.perf_counter() - start) / args.every
-
-
 def train_batches(store: row_store.RowStore, rows: int) -> batches.TrainBatches:
   """Batches with a rising temperature."""
   strategy = sampling.Strategy(heating.linear(1.0, 5.0, 100))
   return batches.TrainBatches(store, strategy, rows, 0)
 
 
-def main() -> None:
-  """Prints the figures."""
-  parser = argparse.ArgumentParser(description=__doc__)
-  parser.add_argument("--width", type=int, default=512)
-  parser.add_argument("--layers", type=int, default=6)
-  parser.add_argument("--rows", type=int, default=64)
-  parser.add_argument("--length", type=int, default=256)
-  parser.add_argument("--experts", type=int, default=16)
-  parser.add_argument("--every", type=int, default=50, help="steps, reports")
-  parser.add_argument("--json", help="file for the figures")
-  args = parser.parse_args()
+def config_of(args: argparse.Namespace) -> model.TransformerConfig:
+  """Every third block has experts."""
   blocks = tuple(range(2, args.layers, 3))
-  config = model.TransformerConfig(
+  return model.TransformerConfig(
     vocab_size=VOCABULARY,
     emb_dim=args.width,
     num_heads=args.width // 64,
@@ -120,62 +100,138 @@ def main() -> None:
     decoder_expert_blocks=blocks,
     num_experts=args.experts,
   )
+
+
+def measure_loop(
+  store: row_store.RowStore,
+  folder: str,
+  every: int,
+  args: argparse.Namespace,
+) -> tuple[dict[str, Any], trainer.Trainer]:
+  """Trains for five windows: warm, quiet, checkpoint, quiet, checkpoint.
+
+  A report comes when its step is done, and so tells the time.
+  """
+  window = args.steps
   settings = steps.Settings(
-    train_steps=4 * args.every,
+    train_steps=5 * window,
     learning_rate=optimizer.inverse_square_root(1e-3, 1000),
     optimizer=optimizer.adamw(),
-    log_every=args.every // 5,
+    log_every=every,
     eval_every=10**6,
-    save_every=3 * args.every,
+    save_every=2 * window,
+    keep_checkpoints=1,
   )
-  watch = contextlib.ExitStack()
-  trace = device_trace.Trace()
   clock: dict[int, float] = {}
 
   def report(progress: trainer.Progress) -> None:
-    nonlocal trace
-    jax.block_until_ready(loop.state)
     clock[progress.step] = time.perf_counter()
-    if progress.step == args.every:
-      trace = watch.enter_context(device_trace.recorded())
-    elif progress.step == 2 * args.every:
-      watch.close()
 
-  with tempfile.TemporaryDirectory() as folder:
-    store = write_store(f"{folder}/rows", args.length, 2 * args.rows)
-    loop = trainer.Trainer(
-      config,
-      settings,
-      partitioning.make_mesh(),
-      store.directions,
-      train_batches(store, args.rows),
-      f"{folder}/run",
-      NoWriter(),
-      hooks=trainer.Hooks(report=report),
-    )
-    with contextlib.closing(loop):
-      loop.run()
-      bare_ms = bare_step_ms(loop, store, args)
-  gap, every = settings.log_every, args.every
-  quiet = clock[3 * every - gap] - clock[2 * every + gap]
-  step_ms = 1e3 * quiet / (every - 2 * gap)
-  saving = 1e3 * (clock[3 * every + gap] - clock[3 * every])
-  figures = {
-    "device": jax.devices()[0].device_kind,
-    "jax": jax.__version__,
-    **vars(args),
-    "step_ms": round(step_ms, 3),
-    "bare_step_ms": round(bare_ms, 3),
-    "checkpoint_holds_ms": round(saving - gap * step_ms, 1),
+  loop = trainer.Trainer(
+    config_of(args),
+    settings,
+    partitioning.make_mesh(),
+    store.directions,
+    train_batches(store, args.rows),
+    folder,
+    NoWriter(),
+    hooks=trainer.Hooks(report=report),
+  )
+  with contextlib.closing(loop):
+    loop.run()
+  times = [clock[i * window] for i in range(1, 6)]
+  quiet, first, _, second = (
+    1e3 * (b - a) for a, b in itertools.pairwise(times)
+  )
+  row = {
+    "every": every,
+    "step_ms": quiet / window,
+    "first_checkpoint_adds_ms": first - quiet,
+    "second_checkpoint_adds_ms": second - quiet,
   }
+  return row, loop
+
+
+def measure_bare(
+  loop: trainer.Trainer, store: row_store.RowStore, args: argparse.Namespace
+) -> dict[str, float]:
+  """The loop's program without the loop; its state is used up."""
+  program, state = loop.program, loop.state
+  source = train_batches(store, args.rows)
+  data = [partitioning.put_batch(next(source), program.mesh) for _ in range(4)]
+
+  def run(count: int) -> float:
+    nonlocal state
+    sums = None
+    start = time.perf_counter()
+    for i in range(count):
+      state, sums = program.train_step(state, sums, data[i % 4])
+    jax.block_until_ready((state, sums))
+    return 1e3 * (time.perf_counter() - start) / count
+
+  run(4)
+  times = {"bare_ms": run(args.steps)}
+  with device_trace.recorded() as trace:
+    run(TRACED_STEPS)
   if trace.kernels:  # A CPU's are not traced.
-    kernels_ms = trace.busy_ms() / every
-    figures["kernels_ms"] = round(kernels_ms, 3)
-    figures["busy_share"] = round(kernels_ms / step_ms, 4)
-  print(figures)
+    times["kernels_ms"] = trace.busy_ms() / TRACED_STEPS
+  return times
+
+
+def print_table(rows: list[dict[str, Any]]) -> None:
+  """One line for every interval of reports."""
+  print(
+    "| reports every | step ms | bare ms | kernels ms | busy "
+    "| 1st checkpoint adds ms | 2nd |"
+  )
+  print(f"|{7 * ' --: |'}")
+  for row in rows:
+    has_trace = "kernels_ms" in row
+    kernels = f"{row['kernels_ms']:.2f}" if has_trace else ""
+    busy = f"{row['kernels_ms'] / row['step_ms']:.1%}" if has_trace else ""
+    print(
+      f"| {row['every']} | {row['step_ms']:.2f} | {row['bare_ms']:.2f} "
+      f"| {kernels} | {busy} | {row['first_checkpoint_adds_ms']:.0f} "
+      f"| {row['second_checkpoint_adds_ms']:.0f} |"
+    )
+
+
+def main() -> None:
+  """Prints the table."""
+  parser = argparse.ArgumentParser(description=__doc__)
+  parser.add_argument("--width", type=int, default=512)
+  parser.add_argument("--layers", type=int, default=6)
+  parser.add_argument("--rows", type=int, default=64)
+  parser.add_argument("--length", type=int, default=256)
+  parser.add_argument("--experts", type=int, default=16)
+  parser.add_argument(
+    "--every", type=int, nargs="+", default=[10, 100], help="steps, reports"
+  )
+  parser.add_argument("--steps", type=int, default=100, help="of a window")
+  parser.add_argument("--json", help="file for the figures")
+  args = parser.parse_args()
+  for every in args.every:
+    if args.steps % every:
+      parser.error(f"--steps {args.steps} is no multiple of --every {every}")
+  results: list[dict[str, Any]] = []
+  bare: dict[str, float] = {}
+  with tempfile.TemporaryDirectory() as folder:
+    # All runs are of one program.
+    jax.config.update("jax_compilation_cache_dir", f"{folder}/compiled")
+    store = write_store(f"{folder}/rows", args.length, 2 * args.rows)
+    for every in args.every:
+      with tempfile.TemporaryDirectory(dir=folder) as run:
+        row, loop = measure_loop(store, run, every, args)
+      bare = bare or measure_bare(loop, store, args)
+      del loop  # Its state would take the next one's room.
+      results.append({**row, **bare})
+  device = jax.devices()[0].device_kind
+  print(f"{device}, jax {jax.__version__}")
+  print_table(results)
   if args.json:
     with open(args.json, "w", encoding="utf-8") as file:
-      json.dump(figures, file)
+      figures = {"device": device, "jax": jax.__version__, **vars(args)}
+      json.dump({**figures, "results": results}, file)
 
 
 if __name__ == "__main__":

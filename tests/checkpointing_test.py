@@ -106,6 +106,41 @@ def test_arrays_come_back_where_they_are_wanted(make):
     np.testing.assert_array_equal(found, array)
 
 
+def test_saved_arrays_may_be_given_away_at_once(make):
+  sharding = partitioning.batch_sharding(toy.mesh(2, 4))
+  values = np.random.default_rng(0).normal(size=(64, 256)).astype(np.float32)
+  arrays = {
+    "split": jax.device_put(values, sharding),
+    "whole": jax.device_put(values, partitioning.replicated(toy.mesh(2, 4))),
+  }
+  expected = {"target": {name: values + 1 for name in arrays}}
+  add = jax.jit(
+    lambda tree: jax.tree.map(lambda x: x + 1, tree), donate_argnums=0
+  )
+  arrays = add(arrays)
+  live = len(jax.live_arrays())
+  checkpoints = make()
+  for step in (1, 2):
+    checkpoints.save(step, {"target": arrays}, {"step": step})
+    before, arrays = arrays, add(arrays)
+    assert all(x.is_deleted() for x in before.values())
+    checkpoints.wait()
+    found = checkpoints.restore(step, expected, "the test")
+    assert_same_bits(found, expected)
+    expected["target"] = {k: v + 1 for k, v in expected["target"].items()}
+  # The copies are gone too.
+  assert len(jax.live_arrays()) == live
+
+
+def test_what_goes_wrong_in_the_background_is_raised_by_the_next_call(make):
+  checkpoints = make()
+  checkpoints.save(1, {"target": PARAMS}, {})
+  checkpoints.save(1, {"target": PARAMS}, {})
+  with pytest.raises(ValueError, match="step 1 already exists"):
+    checkpoints.wait()
+  assert checkpoints.steps() == [1]
+
+
 def test_layout_on_disk_is_t5x_s(make):
   checkpoints = make()
   checkpoints.save(20, tree_of(optimizer.adamw()), {"data": None}, 1.5)

@@ -7,6 +7,7 @@ import math
 import os
 import shutil
 import signal
+import threading
 
 import jax
 import numpy as np
@@ -20,8 +21,10 @@ from basemt_jax import (
   conversion,
   heating,
   optimizer,
+  partitioning,
   row_store,
   sampling,
+  steps,
   trainer,
 )
 from basemt_jax import model as model_lib
@@ -63,10 +66,12 @@ class Log:
   """Takes metrics and lines; does what a test asks for on one of them."""
 
   def __init__(self, on_report=None, on_message=None):
-    self.scalars, self.reports, self.messages = {}, [], []
+    self.scalars, self.records = {}, []
+    self.reports, self.messages = [], []
     self._on_report, self._on_message = on_report, on_message
 
   def write_scalars(self, step, scalars):
+    self.records.append((step, dict(scalars)))
     self.scalars.setdefault(step, {}).update(scalars)
 
   def flush(self):
@@ -83,7 +88,11 @@ class Log:
       self._on_message(text)
 
   def hooks(self):
-    return trainer.Hooks(report=self.report, message=self.message)
+    return trainer.Hooks(
+      report=self.report,
+      message=self.message,
+      scalars=lambda step: {"temperature": 1.0 + step},
+    )
 
 
 def data(store, seed=0):
@@ -192,8 +201,11 @@ def test_dev_losses_are_those_of_each_direction_alone(whole, store):
 
 
 def test_a_run_stopped_in_every_phase_ends_with_the_same_bits(
-  whole, store, tmp_path
+  whole, store, tmp_path, monkeypatch
 ):
+  # Reports at once, so that they can say where to stop.
+  monkeypatch.setattr(trainer, "AHEAD", 0)
+
   def stopped(at=None, on_message=None):
     def report(progress):
       # What is asked for in a report holds after the next step.
@@ -293,6 +305,119 @@ def test_a_conversion_that_cannot_work_is_refused_at_the_start(
   with pytest.raises(ValueError, match=text):
     run(tmp_path, store, SETTINGS, config, log, rows, False, toy.mesh(2, 4, 1))
   assert not log.reports and not toy.saved(tmp_path)
+
+
+# ------------------------------------- the loop is ahead of the device
+
+
+# Reports every third step, at a checkpoint and at the end.
+AHEAD_SETTINGS = dataclasses.replace(
+  SHORT, train_steps=13, log_every=3, save_every=7
+)
+REPORTED = [3, 6, 7, 9, 12, 13]
+
+
+def eager_records(store):
+  """What a loop writes that waits for every step and fetches its sums."""
+  settings = AHEAD_SETTINGS
+  program = steps.Program(
+    toy.DENSE, settings, settings.learning_rate, toy.mesh(), 3
+  )
+  state, sums, source, records = program.init(), None, data(store), []
+  for step in range(1, settings.train_steps + 1):
+    rows = partitioning.put_batch(next(source), program.mesh)
+    state, sums = program.train_step(state, sums, rows)
+    fetched = jax.device_get(sums)
+    if step in REPORTED:
+      scalars = {
+        **trainer.scalar_metrics(fetched, toy.DIRECTIONS),
+        "learning_rate": float(settings.learning_rate(step - 1)),
+        "temperature": float(step),
+      }
+      records.append((step, scalars))
+      sums = None
+  return records
+
+
+def test_reports_are_those_of_a_loop_that_waits(store, tmp_path):
+  lags = []
+
+  def report(progress):
+    lags.append(int(loop.state.step) - progress.step)
+
+  log = Log(report)
+  with make(tmp_path, store, AHEAD_SETTINGS, toy.DENSE, log, dev=False) as loop:
+    assert loop.run() == "done"
+  speeds = ("tokens_per_second", "steps_per_second")
+  for _, scalars in log.records:
+    assert all(scalars.pop(name) > 0 for name in speeds)
+  assert log.records == eager_records(store)
+  assert [p.step for p in log.reports] == REPORTED
+  assert [p.loss for p in log.reports] == [s["loss"] for _, s in log.records]
+  # Some are told later, none much later, and all before a checkpoint.
+  assert lags == [4, 1, 0, 4, 1, 0]
+  assert max(lags) <= trainer.AHEAD
+
+
+def test_the_loop_is_never_further_ahead_than_it_may_be(store, tmp_path):
+  lags = {}
+
+  def report(progress):
+    lags[progress.step] = int(loop.state.step) - progress.step
+
+  settings = dataclasses.replace(SHORT, train_steps=12, save_every=12)
+  with make(
+    tmp_path, store, settings, toy.DENSE, Log(report), dev=False
+  ) as loop:
+    loop.run()
+  ahead = trainer.AHEAD
+  assert lags == {step: min(ahead, 12 - step) for step in range(1, 13)}
+
+
+def test_a_stop_tells_the_reports_that_are_due(store, tmp_path):
+  settings = dataclasses.replace(
+    SHORT, train_steps=100, log_every=2, save_every=100
+  )
+  log = Log(lambda progress: loop.stop())
+  with make(tmp_path, store, settings, toy.DENSE, log, dev=False) as loop:
+    assert loop.run() == "interrupted"
+  (last,) = toy.saved(tmp_path)
+  assert last <= 3 + trainer.AHEAD
+  told = [p.step for p in log.reports]
+  assert told == sorted({*range(2, last, 2), last})
+  assert [step for step, _ in log.records] == told
+
+
+def test_a_bad_step_is_named_though_later_ones_were_dispatched(store, tmp_path):
+  settings = dataclasses.replace(
+    SHORT, train_steps=24, log_every=2, save_every=6
+  )
+  log = Log()
+  with pytest.raises(
+    trainer.NonFiniteLossError,
+    match=r"not finite at step 7 \(dense phase\), in rows of en-fr; "
+    r"checkpoint_6 is from before it",
+  ):
+    rows = Poisoned(data(store), 7)
+    run(tmp_path, store, settings, toy.DENSE, log, rows, dev=False)
+  assert toy.saved(tmp_path) == {6: "dense"}
+  assert [p.step for p in log.reports] == [2, 4, 6]
+
+
+def test_batches_are_put_in_place_by_the_thread_that_reads_them():
+  names = []
+
+  def place(batch):
+    names.append(threading.current_thread().name)
+    if batch == 3:
+      raise ValueError("no place for 3")
+    return 2 * batch
+
+  with batches.Prefetcher(iter([1, 2, 3]), place=place) as ahead:
+    assert [next(ahead), next(ahead)] == [(2, None), (4, None)]
+    with pytest.raises(ValueError, match="no place for 3"):
+      next(ahead)
+  assert names == ["prefetch"] * 3
 
 
 # --------------------------------------------------- best, early stopping
@@ -413,11 +538,14 @@ def test_iterators_without_a_position_are_read_from_the_start(tmp_path):
 
 
 def test_batches_that_end_too_early_say_so(tmp_path):
-  rows = iter([toy.batch(0, rows=ROWS), toy.batch(1, rows=ROWS)])
-  with pytest.raises(ValueError, match="batches ended at step 2 of 4"):
-    run(tmp_path, None, SHORT, toy.DENSE, rows=rows, dev=False)
+  rows = iter([toy.batch(step, rows=ROWS) for step in range(3)])
+  settings = dataclasses.replace(SHORT, save_every=2)
+  log = Log()
+  with pytest.raises(ValueError, match="batches ended at step 3 of 4"):
+    run(tmp_path, None, settings, toy.DENSE, log, rows=rows, dev=False)
   # They can be brought back with more data.
-  assert list(toy.saved(tmp_path)) == [1, 2]
+  assert list(toy.saved(tmp_path)) == [2]
+  assert [p.step for p in log.reports] == [1, 2, 3]
 
 
 def test_a_checkpoint_of_another_run_is_refused(store, tmp_path):
