@@ -47,6 +47,33 @@ class Trace:
       end = max(end, start + length)
     return busy / 1e6
 
+  def overlaps(self, groups: Mapping[str, str]) -> dict[str, tuple[float, ...]]:
+    """(Milliseconds, of these beside other kernels, kernels) of each group.
+
+    Time in which several kernels of a group run counts once; other kernels are
+    those of no group.
+
+    Args:
+      groups: Group to regular expression over 'kernel | instruction'; the
+        first that is found counts.
+    """
+    spans: dict[str, list[tuple[float, float]]] = {name: [] for name in groups}
+    others: list[tuple[float, float]] = []
+    for name, op, start, length in self.kernels:
+      text = f"{name} | {op}"
+      group = next((g for g, p in groups.items() if re.search(p, text)), None)
+      span = (start, start + length)
+      (others if group is None else spans[group]).append(span)
+    others = _union(others)
+    return {
+      name: (
+        sum(end - start for start, end in _union(found)) / 1e6,
+        _common(_union(found), others) / 1e6,
+        len(found),
+      )
+      for name, found in spans.items()
+    }
+
   def by_source(
     self, hlo: str, groups: Mapping[str, str]
   ) -> dict[str, tuple[float, int]]:
@@ -81,6 +108,33 @@ class Trace:
       for op, (total, launches) in sums.items()
     ]
     return sorted(rows, reverse=True)[:count]
+
+
+def _union(spans: list[tuple[float, float]]) -> list[tuple[float, float]]:
+  """The same times as spans that lie apart, in order."""
+  result: list[tuple[float, float]] = []
+  for start, end in sorted(spans):
+    if result and start <= result[-1][1]:
+      result[-1] = (result[-1][0], max(result[-1][1], end))
+    else:
+      result.append((start, end))
+  return result
+
+
+def _common(
+  left: list[tuple[float, float]], right: list[tuple[float, float]]
+) -> float:
+  """Time in both of two lists of spans, each apart and in order."""
+  total, i, j = 0.0, 0, 0
+  while i < len(left) and j < len(right):
+    start = max(left[i][0], right[j][0])
+    end = min(left[i][1], right[j][1])
+    total += max(end - start, 0.0)
+    if left[i][1] < right[j][1]:
+      i += 1
+    else:
+      j += 1
+  return total
 
 
 @contextlib.contextmanager

@@ -104,7 +104,8 @@ class Size:
     emb_dim: D; heads are of 64, feed-forwards of 4 D.
     blocks: Of encoder and of decoder; every third has experts.
     num_experts: E.
-    learning_rate: Peak; cosine decay to 0 after the warm-up.
+    learning_rate: Peak, at the end of the warm-up; then falls with the inverse
+      square root of the step, which does not know how long a run will be.
     warmup_steps: Updates.
     dropout_rate: See `model.TransformerConfig`.
     evaluations: Of the dev loss, in the course of a run.
@@ -149,8 +150,8 @@ def run_of(
   settings = steps.Settings(
     train_steps=size.train_steps,
     dense_steps=steps.share_of(size.train_steps, system.dense_share),
-    learning_rate=optimizer.cosine_decay(
-      size.learning_rate, size.warmup_steps, size.train_steps
+    learning_rate=optimizer.inverse_square_root(
+      size.learning_rate, size.warmup_steps
     ),
     optimizer=optimizer.adamw(),
     log_every=max(every // 2, 1),
@@ -248,7 +249,9 @@ def make_run(
       device=device,
       jax=jax.__version__,
     )
-    run.train(described, log, CONSOLE)
+    outcome = run.train(described, log, CONSOLE)
+    if outcome != "done":
+      raise SystemExit(f"{name}, seed {seed}: {outcome}, to be made again")
     log.write(trained_after=round(time.perf_counter() - start, 1))
     trained = run.load(described, CONSOLE)
     for layer in inspection_run.expert_maps(described, trained, "validation"):

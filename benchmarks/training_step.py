@@ -3,65 +3,117 @@
     python benchmarks/training_step.py --shapes 6x64 6x256 12x64 --experts 32
 
 The very step of the trainer (`steps.Program`): packed rows of LENGTH tokens a
-side, bfloat16, AdamW; a shape is blocks a side x rows. Model FLOPs per step are
-6 times (parameters a token uses) times tokens, plus 12 * length * width per
-attention and token; MFU divides by the device's peak, given with --peak_tflops
-(989: H100 and H200 SXM, dense bfloat16). All programs are compiled at once, in
+side, the last 1/16 of the target's side padding; bfloat16, AdamW; a shape is
+blocks a side x rows. Model FLOPs per step are 6 times (parameters a token uses)
+times tokens, plus 12 * length * width per attention and token; MFU divides by
+the device's peak, given with --peak_tflops (989: H100 and H200 SXM, dense
+bfloat16). Padding counts as tokens. All programs are compiled at once, in
 threads; the dense and the sparse step of a shape are timed in turn.
+
+Memory is of one device, in GiB. By formula, with b bytes a number of the type
+of computation:
+
+  parameters, optimizer: by shapes and shardings; gradients: as the parameters;
+  rounded: the parameters once more in b bytes, unless that is float32;
+  activations: the least that a backward pass needs without computing products
+    again (what JAX saves before XLA fuses is about twice that). For a token and
+    attention: b (2 D + 4 J), the input, the normed input; queries, keys, values
+      and the joined output; with them 4 H, the logarithms of the softmax's
+      sums, where attention is fused, else H L scores in float32 and in b;
+    feed-forward: b (2 D + F) and F bytes for the signs of ReLU, or b (2 D +
+      3 F) if gated; experts: besides, b 2 D for the tokens in their slots and
+      what comes back, and the 4 E bytes of affinities;
+    each side: b 3 D, embedding, last block's output, that normed.
+    With --remat, b D a block and the most that one block needs;
+  logits: 4 V a target token, and b V their gradient.
+
+The sum has all of that at once; but gradients come while activations go, so the
+program may need less. `compiled` is what the compiler says: arguments (the
+state and the batch), outputs, those of them in the place of arguments (alias),
+and all in between (temporary). `peak` is the allocator's: it knows only that of
+the process, so that programs take their first step one after the other, the
+smallest first, and one that raised no peak shows none. D model width, F
+feed-forward width, H heads, J joined heads' width, L length, E experts, V
+vocabulary.
 """
 
 import argparse
 import concurrent.futures
+import dataclasses
 import itertools
 import json
 import statistics
 import time
+from collections.abc import Mapping
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
-from basemt_jax import model, optimizer, partitioning, steps
+from basemt_jax import (
+  compilation,
+  layers,
+  model,
+  optimizer,
+  partitioning,
+  steps,
+)
 
-VOCABULARY = 32000
+GIB = 2**30
+DIRECTIONS = 24
 
 
-def config(args: argparse.Namespace, layers: int, feed_forward: str):
+def config(args: argparse.Namespace, blocks: int, feed_forward: str):
   """Transformer-big, or as the flags say, with experts in a third of blocks."""
-  blocks = tuple(range(2, layers, 3))
+  experts = tuple(range(2, blocks, 3))
   return model.TransformerConfig(
-    vocab_size=VOCABULARY,
+    vocab_size=args.vocabulary,
     emb_dim=args.width,
     num_heads=args.width // 64,
     head_dim=64,
     mlp_dim=4 * args.width,
-    num_encoder_layers=layers,
-    num_decoder_layers=layers,
+    num_encoder_layers=blocks,
+    num_decoder_layers=blocks,
     dropout_rate=0.1,
     dtype=args.dtype,
     remat=args.remat,
     attention_implementation=args.attention or None,
     feed_forward=feed_forward,
-    encoder_expert_blocks=blocks,
-    decoder_expert_blocks=blocks,
+    encoder_expert_blocks=experts,
+    decoder_expert_blocks=experts,
     num_experts=args.experts,
   )
 
 
-def batch(rows: int, length: int, seed: int) -> dict[str, np.ndarray]:
-  """Rows of four packed examples each."""
+def batch(
+  rows: int, length: int, seed: int, vocabulary: int
+) -> dict[str, np.ndarray]:
+  """Rows of four packed examples each; the target's last 1/16 is padding.
+
+  As in real rows, which are full on one side first, target padding meets a
+  source without any.
+  """
   rng = np.random.RandomState(seed)
   shape = (rows, length)
-  segments = np.repeat(np.arange(1, 5), length // 4)[None]
-  positions = np.tile(np.arange(length // 4), 4)[None]
-  result: dict[str, np.ndarray] = {}
-  for side in ("encoder", "decoder"):
-    tokens = rng.randint(2, VOCABULARY, size=shape).astype(np.int32)
-    result[f"{side}_segment_ids"] = np.broadcast_to(segments, shape)
-    result[f"{side}_positions"] = np.broadcast_to(positions, shape)
-    result[f"{side}_input_tokens"] = tokens
-  result["decoder_target_tokens"] = tokens
-  result["decoder_loss_weights"] = np.ones(shape, np.float32)
-  result["direction"] = rng.randint(24, size=rows)
+  segments = np.repeat(np.arange(1, 5), -(-length // 4))[None, :length]
+  positions = np.tile(np.arange(-(-length // 4)), 4)[None, :length]
+  is_real = np.arange(length)[None] < length - -(-length // 16)
+  source, target = rng.randint(2, vocabulary, size=(2, *shape))
+  target = target * is_real
+  shifted = np.roll(target, 1, axis=1) * (positions > 0) * is_real
+  result = {
+    "encoder_input_tokens": source,
+    "encoder_segment_ids": np.broadcast_to(segments, shape),
+    "encoder_positions": np.broadcast_to(positions, shape),
+    "decoder_input_tokens": shifted,
+    "decoder_target_tokens": target,
+    "decoder_segment_ids": np.broadcast_to(segments * is_real, shape),
+    "decoder_positions": np.broadcast_to(positions * is_real, shape),
+    "decoder_loss_weights": np.broadcast_to(is_real, shape),
+    "direction": rng.randint(DIRECTIONS, size=rows),
+  }
   return {
     k: np.ascontiguousarray(v, np.float32 if "weights" in k else np.int32)
     for k, v in result.items()
@@ -80,101 +132,293 @@ def model_flops(cfg: model.TransformerConfig, rows: int, length: int) -> float:
   return 6.0 * used * tokens + 12.0 * scores * length * width * tokens
 
 
+# ------------------------------------------------------------------ memory
+
+
+def activation_bytes(
+  cfg: model.TransformerConfig, rows: int, length: int
+) -> int:
+  """What the backward pass needs of the blocks, by formula; see the head."""
+  size = jnp.dtype(cfg.dtype).itemsize
+  blocks = []
+  for count, is_decoder, experts in (
+    (cfg.num_encoder_layers, False, cfg.encoder_expert_blocks),
+    (cfg.num_decoder_layers, True, cfg.decoder_expert_blocks),
+  ):
+    for index in range(count):
+      is_sparse = cfg.feed_forward == "experts" and index in experts
+      attentions = (1 + is_decoder) * _attention_bytes(cfg, length)
+      blocks.append(attentions + _feed_forward_bytes(cfg, is_sparse))
+  if cfg.remat:
+    blocks = [size * cfg.emb_dim] * len(blocks) + [max(blocks)]
+  return rows * length * (sum(blocks) + 2 * 3 * size * cfg.emb_dim)
+
+
+def _attention_bytes(cfg: model.TransformerConfig, length: int) -> int:
+  """Of a token."""
+  size = jnp.dtype(cfg.dtype).itemsize
+  shape = (1, length, cfg.num_heads, cfg.head_dim)
+  heads: Any = jax.ShapeDtypeStruct(shape, jnp.dtype(cfg.dtype))
+  kind = cfg.attention_implementation or layers._implementation(heads, heads)
+  scores = 4 if kind == "cudnn" else length * (4 + (size if size < 4 else 0))
+  joined = cfg.num_heads * cfg.head_dim
+  return size * (2 * cfg.emb_dim + 4 * joined) + cfg.num_heads * scores
+
+
+def _feed_forward_bytes(cfg: model.TransformerConfig, is_sparse: bool) -> int:
+  """Of a token."""
+  size = jnp.dtype(cfg.dtype).itemsize
+  is_gated = len(cfg.mlp_activations) > 1
+  hidden = cfg.mlp_dim * (3 * size if is_gated else size + 1)
+  if not is_sparse:
+    return 2 * size * cfg.emb_dim + hidden
+  return 4 * size * cfg.emb_dim + hidden + 4 * cfg.num_experts
+
+
+def memory(
+  found: "Compiled", rows: int, length: int
+) -> dict[str, dict[str, int]]:
+  """Bytes of one device: by `formula`, and of the `compiled` program."""
+  program = found.program
+  cfg, shapes, shardings = (
+    program.model.config,
+    program.shapes,
+    program.shardings,
+  )
+  own = rows // (program.mesh.shape["data"] * program.mesh.shape["expert"])
+  parameters = compilation.device_bytes(shapes.params, shardings.params)
+  size = jnp.dtype(cfg.dtype).itemsize
+  formula = {
+    "parameters": parameters,
+    "optimizer": compilation.device_bytes(
+      shapes.opt_state, shardings.opt_state
+    ),
+    "gradients": parameters,
+    "rounded": parameters * size // 4 if size < 4 else 0,
+    "activations": activation_bytes(cfg, own, length),
+    "logits": own * length * cfg.vocab_size * (4 + size),
+  }
+  stats = found.step.memory_analysis()
+  compiled_ = {
+    "arguments": stats.argument_size_in_bytes,
+    "temporary": stats.temp_size_in_bytes,
+    "outputs": stats.output_size_in_bytes,
+    "alias": stats.alias_size_in_bytes,
+  }
+  return {
+    "formula": {**formula, "sum": sum(formula.values())},
+    "compiled": {**compiled_, "total": found.bytes},
+  }
+
+
+def print_memory(name: str, figures: Mapping[str, Any]) -> None:
+  """One program's memory in GiB."""
+  for kind in ("formula", "compiled"):
+    cells = (f"{k} {v / GIB:.3f}" for k, v in figures[kind].items())
+    print(f"{name}  {kind}: {'  '.join(cells)}")
+  if peak := figures.get("peak"):
+    print(f"{name}  peak {peak / GIB:.3f}", flush=True)
+
+
+# ---------------------------------------------------------------- programs
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+  """A program whose step and initialisation are compiled.
+
+  Attributes:
+    program: What was compiled.
+    init: () -> state.
+    step: (state, batch) -> state, sums; the state's arrays are taken over.
+    seconds: Tracing, lowering and compiling.
+  """
+
+  program: steps.Program
+  init: Any
+  step: Any
+  seconds: float
+
+  @property
+  def bytes(self) -> int:
+    """Memory of a device that the compiler plans with for a step."""
+    stats = self.step.memory_analysis()
+    return int(
+      stats.argument_size_in_bytes
+      + stats.output_size_in_bytes
+      - stats.alias_size_in_bytes
+      + stats.temp_size_in_bytes
+    )
+
+
 def compiled(
-  args: argparse.Namespace, shape: tuple[int, int], feed_forward: str
-) -> tuple[steps.Program, float]:
-  """A program after its first step, and the seconds that took."""
-  layers, rows = shape
-  mesh = partitioning.make_mesh(args.expert_devices)
+  cfg: model.TransformerConfig,
+  mesh: Mesh,
+  rows: int,
+  length: int,
+  warmup: int = 1000,
+) -> Compiled:
+  """Compiles, and runs nothing, so that threads can do several at once."""
   settings = steps.Settings(
     train_steps=10**6,
-    learning_rate=optimizer.inverse_square_root(1e-3, 1000),
+    learning_rate=optimizer.inverse_square_root(1e-3, warmup),
     optimizer=optimizer.adamw(),
   )
-  program = steps.Program(
-    config(args, layers, feed_forward),
-    settings,
-    settings.learning_rate,
-    mesh,
-    24,
-  )
   start = time.perf_counter()
-  data = partitioning.put_batch(batch(rows, args.length, 0), mesh)
-  state, _ = program.train_step(program.init(), None, data)
-  jax.block_until_ready(state)
-  return program, time.perf_counter() - start
+  program = steps.Program(
+    cfg, settings, settings.learning_rate, mesh, DIRECTIONS
+  )
+  sharding = partitioning.batch_sharding(mesh)
+  data = {
+    name: jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=sharding)
+    for name, value in batch(rows, length, 0, cfg.vocab_size).items()
+  }
+  step = program.lower(data).compile()
+  init = program.lower_init().compile()
+  key, _ = steps.keys(settings.seed)
+  return Compiled(program, lambda: init(key), step, time.perf_counter() - start)
+
+
+def batches(
+  found: Compiled, rows: int, length: int, count: int
+) -> list[dict[str, Any]]:
+  """Different batches on a program's devices."""
+  return [
+    partitioning.put_batch(
+      batch(rows, length, seed, found.program.model.config.vocab_size),
+      found.program.mesh,
+    )
+    for seed in range(count)
+  ]
+
+
+def check_finite(name: str, sums: Mapping[str, Any]) -> None:
+  """Ends the program if a step's loss or gradients are not finite."""
+  if int(sums["bad_step"]) != steps.NEVER:
+    loss = float(jnp.sum(sums["loss"]) / jnp.sum(sums["weight"]))
+    raise SystemExit(
+      f"{name}: loss {loss} and gradient norm {float(sums['grad_norm'])} of "
+      f"step {int(sums['bad_step'])} are not both finite, so its figures would "
+      "mean nothing"
+    )
+
+
+def first_steps(
+  programs: Mapping[Any, Compiled], rows: Mapping[Any, int], length: int
+) -> dict[Any, int | None]:
+  """Takes every program's first step, one at a time; the peaks of memory.
+
+  Returns:
+    Bytes on the first device; None where the process had a higher peak before,
+    or the device does not say.
+  """
+  peaks: dict[Any, int | None] = {}
+  before = 0
+  for key in sorted(programs, key=lambda key: programs[key].bytes):
+    found = programs[key]
+    data = batches(found, rows[key], length, 1)[0]
+    state, sums = found.step(found.init(), data)
+    check_finite(str(key), sums)
+    del state, sums, data
+    device = found.program.mesh.devices.flat[0]
+    peak = (device.memory_stats() or {}).get("peak_bytes_in_use", 0)
+    peaks[key] = peak if peak > before else None
+    before = max(before, peak)
+  return peaks
 
 
 def times(
-  programs: dict[str, steps.Program], rows: int, args: argparse.Namespace
+  programs: Mapping[str, Compiled], rows: int, length: int, repeats: int
 ) -> dict[str, list[float]]:
-  """Seconds of a step of each program, measured in turn on four batches."""
-  mesh = next(iter(programs.values())).mesh
-  batches = [
-    partitioning.put_batch(batch(rows, args.length, seed), mesh)
-    for seed in range(4)
-  ]
-  states = {name: program.init() for name, program in programs.items()}
+  """Seconds of a step of each program, measured in turn on four batches.
+
+  The programs are of one mesh, and have taken a step before.
+  """
+  data = batches(next(iter(programs.values())), rows, length, 4)
+  states = {name: found.init() for name, found in programs.items()}
   seconds: dict[str, list[float]] = {name: [] for name in programs}
-  for _ in range(args.repeats):
-    for name, program in programs.items():
+  jax.block_until_ready(states)
+  for _ in range(repeats):
+    for name, found in programs.items():
       start = time.perf_counter()
-      for data in batches:
-        states[name], _ = program.train_step(states[name], None, data)
+      for each in data:
+        states[name], sums = found.step(states[name], each)
       jax.block_until_ready(states[name])
-      seconds[name].append((time.perf_counter() - start) / len(batches))
+      seconds[name].append((time.perf_counter() - start) / len(data))
+      check_finite(name, sums)
   return seconds
 
 
-def main() -> None:
-  """Prints the table."""
-  parser = argparse.ArgumentParser(description=__doc__)
-  parser.add_argument("--shapes", nargs="+", default=["6x64"])
+def add_network_flags(parser: argparse.ArgumentParser) -> None:
+  """What `config` reads, the length, and how often to measure."""
   parser.add_argument("--width", type=int, default=1024)
+  parser.add_argument("--vocabulary", type=int, default=32000)
   parser.add_argument("--length", type=int, default=256)
   parser.add_argument("--experts", type=int, default=32)
-  parser.add_argument("--expert_devices", type=int, default=1)
   parser.add_argument("--dtype", default="bfloat16")
   parser.add_argument("--remat", action="store_true")
   parser.add_argument("--attention", default="")
   parser.add_argument("--repeats", type=int, default=10)
+
+
+def main() -> None:
+  """Prints the tables."""
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  add_network_flags(parser)
+  parser.add_argument("--shapes", nargs="+", default=["6x64"])
+  parser.add_argument("--expert_devices", type=int, default=1)
   parser.add_argument("--peak_tflops", type=float, default=989.0)
   parser.add_argument("--json", help="file for the figures")
   args = parser.parse_args()
   shapes = [tuple(int(x) for x in s.split("x")) for s in args.shapes]
   device = jax.devices()[0]
   print(f"{jax.device_count()} x {device.device_kind}, jax {jax.__version__}")
+  mesh = partitioning.make_mesh(args.expert_devices)
   keys = list(itertools.product(shapes, ("dense", "experts")))
   with concurrent.futures.ThreadPoolExecutor() as pool:
-    found = pool.map(lambda key: compiled(args, *key), keys)
+    found = pool.map(
+      lambda key: compiled(
+        config(args, key[0][0], key[1]), mesh, key[0][1], args.length
+      ),
+      keys,
+    )
     programs = dict(zip(keys, found, strict=True))
-  rows_of_table = []
+  peaks = first_steps(programs, {key: key[0][1] for key in keys}, args.length)
+  rows_of_table: list[dict[str, Any]] = []
   for shape in shapes:
-    layers, rows = shape
-    pair = {n: programs[shape, n][0] for n in ("dense", "experts")}
+    layers_, rows = shape
+    pair = {n: programs[shape, n] for n in ("dense", "experts")}
     medians = {
       name: statistics.median(seconds)
-      for name, seconds in times(pair, rows, args).items()
+      for name, seconds in times(pair, rows, args.length, args.repeats).items()
     }
-    flops = model_flops(config(args, layers, "dense"), rows, args.length)
+    flops = model_flops(config(args, layers_, "dense"), rows, args.length)
     for name, median in medians.items():
       peak = args.peak_tflops * 1e12 * jax.device_count()
       row = {
-        "blocks": layers,
+        "blocks": layers_,
         "rows": rows,
         "model": name,
         "ms": round(median * 1e3, 2),
         "mfu": round(flops / median / peak, 4),
         "tokens_per_s": round(2 * rows * args.length / median),
         "ratio": round(median / medians["dense"], 4),
-        "compile_s": round(programs[shape, name][1], 1),
+        "compile_s": round(pair[name].seconds, 1),
       }
-      rows_of_table.append(row)
       print("  ".join(f"{k} {v}" for k, v in row.items()), flush=True)
-  memory = device.memory_stats() or {}
-  print(f"peak memory {memory.get('peak_bytes_in_use', 0) / 2**30:.1f} GiB")
+      figures = {
+        **memory(pair[name], rows, args.length),
+        "peak": peaks[shape, name],
+      }
+      rows_of_table.append({**row, "memory": figures})
+  print("\nmemory of a device, GiB")
+  for row in rows_of_table:
+    name = f"{row['blocks']}x{row['rows']} {row['model']}"
+    print_memory(name, row["memory"])
   if args.json:
-    figures = {
+    written = {
       "device": device.device_kind,
       "devices": jax.device_count(),
       "jax": jax.__version__,
@@ -182,7 +426,7 @@ def main() -> None:
       "figures": rows_of_table,
     }
     with open(args.json, "w", encoding="utf-8") as file:
-      json.dump(figures, file)
+      json.dump(written, file)
 
 
 if __name__ == "__main__":

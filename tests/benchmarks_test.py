@@ -1,6 +1,10 @@
-"""WMT-15, ML-50, OPUS-100 as mixtures; SeqIO's cache of their tasks."""
+"""WMT-15, ML-50, OPUS-100 as mixtures, SeqIO's cache; the measurements.
+
+The measurements of `benchmarks/` run here for what they compute, not for times.
+"""
 
 import gzip
+import importlib
 import json
 import os
 import pathlib
@@ -14,7 +18,7 @@ import seqio
 import tensorflow_datasets as tfds
 
 import gin
-from basemt_jax import cli, heating, mixtures, sampling, task_cache
+from basemt_jax import cli, heating, mixtures, sampling, steps, task_cache
 from tasks import ml50, opus100, wmt15
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -255,3 +259,107 @@ def test_a_cache_is_finished_once_and_of_one_source(folder, tmp_path):
   task = seqio.TaskRegistry.get("wmt15.en_gu")
   with pytest.raises(ValueError, match="was cached from other data"):
     task_cache.cache_task(task, tmp_path / "cache")
+
+
+# ----------------------------------------------------------- measurements
+
+
+@pytest.fixture
+def script(monkeypatch):
+  """Imports a script of `benchmarks/`."""
+  monkeypatch.syspath_prepend(str(ROOT))
+  return lambda name: importlib.import_module(f"benchmarks.{name}")
+
+
+def test_synthetic_rows_are_padded_as_real_ones(script):
+  rows = script("training_step").batch(3, 32, 0, 100)
+  for name in ("input_tokens", "segment_ids", "positions"):
+    assert not rows[f"decoder_{name}"][:, 30:].any()
+    assert rows[f"encoder_{name}"][:, 30:].all()
+  is_real = np.arange(32)[None] < 30
+  targets = rows["decoder_target_tokens"]
+  np.testing.assert_array_equal(targets > 0, np.tile(is_real, (3, 1)))
+  np.testing.assert_array_equal(rows["decoder_loss_weights"], targets > 0)
+  # Targets shifted within each of four segments.
+  inputs = rows["decoder_input_tokens"].reshape(3, 4, 8)
+  assert not inputs[:, :, 0].any()
+  expected = targets.reshape(3, 4, 8)[:, :, :-1]
+  shown = rows["decoder_segment_ids"].reshape(3, 4, 8)[:, :, 1:] > 0
+  np.testing.assert_array_equal(inputs[:, :, 1:], expected * shown)
+
+
+def test_time_of_kernels_beside_others(script):
+  """Spans by hand; ns. Two streams, one kernel inside of another."""
+  trace = script("device_trace").Trace(
+    [
+      ("ncclSendRecv", "", 0e6, 10e6),
+      ("gemm", "", 4e6, 4e6),
+      ("copy", "", 7e6, 4e6),
+      ("other", "all-reduce.1", 9e6, 2e6),
+      ("ncclSendRecv", "", 20e6, 1e6),
+    ]
+  )
+  found = trace.overlaps(
+    {"exchange": "SendRecv", "sum": "all-reduce", "none": "nothing"}
+  )
+  # 0 to 10 and 20 to 21, of which others run 4 to 10; 9 to 11.
+  assert found == {
+    "exchange": (11.0, 6.0, 2),
+    "sum": (2.0, 2.0, 1),
+    "none": (0.0, 0.0, 0),
+  }
+
+
+def test_figures_of_steps_that_are_not_finite_are_refused(script):
+  training_step = script("training_step")
+  sums = {
+    "loss": np.array([np.nan, 1.0]),
+    "weight": np.ones(2),
+    "grad_norm": np.float32(np.inf),
+    "bad_step": np.int32(steps.NEVER),
+  }
+  training_step.check_finite("dense", sums)
+  sums["bad_step"] = np.int32(7)
+  message = (
+    "dense: loss nan and gradient norm inf of step 7 are not both finite"
+  )
+  with pytest.raises(SystemExit, match=message):
+    training_step.check_finite("dense", sums)
+
+
+@pytest.mark.slow
+def test_two_devices_do_what_one_does(tmp_path):
+  """The whole measurement of several devices, on two simulated ones."""
+  out = tmp_path / "devices.json"
+  flags = "--width 64 --length 32 --vocabulary 384 --experts 4 --rows 16"
+  flags += f" --blocks 3 --check_width 64 --repeats 1 --steps 4 --json {out}"
+  subprocess.run(
+    [sys.executable, "benchmarks/devices.py", *flags.split()],
+    cwd=ROOT,
+    env={
+      **os.environ,
+      "PYTHONPATH": ".",
+      "XLA_FLAGS": os.environ["XLA_FLAGS"].replace("count=8", "count=2"),
+    },
+    check=True,
+  )
+  found = json.loads(out.read_text())
+  assert [(r["devices"], r["model"]) for r in found["speed"]] == [
+    (devices, name) for devices in (1, 2) for name in ("dense", "experts")
+  ]
+  assert all(r["tokens_per_s"] > 0 for r in found["speed"])
+  equality = found["equality"]
+  assert equality["tokens_with_another_expert"] == 0
+  # 32 rows, 32 source and 30 target tokens.
+  assert equality["tokens_routed"] == 32 * (32 + 30)
+  assert equality["loss_difference"] < 1e-5
+  assert equality["gradient_difference_worst"] < 1e-4
+  assert equality["curve_difference_before"] < 1e-5
+  # There and back, forward and backward, in two layers; half goes away.
+  (split,) = {
+    tuple(c["split_bytes"]) for c in found["exchanges"]["all_to_alls"]
+  }
+  slots = 16 * 32  # a device's tokens, for all experts
+  assert len(found["exchanges"]["all_to_alls"]) == 8
+  assert found["exchanges"]["equal_splits"]
+  assert split == (slots * 64 * 4 // 2,) * 2
