@@ -111,8 +111,13 @@ class Embed(nn.Module):
     )
 
   def __call__(self, tokens: Array) -> Array:
-    """Looks up int tokens [B, L]: [B, L, D] in `dtype`."""
-    return jnp.take(self.embedding.astype(self.dtype), tokens, axis=0)
+    """Looks up int tokens [B, L]: [B, L, D] in `dtype`.
+
+    Rounded after the look-up, so that the gradients of a frequent token, of
+    which a batch has thousands, are summed in float32. In half precision the
+    sum would lose most of them, and GPUs add colliding halves very slowly.
+    """
+    return jnp.take(self.embedding, tokens, axis=0).astype(self.dtype)
 
   def attend(self, x: Array) -> Array:
     """Logits [B, L, V] float32 of x [B, L, D]."""

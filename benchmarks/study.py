@@ -2,13 +2,16 @@
 
     PYTHONPATH=. python benchmarks/study.py prepare --data FOLDER --store DIR
     PYTHONPATH=. python benchmarks/study.py run --store DIR --logs docs/study
+    PYTHONPATH=. python benchmarks/study.py speed --store DIR --logs docs/study
     PYTHONPATH=. python benchmarks/study_report.py --logs docs/study
 
 `prepare` packs a folder of files (see `tasks/files.py`) once; it needs SeqIO,
-`run` does not. `run` trains one system and seed after the other, and leaves a
-log (JSONL) of each; what has a complete log is not run again, so that an
-interrupted study goes on with the next run. `--part 1/2` does every second run:
-one process for each of two GPUs.
+the others do not. `run` trains one system and seed after the other, and leaves
+a log (JSONL) of each; what has a complete log is not run again, so that an
+interrupted study goes on with the next run. Several processes may run at once,
+on one GPU or several (`CUDA_VISIBLE_DEVICES`): each takes the next run that
+nobody is making. Since they may share a GPU, a run's clock says little: `speed`
+times a training step of every network, alone, and the report counts in that.
 
 The systems are those of `gin/recipes/`. All see the same number of tokens, the
 dense phase included, and all but `dense_wide` spend the same FLOPs on each.
@@ -17,10 +20,12 @@ dense phase included, and all but `dense_wide` spend the same FLOPs on each.
 import argparse
 import contextlib
 import dataclasses
+import fcntl
 import gzip
 import json
 import pathlib
 import shutil
+import statistics
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -34,6 +39,7 @@ from basemt_jax import (
   inspection_run,
   model,
   optimizer,
+  partitioning,
   routing,
   row_store,
   run,
@@ -111,15 +117,15 @@ class Size:
     evaluations: Of the dev loss, in the course of a run.
   """
 
-  train_steps: int = 6000
-  batch_size: int = 128
+  train_steps: int = 4000
+  batch_size: int = 256
   emb_dim: int = 384
   blocks: int = 6
   num_experts: int = 16
-  learning_rate: float = 1e-3
+  learning_rate: float = 2e-3
   warmup_steps: int = 600
   dropout_rate: float = 0.1
-  evaluations: int = 30
+  evaluations: int = 25
 
 
 def run_of(
@@ -171,7 +177,7 @@ def run_of(
     data_seed=seed,
     store_dir=store_dir,
     bands=BANDS,
-    search=translation.SearchOptions(batch_size=512),
+    search=translation.SearchOptions(batch_size=1024),
   )
 
 
@@ -179,10 +185,16 @@ class Log:
   """A run's JSONL file; takes metrics as a `trainer.Writer`.
 
   Kept are the dev losses, the training loss and the speed.
+
+  Raises:
+    BlockingIOError: Another process writes the file.
   """
 
   def __init__(self, path: pathlib.Path):
-    self._file = path.open("w", encoding="utf-8")
+    self._file = path.open("a", encoding="utf-8")
+    # The lock ends with the process, however that ends.
+    fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    self._file.truncate(0)
 
   def write(self, **record: Any) -> None:
     """Writes one line."""
@@ -232,23 +244,30 @@ def make_run(
   logs: pathlib.Path,
   work: pathlib.Path,
 ) -> None:
-  """Trains and evaluates one system with one seed."""
-  system = SYSTEMS[name]
-  model_dir = work / f"{name}_{seed}"
-  # Half a run of before would make the clock wrong.
-  shutil.rmtree(model_dir, ignore_errors=True)
-  described = run_of(system, size, seed, store_dir, str(model_dir))
+  """Trains and evaluates one system with one seed.
+
+  Raises:
+    BlockingIOError: Another process does.
+  """
   path = logs / f"{name}_{seed}.jsonl"
-  device = jax.devices()[0].device_kind
-  start = time.perf_counter()
   with contextlib.closing(Log(path.with_suffix(".part"))) as log:
+    if is_complete(path):  # Since it was looked at last.
+      path.with_suffix(".part").unlink()
+      return
+    print(f"{name}, seed {seed}", flush=True)
+    system = SYSTEMS[name]
+    model_dir = work / f"{name}_{seed}"
+    # Half a run of before would start with its own size and warm-up.
+    shutil.rmtree(model_dir, ignore_errors=True)
+    described = run_of(system, size, seed, store_dir, str(model_dir))
     log.write(
       system=name,
       seed=seed,
       size=dataclasses.asdict(size),
-      device=device,
+      device=jax.devices()[0].device_kind,
       jax=jax.__version__,
     )
+    start = time.perf_counter()
     outcome = run.train(described, log, CONSOLE)
     if outcome != "done":
       raise SystemExit(f"{name}, seed {seed}: {outcome}, to be made again")
@@ -262,7 +281,7 @@ def make_run(
     for beam in (1, 4) if system.beam else (1,):
       _translate(described, trained, beam, log, work / "translations")
     log.write(finished=round(time.perf_counter() - start, 1))
-  path.with_suffix(".part").rename(path)
+    path.with_suffix(".part").rename(path)
   shutil.rmtree(model_dir)
 
 
@@ -295,6 +314,44 @@ def _translate(
   name = pathlib.Path(described.model_dir).name
   with gzip.open(folder / f"{name}_beam{beam}.json.gz", "wt") as file:
     json.dump({t.direction: list(t.hypotheses) for t in translations}, file)
+
+
+def network_of(system: System) -> str:
+  """Names what decides a step's time: the kind of feed-forward and router."""
+  if system.feed_forward != "experts":
+    return system.feed_forward
+  return type(system.router).__name__
+
+
+def speed(size: Size, store_dir: str, logs: pathlib.Path) -> None:
+  """Writes speed.json: milliseconds of a training step of every network."""
+  programs = {}
+  for system in SYSTEMS.values():
+    described = run_of(system, size, 0, store_dir, "")
+    if network_of(system) not in programs:
+      phase = "sparse" if system.feed_forward == "experts" else "dense"
+      programs[network_of(system)] = run.program(described, None, phase)
+  source = described.train_batches(described.store())
+  mesh = described.mesh()
+  data = [partitioning.put_batch(next(source), mesh) for _ in range(4)]
+  states = {name: program.init() for name, program in programs.items()}
+  times: dict[str, list[float]] = {name: [] for name in programs}
+  for _ in range(8):  # The first compiles.
+    for name, program in programs.items():
+      start = time.perf_counter()
+      for i in range(20):
+        states[name], _ = program.train_step(states[name], None, data[i % 4])
+      jax.block_until_ready(states[name])
+      times[name].append(1e3 * (time.perf_counter() - start) / 20)
+  medians = {n: round(statistics.median(t[1:]), 3) for n, t in times.items()}
+  record = {
+    "device": jax.devices()[0].device_kind,
+    "jax": jax.__version__,
+    "size": dataclasses.asdict(size),
+    "step_ms": medians,
+  }
+  (logs / "speed.json").write_text(json.dumps(record, indent=1) + "\n")
+  print(medians)
 
 
 def prepare(data: str, store: str, vocab_size: int, length: int) -> None:
@@ -334,31 +391,29 @@ def main() -> None:
   sub.add_argument("--vocab_size", type=int, default=8000)
   sub.add_argument("--length", type=int, default=64)
   sub = commands.add_parser("run")
-  sub.add_argument("--store", required=True)
-  sub.add_argument("--logs", type=pathlib.Path, required=True)
   sub.add_argument("--work", type=pathlib.Path, default="runs/study")
   sub.add_argument("--systems", nargs="+", choices=SYSTEMS, default=SYSTEMS)
   sub.add_argument("--seeds", type=int, help="default: each system's own")
-  sub.add_argument("--size", nargs="+", default=[], metavar="FIELD=VALUE")
-  sub.add_argument("--part", default="1/1", metavar="I/N")
+  both = [sub, commands.add_parser("speed")]
+  for sub in both:
+    sub.add_argument("--store", required=True)
+    sub.add_argument("--logs", type=pathlib.Path, required=True)
+    sub.add_argument("--size", nargs="+", default=[], metavar="FIELD=VALUE")
   options = parser.parse_args()
   if options.command == "prepare":
     prepare(options.data, options.store, options.vocab_size, options.length)
     return
   options.logs.mkdir(parents=True, exist_ok=True)
-  wanted = [
-    (name, seed)
-    for seed in range(3)
-    for name in options.systems
-    if seed < (options.seeds or SYSTEMS[name].seeds)
-  ]
-  part, parts = (int(x) for x in options.part.split("/"))
   size = size_from(options.size)
-  for name, seed in wanted[part - 1 :: parts]:
-    if is_complete(options.logs / f"{name}_{seed}.jsonl"):
-      continue
-    print(f"{name}, seed {seed}", flush=True)
-    make_run(name, seed, size, options.store, options.logs, options.work)
+  if options.command == "speed":
+    speed(size, options.store, options.logs)
+    return
+  for seed in range(3):
+    for name in options.systems:
+      wanted = seed < (options.seeds or SYSTEMS[name].seeds)
+      if wanted and not is_complete(options.logs / f"{name}_{seed}.jsonl"):
+        with contextlib.suppress(BlockingIOError):  # Another one makes it.
+          make_run(name, seed, size, options.store, options.logs, options.work)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 
-from basemt_jax import evaluation, row_store, run
+from basemt_jax import evaluation, row_store, run, steps
 from benchmarks import study
 
 matplotlib.use("Agg")
@@ -43,8 +43,8 @@ class Finished:
     seed: Its seed.
     header: Device, versions, size.
     steps: [K] of the evaluations.
-    seconds: [K] of training until then, without compiling, evaluating and
-      saving.
+    seconds: [K] of training until then: steps times the time of a step alone
+      on the device, without compiling, evaluating, converting and saving.
     losses: Direction to dev losses [K], nats per token.
     pairs: Direction to training pairs.
     bands: Direction to 'high', 'mid' or 'low'.
@@ -78,14 +78,11 @@ class Finished:
     return float(bleu), float(chrf)
 
 
-def read(path: pathlib.Path) -> Finished:
-  """Reads a complete log."""
+def read(path: pathlib.Path, step_ms: Mapping[str, float]) -> Finished:
+  """Reads a complete log; `step_ms` as in speed.json."""
   header, *records = (
     json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()
   )
-  speeds = {
-    r["step"]: r["steps_per_second"] for r in records if "steps_per_second" in r
-  }
   evaluations = [r for r in records if "dev/loss" in r]
   tests = [r for r in records if "test" in r]
   prefix = "dev/loss/"
@@ -100,7 +97,7 @@ def read(path: pathlib.Path) -> Finished:
     header["seed"],
     header,
     np.array(at),
-    _seconds(speeds, at),
+    _seconds(header, np.array(at), step_ms),
     {d: np.array([r[prefix + d] for r in evaluations]) for d in directions},
     {r["test"]: r["pairs"] for r in tests},
     {r["test"]: r["band"] for r in tests},
@@ -113,19 +110,14 @@ def read(path: pathlib.Path) -> Finished:
   )
 
 
-def _seconds(speeds: Mapping[int, float], at: Sequence[int]) -> np.ndarray:
-  """Seconds of training until each step, from steps a second of intervals.
-
-  Intervals in which a program was compiled are far slower than the typical one
-  and count as that.
-  """
-  typical = statistics.median(speeds.values())
-  total, before, result = 0.0, 0, {}
-  for step in sorted(speeds):
-    speed = speeds[step] if speeds[step] > typical / 2 else typical
-    total, before = total + (step - before) / speed, step
-    result[step] = total
-  return np.array([result[step] for step in at])
+def _seconds(
+  header: Mapping[str, Any], at: np.ndarray, step_ms: Mapping[str, float]
+) -> np.ndarray:
+  """Seconds of training until each step, the dense phase's at its own speed."""
+  system = study.SYSTEMS[header["system"]]
+  dense = steps.share_of(header["size"]["train_steps"], system.dense_share)
+  after = np.maximum(at - dense, 0) * step_ms[study.network_of(system)]
+  return (np.minimum(at, dense) * step_ms["dense"] + after) / 1e3
 
 
 def reached(x: np.ndarray, losses: np.ndarray, target: float) -> float | None:
@@ -416,10 +408,11 @@ def main() -> None:
   parser.add_argument("--translations", type=pathlib.Path)
   parser.add_argument("--store")
   options = parser.parse_args()
+  speed = json.loads((options.logs / "speed.json").read_text())
   runs: dict[str, list[Finished]] = {}
   for name in study.SYSTEMS:
     paths = sorted(options.logs.glob(f"{name}_[0-9]*.jsonl"))
-    found = [read(path) for path in paths]
+    found = [read(path, speed["step_ms"]) for path in paths]
     found = [one for one in found if one.system == name]
     if found:
       runs[name] = found
