@@ -347,11 +347,17 @@ class Attention(nn.Module):
     return query, cached_key.value, cached_value.value, mask
 
 
+# Queries and keys that cuDNN's fused attention handles at a time.
+_FUSED_TILE = 128
+
+
 def _implementation(query: Array, key: Array) -> str:
   """'cudnn' on GPUs for what its fused attention takes, else 'xla'.
 
   The fused kernel does not write scores [B, H, Lq, Lk] to memory. It takes
-  half precision only, and is of no use for a single query.
+  half precision only, and whole tiles of 128: its backward pass also works out
+  the weights exp(0 - log Z) of keys beyond the end of the last tile, which
+  overflow once all scores of a query are below -88, and makes NaN of them.
   """
   _, length, _, width = query.shape
   fits = (
@@ -359,8 +365,8 @@ def _implementation(query: Array, key: Array) -> str:
     and query.dtype in (jnp.bfloat16, jnp.float16)
     and width % 8 == 0
     and width <= 128
-    and length % 2 == 0
-    and key.shape[1] % 2 == 0
+    and length % _FUSED_TILE == 0
+    and key.shape[1] % _FUSED_TILE == 0
   )
   return "cudnn" if fits else "xla"
 

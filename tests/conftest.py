@@ -5,7 +5,7 @@ import os
 # Before jax is imported anywhere: sharding is tested on simulated devices.
 # Most of the time goes into compiling, a third of that into optimising machine
 # code that runs once.
-os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["JAX_PLATFORMS"] = os.environ.get("TEST_PLATFORM", "cpu")
 os.environ["XLA_FLAGS"] = " ".join(
   [
     os.environ.get("XLA_FLAGS", ""),

@@ -270,3 +270,14 @@ def test_without_empty_rows():
   assert is_empty.sum() == 1  # The source of the first row has no padding.
   np.testing.assert_array_equal(filled[~is_empty], mask[~is_empty])
   assert filled[is_empty].all()
+
+
+@pytest.mark.parametrize(
+  ("length", "expected"), [(64, "xla"), (192, "xla"), (256, "cudnn")]
+)
+def test_fused_attention_takes_whole_tiles_only(length, expected, monkeypatch):
+  monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+  heads = jnp.zeros((2, length, 4, 64), jnp.bfloat16)
+  assert layers._implementation(heads, heads) == expected
+  single = jnp.zeros((2, 1, 4, 64), jnp.bfloat16)
+  assert layers._implementation(single, heads) == "xla"
