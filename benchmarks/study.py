@@ -34,6 +34,7 @@ import jax
 import numpy as np
 
 from basemt_jax import (
+  conversion,
   evaluation,
   heating,
   inspection_run,
@@ -63,6 +64,8 @@ class System:
     router: Chooses experts.
     seeds: How many runs the study makes of it.
     beam: Whether its translations are searched with a beam, too.
+    reinitialise, noise, centroids, optimizer: See `conversion.Options`.
+    rewarm_steps: See `steps.Settings`.
   """
 
   feed_forward: str = "experts"
@@ -73,6 +76,11 @@ class System:
   router: routing.Router = routing.BalancedRouter()  # noqa: RUF009
   seeds: int = 1
   beam: bool = False
+  reinitialise: float = 0.0
+  noise: float = 0.0
+  centroids: str = "orthogonal"
+  optimizer: str = "reset"
+  rewarm_steps: int = 0
 
   def temperature(self, train_steps: int) -> heating.Schedule:
     """The schedule, over the whole run."""
@@ -156,6 +164,10 @@ def run_of(
   settings = steps.Settings(
     train_steps=size.train_steps,
     dense_steps=steps.share_of(size.train_steps, system.dense_share),
+    conversion_options=conversion.Options(
+      system.reinitialise, system.noise, system.centroids, system.optimizer
+    ),
+    rewarm_steps=system.rewarm_steps,
     learning_rate=optimizer.inverse_square_root(
       size.learning_rate, size.warmup_steps
     ),
@@ -206,7 +218,7 @@ class Log:
       name: round(float(value), 5)
       for name, value in scalars.items()
       if name.startswith("dev/loss")
-      or name in ("train/loss", "loss", "steps_per_second", "temperature")
+      or name in ("loss", "steps_per_second", "gradient_norm")
     }
     if kept:
       self.write(step=step, **kept)
@@ -238,6 +250,7 @@ def is_complete(path: pathlib.Path) -> bool:
 
 def make_run(
   name: str,
+  system: System,
   seed: int,
   size: Size,
   store_dir: str,
@@ -255,7 +268,6 @@ def make_run(
       path.with_suffix(".part").unlink()
       return
     print(f"{name}, seed {seed}", flush=True)
-    system = SYSTEMS[name]
     model_dir = work / f"{name}_{seed}"
     # Half a run of before would start with its own size and warm-up.
     shutil.rmtree(model_dir, ignore_errors=True)
@@ -263,6 +275,9 @@ def make_run(
     log.write(
       system=name,
       seed=seed,
+      dense_share=system.dense_share,
+      network=network_of(system),
+      changes=changed(system, SYSTEMS[name]),
       size=dataclasses.asdict(size),
       device=jax.devices()[0].device_kind,
       jax=jax.__version__,
@@ -369,16 +384,29 @@ def prepare(data: str, store: str, vocab_size: int, length: int) -> None:
     print(f"{name} {pairs} pairs {rows} rows")
 
 
-def size_from(options: Sequence[str]) -> Size:
-  """A `Size` with fields changed: ['train_steps=100', ...]."""
-  types = {name: type(value) for name, value in vars(Size()).items()}
+def changed(new: Any, old: Any) -> dict[str, Any]:
+  """Fields in which a dataclass differs from another."""
+  before = vars(old)
+  return {k: v for k, v in vars(new).items() if v != before[k]}
+
+
+def with_changes(record: Any, options: Sequence[str]) -> Any:
+  """A dataclass with fields changed: ['train_steps=100', ...]."""
+  types = {
+    name: type(value)
+    for name, value in vars(record).items()
+    if isinstance(value, str | int | float)
+  }
   changes: dict[str, Any] = {}
   for option in options:
     name, _, value = option.partition("=")
     if name not in types:
-      raise SystemExit(f"no field {name!r} of Size; there are {list(types)}")
+      raise SystemExit(
+        f"no field {name!r} of {type(record).__name__}; give one of "
+        f"{', '.join(types)}"
+      )
     changes[name] = types[name](value)
-  return dataclasses.replace(Size(), **changes)
+  return dataclasses.replace(record, **changes)
 
 
 def main() -> None:
@@ -393,6 +421,13 @@ def main() -> None:
   sub = commands.add_parser("run")
   sub.add_argument("--work", type=pathlib.Path, default="runs/study")
   sub.add_argument("--systems", nargs="+", choices=SYSTEMS, default=SYSTEMS)
+  sub.add_argument(
+    "--change",
+    nargs="+",
+    default=[],
+    metavar="FIELD=VALUE",
+    help="of `System`, for all systems; use another --logs for each change",
+  )
   sub.add_argument("--seeds", type=int, help="default: each system's own")
   both = [sub, commands.add_parser("speed")]
   for sub in both:
@@ -404,7 +439,7 @@ def main() -> None:
     prepare(options.data, options.store, options.vocab_size, options.length)
     return
   options.logs.mkdir(parents=True, exist_ok=True)
-  size = size_from(options.size)
+  size = with_changes(Size(), options.size)
   if options.command == "speed":
     speed(size, options.store, options.logs)
     return
@@ -413,7 +448,15 @@ def main() -> None:
       wanted = seed < (options.seeds or SYSTEMS[name].seeds)
       if wanted and not is_complete(options.logs / f"{name}_{seed}.jsonl"):
         with contextlib.suppress(BlockingIOError):  # Another one makes it.
-          make_run(name, seed, size, options.store, options.logs, options.work)
+          make_run(
+            name,
+            with_changes(SYSTEMS[name], options.change),
+            seed,
+            size,
+            options.store,
+            options.logs,
+            options.work,
+          )
 
 
 if __name__ == "__main__":

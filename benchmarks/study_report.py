@@ -114,10 +114,11 @@ def _seconds(
   header: Mapping[str, Any], at: np.ndarray, step_ms: Mapping[str, float]
 ) -> np.ndarray:
   """Seconds of training until each step, the dense phase's at its own speed."""
-  system = study.SYSTEMS[header["system"]]
-  dense = steps.share_of(header["size"]["train_steps"], system.dense_share)
-  after = np.maximum(at - dense, 0) * step_ms[study.network_of(system)]
-  return (np.minimum(at, dense) * step_ms["dense"] + after) / 1e3
+  dense = steps.share_of(header["size"]["train_steps"], header["dense_share"])
+  unknown = float("nan")  # Not measured yet.
+  after = np.maximum(at - dense, 0) * step_ms.get(header["network"], unknown)
+  before = np.minimum(at, dense) * step_ms.get("dense", unknown)
+  return (before + after) / 1e3
 
 
 def reached(x: np.ndarray, losses: np.ndarray, target: float) -> float | None:
@@ -176,7 +177,36 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 def factor(value: float | None) -> str:
   """'2.1x', or a dash where base's best loss is never reached."""
-  return "–" if value is None else f"{value:.2f}x"
+  return "–" if value is None or np.isnan(value) else f"{value:.2f}x"
+
+
+def pilots(
+  folder: pathlib.Path, runs: Mapping[str, Sequence[Finished]]
+) -> list[list[str]]:
+  """Rows of the table of shorter or changed runs, beside the study's own."""
+  rows = []
+  for path in sorted(folder.glob("*.jsonl")):
+    one = read(path, {})
+    own = next(
+      (r for r in runs.get(one.system, ()) if r.seed == one.seed), None
+    )
+    size = next(iter(runs.values()))[0].header["size"]
+    changes = {
+      **{k: v for k, v in one.header["size"].items() if v != size[k]},
+      **one.header["changes"],
+    }
+    step = int(one.steps[-1])
+    at: Any = [] if own is None else np.flatnonzero(own.steps == step)
+    rows.append(
+      [
+        one.system,
+        ", ".join(f"{k} {v}" for k, v in changes.items()) or "none",
+        str(step),
+        *(f"{np.mean(list(one.losses.values()), axis=0)[-1]:.3f}",),
+        "–" if not len(at) else f"{own.loss('all')[at[0]]:.3f}",  # type: ignore[union-attr]
+      ]
+    )
+  return rows
 
 
 # -------------------------------------------------------------------- plots
@@ -312,6 +342,8 @@ def bootstrap(
 def render(
   runs: Mapping[str, Sequence[Finished]],
   significance: Mapping[str, Mapping[str, int]],
+  pilot_rows: Sequence[Sequence[str]],
+  speed: Mapping[str, Any],
   plots: str,
 ) -> str:
   """The report as Markdown."""
@@ -349,8 +381,9 @@ def render(
       ),
     ),
     f"![Dev loss against updates]({plots}/loss_updates.svg)\n",
-    f"![Dev loss against seconds]({plots}/loss_seconds.svg)\n",
   ]
+  if speed["step_ms"]:
+    parts.append(f"![Dev loss against seconds]({plots}/loss_seconds.svg)\n")
   for beam in beams:
     search = "greedy search" if beam == 1 else f"beam {beam}"
     with_beam = {
@@ -391,6 +424,21 @@ def render(
         ),
       ),
     ]
+  if speed["step_ms"]:
+    parts += [
+      "## Time of a training step\n",
+      f"Alone on {speed['device']}, jax {speed['jax']}; `study.py speed`.\n",
+      table(
+        ["network", "ms"], ([n, str(ms)] for n, ms in speed["step_ms"].items())
+      ),
+    ]
+  if pilot_rows:
+    parts += [
+      "## Other settings tried\n",
+      "Mean dev loss over all directions at the last evaluation, beside the "
+      "study's own run of\nthe system at the same step.\n",
+      table(["system", "changes", "step", "loss", "own"], pilot_rows),
+    ]
   parts += [
     "## Experts and languages\n",
     f"![Experts and languages]({plots}/experts.svg)\n",
@@ -408,7 +456,9 @@ def main() -> None:
   parser.add_argument("--translations", type=pathlib.Path)
   parser.add_argument("--store")
   options = parser.parse_args()
-  speed = json.loads((options.logs / "speed.json").read_text())
+  speed: dict[str, Any] = {"step_ms": {}}
+  if (options.logs / "speed.json").exists():
+    speed = json.loads((options.logs / "speed.json").read_text())
   runs: dict[str, list[Finished]] = {}
   for name in study.SYSTEMS:
     paths = sorted(options.logs.glob(f"{name}_[0-9]*.jsonl"))
@@ -426,9 +476,13 @@ def main() -> None:
   plots = options.out.parent / "plots"
   plots.mkdir(parents=True, exist_ok=True)
   plot_losses(runs, "steps", plots / "loss_updates.svg")
-  plot_losses(runs, "seconds", plots / "loss_seconds.svg")
+  if speed["step_ms"]:
+    plot_losses(runs, "seconds", plots / "loss_seconds.svg")
   plot_experts(runs, plots / "experts.svg")
-  options.out.write_text(render(runs, significance, plots.name))
+  pilot_rows = pilots(options.logs / "pilot", runs)
+  options.out.write_text(
+    render(runs, significance, pilot_rows, speed, plots.name)
+  )
   print(f"wrote {options.out}")
 
 
