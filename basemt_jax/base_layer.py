@@ -35,6 +35,10 @@ _BATCH_AXES = ("data", "expert")
 _MIN_BLOCK = 8
 _MAX_BLOCK = 256
 
+# Norm of centroids at first in a converted layer: with |h| up to 1000 a gate is
+# off by 5e-6 at most.
+CONVERTED_NORM = 1e-8
+
 Weights = list[dict[str, Any]]
 Metrics = dict[str, jax.Array]
 
@@ -78,8 +82,13 @@ class BaseLayer(nn.Module):
     zero_init_output: Start with zero output weights: the layer is the identity
       at first (fairseq's choice).
     dropout_rate: On the hidden units, a mask for an expert's tokens of a group.
-    converted: Start with g = 1 (gate_bias 1, gate_scale 0), which preserves a
-      dense feed-forward's function; otherwise g = sigmoid(h . w_e).
+    converted: Start with g = 1 for every token, which preserves a dense
+      feed-forward's function: centroids are too small to move a gate, and the
+      scale is the inverse of a gate at affinity 0. (Assignment does not depend
+      on the size of centroids. A gate of bias 1 and scale 0 would preserve the
+      function too, but the scale's sign decides whether centroids move to the
+      tokens their expert serves well or away from them, and from 0 it learns
+      either.) Otherwise g = sigmoid(h . w_e), with centroids of norm 0.1.
     dtype: Of the experts' computation. Routing and gate are float32.
     mesh: Mesh with axes data, expert and model, or None for one device.
   """
@@ -127,16 +136,19 @@ class BaseLayer(nn.Module):
     settings = self._settings()
     centroids = nn_partitioning.param_with_axes(
       "expert_centroids",
-      nn.initializers.orthogonal(0.1),
+      nn.initializers.orthogonal(CONVERTED_NORM if self.converted else 0.1),
       (self.num_experts, width),
       axes=("unmodeled", "embed"),
     )
-    bias, scale = (1.0, 0.0) if self.converted else (0.0, 1.0)
+    scale = 1.0
+    if self.converted:
+      even = self.router.even_gate(self.num_experts)
+      scale = 1.0 / (even * self.router.num_selected_experts)
     gate = {
       name: nn_partitioning.param_with_axes(
         f"gate_{name}", nn.initializers.constant(value), (), axes=()
       )
-      for name, value in (("bias", bias), ("scale", scale))
+      for name, value in (("bias", 0.0), ("scale", scale))
     }
     weights = _Experts(
       self.num_experts,

@@ -7,7 +7,7 @@ from. Rules are tried in order and the first match counts. A parameter of
 either model that no rule covers, or whose shape does not fit, is an error:
 nothing passes silently. By default every expert is a copy of the dense
 feed-forward it replaces (sparse upcycling, arXiv:2212.05055) and gates start
-at exactly 1, so the sparse model is the same function as the dense one.
+at 1, so the sparse model is the same function as the dense one.
 """
 
 import dataclasses
@@ -81,7 +81,7 @@ class Options:
       expert (Drop-Upcycling, arXiv:2502.19261: 0.5 was best). In [0, 1].
     noise: Gaussian noise on copied expert kernels, in units of their standard
       deviation.
-    centroids: 'orthogonal' rows of norm 0.1 (fairseq), or 'activations':
+    centroids: 'orthogonal' rows, or 'activations':
       directions of spherical k-means over the tokens that reach the layer.
     optimizer: 'reset': new moments; 'copy': the dense moments, for experts
       those of the feed-forward they copy.
@@ -312,7 +312,8 @@ def cluster_centroids(
     iterations: Of k-means.
 
   Returns:
-    By path of the centroids' parameter: [E, D] float32, rows of norm 0.1.
+    By path of the centroids' parameter: [E, D] float32, rows of norm
+    `base_layer.CONVERTED_NORM`.
   """
   inputs: dict[str, tuple[Array, Array]] = {}
 
@@ -336,7 +337,7 @@ def cluster_centroids(
     tokens = tokens - tokens.mean(axis=0)
     tokens /= np.linalg.norm(tokens, axis=-1, keepdims=True) + 1e-9
     flat = traverse_util.flatten_dict(variables["params"], sep="/")
-    centroids[path] = 0.1 * _spherical_k_means(
+    centroids[path] = base_layer.CONVERTED_NORM * _spherical_k_means(
       tokens, flat[path].shape[0], iterations, options.seed
     )
   return centroids

@@ -57,7 +57,7 @@ class TransformerConfig:
     num_sublayers: Feed-forward sublayers an expert stacks.
     router: Chooses each token's expert.
     rows_per_group: Rows of the batch that compete for experts together.
-    converted: Whether gates start at exactly 1, as after a conversion from a
+    converted: Whether gates start at 1, as after a conversion from a
       dense model, rather than as sigmoid(h . w_e).
   """
 

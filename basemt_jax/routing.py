@@ -67,6 +67,10 @@ class Router(Protocol):
     """C, slots of an expert for a training group of `num_tokens`."""
     ...
 
+  def even_gate(self, num_experts: int) -> float:
+    """The raw gate of a token that likes all experts equally, at affinity 0."""
+    ...
+
   def plan(
     self, affinities: jax.Array, mask: jax.Array, prices: jax.Array
   ) -> Plan:
@@ -108,6 +112,11 @@ class BalancedRouter:
   def capacity(self, num_tokens: int, num_experts: int) -> int:
     """C = ceil(S / E)."""
     return assignment.capacity_of(num_tokens, num_experts)
+
+  def even_gate(self, num_experts: int) -> float:
+    """The sigmoid's, 1 / 2."""
+    del num_experts
+    return 0.5
 
   def plan(
     self, affinities: jax.Array, mask: jax.Array, prices: jax.Array
@@ -175,6 +184,10 @@ class TopKRouter:
     wanted = num_tokens * self.num_selected_experts * self.capacity_factor
     # No expert can be chosen twice by one token.
     return min(num_tokens, math.ceil(wanted / num_experts))
+
+  def even_gate(self, num_experts: int) -> float:
+    """The softmax's, 1 / E."""
+    return 1.0 / num_experts
 
   def plan(
     self, affinities: jax.Array, mask: jax.Array, prices: jax.Array

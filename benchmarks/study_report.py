@@ -180,6 +180,18 @@ def factor(value: float | None) -> str:
   return "–" if value is None or np.isnan(value) else f"{value:.2f}x"
 
 
+def specialisation(shares: np.ndarray) -> float:
+  """Mutual information of language and expert, in nats; languages weigh alike.
+
+  Args:
+    shares: [languages, E] of each language's tokens, at test time.
+  """
+  shares = shares / shares.sum(axis=1, keepdims=True)
+  mean = shares.mean(axis=0, keepdims=True)
+  ratio = np.divide(shares, mean, where=shares > 0, out=np.ones_like(shares))
+  return float((shares * np.log(ratio)).sum(axis=1).mean())
+
+
 def pilots(
   folder: pathlib.Path, runs: Mapping[str, Sequence[Finished]]
 ) -> list[list[str]]:
@@ -344,6 +356,7 @@ def render(
   significance: Mapping[str, Mapping[str, int]],
   pilot_rows: Sequence[Sequence[str]],
   speed: Mapping[str, Any],
+  notes: str,
   plots: str,
 ) -> str:
   """The report as Markdown."""
@@ -355,6 +368,7 @@ def render(
     f"{sum(map(len, runs.values()))} runs on {first.header['device']}, jax "
     f"{first.header['jax']}; {size}. Rendered from the logs by\n"
     "[`study_report.py`](../benchmarks/study_report.py).\n",
+    notes,
     "## Convergence\n",
     "How many times fewer updates (seconds of training) than `base` to reach "
     "`base`'s best\ndev loss; the dense phase counts. A dash: never reached.\n",
@@ -424,6 +438,8 @@ def render(
         ),
       ),
     ]
+  sparse = {s: own for s, own in runs.items() if own[0].experts}
+  layers = sorted(next(iter(sparse.values()))[0].experts) if sparse else []
   if speed["step_ms"]:
     parts += [
       "## Time of a training step\n",
@@ -441,6 +457,21 @@ def render(
     ]
   parts += [
     "## Experts and languages\n",
+    "Mutual information of a token's language and its expert at test time, in "
+    "nats (0: experts\nknow no languages), mean over seeds.\n",
+    table(
+      ["system", *layers],
+      (
+        [
+          s,
+          *(
+            f"{np.mean([specialisation(r.experts[n][1]) for r in own]):.2f}"
+            for n in layers
+          ),
+        ]
+        for s, own in sparse.items()
+      ),
+    ),
     f"![Experts and languages]({plots}/experts.svg)\n",
   ]
   return "\n".join(parts)
@@ -479,9 +510,10 @@ def main() -> None:
   if speed["step_ms"]:
     plot_losses(runs, "seconds", plots / "loss_seconds.svg")
   plot_experts(runs, plots / "experts.svg")
+  notes = options.logs / "notes.md"  # What to make of the figures, by hand.
   pilot_rows = pilots(options.logs / "pilot", runs)
   options.out.write_text(
-    render(runs, significance, pilot_rows, speed, plots.name)
+    render(runs, significance, pilot_rows, speed, notes.read_text(), plots.name)
   )
   print(f"wrote {options.out}")
 

@@ -143,6 +143,27 @@ def test_degenerate_scores(affinities):
   check(balanced(affinities), S, E)
 
 
+def test_many_experts_with_many_slots_on_adversarial_scores():
+  """Where tokens bid for the last slots; more tokens are late than may bid."""
+  num_tokens, num_experts = 33 * 64 - 5, 33
+  draw = np.random.default_rng(0)
+  normal = draw.normal(size=(num_tokens, num_experts)).astype(np.float32)
+  favourite = np.tile(np.arange(num_experts, dtype=np.float32), (num_tokens, 1))
+  few = np.repeat(normal[:7], 302, axis=0)[:num_tokens]
+  extreme_values = np.where(draw.random(normal.shape) < 0.3, np.inf, normal)
+  for affinities in (
+    np.zeros_like(normal),
+    favourite,
+    few,
+    extreme_values.astype(np.float32),
+    np.full_like(normal, np.nan),
+  ):
+    for mask in (np.ones(num_tokens, bool), draw.random(num_tokens) < 0.4):
+      check(balanced(affinities, mask), num_tokens, num_experts, mask)
+  # Some slots stay free, which the optimum by SciPy knows too.
+  assert quality(normal, balanced(normal).expert) >= 0.999
+
+
 def test_infinite_scores_rank_as_extremes():
   affinities = np.zeros((S, E), np.float32)
   affinities[3, 2] = np.inf

@@ -10,7 +10,7 @@ import optax
 import pytest
 from flax import traverse_util
 
-from basemt_jax import conversion, model, optimizer
+from basemt_jax import base_layer, conversion, model, optimizer, routing
 
 DENSE = model.TransformerConfig(
   vocab_size=64,
@@ -34,6 +34,11 @@ VARIANTS = {
   "replace": SPARSE,
   "insert": dataclasses.replace(SPARSE, placement="insert"),
   "gated": dataclasses.replace(SPARSE, mlp_activations=("gelu", "linear")),
+  "top-2": dataclasses.replace(
+    SPARSE,
+    # So much room that nothing is dropped in training.
+    router=routing.TopKRouter(num_selected_experts=2, capacity_factor=4.0),
+  ),
 }
 KERNEL = "encoder/layers_0/base_layer/experts/sublayer_0/wi/kernel"
 
@@ -201,7 +206,9 @@ def test_centroids_from_activations_have_their_place_and_norm():
   ]
   for value in centroids.values():
     assert value.shape == (4, 16)
-    np.testing.assert_allclose(np.linalg.norm(value, axis=1), 0.1, rtol=1e-4)
+    np.testing.assert_allclose(
+      np.linalg.norm(value, axis=1), base_layer.CONVERTED_NORM, rtol=1e-4
+    )
 
 
 @pytest.mark.parametrize("tx", [optimizer.adamw(), optimizer.adafactor()])
