@@ -30,6 +30,9 @@ matplotlib.use("Agg")
 
 from matplotlib import pyplot as plt
 
+# Files are the same every time.
+plt.rcParams["svg.hashsalt"] = "study"
+
 BASELINE = "base"
 BANDS = ("all", *evaluation.BANDS)
 
