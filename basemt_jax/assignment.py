@@ -354,8 +354,8 @@ def _balance(
   num_experts, num_tokens = values.shape
   capacity = -(-num_tokens // num_experts)
   experts = jnp.arange(num_experts, dtype=jnp.int32)
-  # Sampling from the softened shares splits equal tokens as the shares say;
-  # the plain maximum would send all of them to one expert.
+  # Noise splits equal tokens; the plain maximum would send all of them to one
+  # expert.
   noise = _NOISE * _FINAL_TEMPERATURE * _gumbel_noise(num_experts, num_tokens)
   choice = jnp.argmax(values + noise, axis=0).astype(jnp.int32)
   chosen = choice[None] == experts[:, None]

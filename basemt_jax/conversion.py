@@ -81,8 +81,8 @@ class Options:
       expert (Drop-Upcycling, arXiv:2502.19261: 0.5 was best). In [0, 1].
     noise: Gaussian noise on copied expert kernels, in units of their standard
       deviation.
-    centroids: 'orthogonal' rows, or 'activations':
-      directions of spherical k-means over the tokens that reach the layer.
+    centroids: 'orthogonal' rows, or 'activations': directions of spherical
+      k-means over the tokens that reach the layer.
     optimizer: 'reset': new moments; 'copy': the dense moments, for experts
       those of the feed-forward they copy.
     seed: For everything drawn.

@@ -355,9 +355,10 @@ def _implementation(query: Array, key: Array) -> str:
   """'cudnn' on GPUs for what its fused attention takes, else 'xla'.
 
   The fused kernel does not write scores [B, H, Lq, Lk] to memory. It takes
-  half precision only, and whole tiles of 128: its backward pass also works out
-  the weights exp(0 - log Z) of keys beyond the end of the last tile, which
-  overflow once all scores of a query are below -88, and makes NaN of them.
+  half precision only, and here whole tiles of 128: on rows of 64 its gradients
+  became NaN in the course of training. That fits a backward pass that works out
+  the weights exp(0 - log Z) of keys beyond the end of the last tile too, which
+  overflow once all scores of a query are below -88.
   """
   _, length, _, width = query.shape
   fits = (
@@ -375,8 +376,7 @@ def without_empty_rows(mask: Array) -> Array:
   """Lets queries that may see no key at all see every key.
 
   Padding of the target is such a query where the source has no padding. Its
-  output is of no consequence, but cuDNN's gradients of a softmax of nothing are
-  NaN, for all keys.
+  output is of no consequence, but cuDNN's gradients of such a query are NaN.
 
   Args:
     mask: [..., Lq, Lk] bool.

@@ -439,6 +439,8 @@ def main() -> None:
     prepare(options.data, options.store, options.vocab_size, options.length)
     return
   options.logs.mkdir(parents=True, exist_ok=True)
+  if not pathlib.Path(options.store, "store.json").exists():
+    raise SystemExit(f"no rows in {options.store}; pack them with `prepare`")
   size = with_changes(Size(), options.size)
   if options.command == "speed":
     speed(size, options.store, options.logs)

@@ -501,7 +501,10 @@ def main() -> None:
     if found:
       runs[name] = found
   if BASELINE not in runs:
-    raise SystemExit(f"{options.logs} holds no finished run of {BASELINE!r}")
+    raise SystemExit(
+      f"{options.logs} holds no finished run of {BASELINE!r}; make one with "
+      "study.py run"
+    )
   kept = options.logs / "bootstrap.json"
   if options.translations:
     found_tests = bootstrap(runs, options.translations, options.store)
