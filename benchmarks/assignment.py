@@ -2,7 +2,9 @@
 
   python benchmarks/assignment.py --json out.json
 
-Scores are those of clustered, skewed features that drift from batch to batch.
+Scores are those of clustered, skewed features that drift from batch to batch;
+with --affinities, those of a trained model's layers on training batches
+(`study.py run --affinities` writes them).
 Cold means without prices, warm with the previous batch's. Quality is (score -
 random) / (optimum - random): where SciPy can find the optimum in reasonable
 time it is exact, else a lower bound from the dual problem, whose value no
@@ -13,6 +15,7 @@ where the shape says so; `steps` is the curve to choose a step count by.
 import argparse
 import functools
 import importlib.util
+import itertools
 import json
 import statistics
 import time
@@ -109,21 +112,35 @@ def measure(
   return 1e3 * statistics.median(times), worst
 
 
-def rows_of(
-  shape: tuple[int, int, int], sets: int, repeats: int, curve: bool
-) -> list[dict[str, Any]]:
-  """Measurements of one shape: cold and warm, by number of steps."""
+def drawn(shape: tuple[int, int, int], sets: int) -> list[Any]:
+  """Pairs of successive batches' scores [G, S, E]."""
   groups, num_tokens, num_experts = shape
-  cold_inputs, warm_inputs = [], []
-  first = jax.jit(jax.vmap(assignment.balanced_assignment))
+  result = []
   for seed in range(sets):
     pairs = [
       drifting_scores(num_tokens, num_experts, 100 * seed + g, 2)
       for g in range(groups)
     ]
-    before, after = (jax.device_put(np.stack(x)) for x in zip(*pairs))  # noqa: B905
+    result.append([np.stack(x) for x in zip(*pairs)])  # noqa: B905
+  return result
+
+
+def of_model(batches: np.ndarray) -> list[Any]:
+  """Pairs of a layer's successive batches [1, S, E] of [count, S, E]."""
+  return list(itertools.pairwise(batches[:, None]))
+
+
+def rows_of(
+  source: str, pairs: list[Any], repeats: int, curve: bool
+) -> list[dict[str, Any]]:
+  """Measurements of one shape: cold and warm, by number of steps."""
+  cold_inputs, warm_inputs = [], []
+  first = jax.jit(jax.vmap(assignment.balanced_assignment))
+  for pair in pairs:
+    before, after = jax.device_put(pair)
     cold_inputs.append((after,))
     warm_inputs.append((after, first(before).prices))
+  groups, num_tokens, num_experts = pairs[0][0].shape
 
   def solve(steps, affinities, prices=None):
     return assignment.balanced_assignment(
@@ -137,6 +154,7 @@ def rows_of(
       milliseconds, worst = measure(run, inputs, repeats)
       rows.append(
         {
+          "scores": source,
           "groups": groups,
           "tokens": num_tokens,
           "experts": num_experts,
@@ -146,7 +164,7 @@ def rows_of(
           "quality": round(worst, 6),
         }
       )
-      print("  ".join(f"{value!s:>12}" for value in rows[-1].values()))
+      print("  ".join(f"{value!s:>16}" for value in rows[-1].values()))
   return rows
 
 
@@ -158,6 +176,9 @@ def main() -> None:
   parser.add_argument("--sets", type=int, default=3, help="input sets")
   parser.add_argument("--no-curve", action="store_true")
   parser.add_argument(
+    "--affinities", nargs="+", default=[], metavar="NPZ", help="of trained runs"
+  )
+  parser.add_argument(
     "--shape",
     type=int,
     nargs=3,
@@ -167,13 +188,30 @@ def main() -> None:
   options = parser.parse_args()
   device = jax.devices()[0]
   print(f"jax {jax.__version__} on {device.device_kind} ({device.platform})")
-  names = ("groups", "tokens", "experts", "start", "steps", "ms", "quality")
-  print("  ".join(f"{name:>12}" for name in names))
+  names = (
+    "scores",
+    "groups",
+    "tokens",
+    "experts",
+    "start",
+    "steps",
+    "ms",
+    "quality",
+  )
+  print("  ".join(f"{name:>16}" for name in names))
   rows = []
-  for shape in options.shape or SHAPES:
-    rows += rows_of(
-      tuple(shape), options.sets, options.repeats, not options.no_curve
-    )
+  curve = not options.no_curve
+  for shape in options.shape or (() if options.affinities else SHAPES):
+    pairs = drawn(tuple(shape), options.sets)
+    rows += rows_of("drawn", pairs, options.repeats, curve)
+  for file in options.affinities:
+    for layer, batches in np.load(file).items():
+      rows += rows_of(
+        layer.removesuffix("/base_layer"),
+        of_model(batches),
+        options.repeats,
+        curve,
+      )
   report = {
     "jax": jax.__version__,
     "device": device.device_kind,

@@ -32,13 +32,15 @@ from typing import Any
 
 import jax
 import numpy as np
+from flax import linen as nn
+from flax import traverse_util
 
 from basemt_jax import (
+  base_layer,
   conversion,
   evaluation,
   heating,
   inspection_run,
-  model,
   optimizer,
   partitioning,
   routing,
@@ -49,6 +51,7 @@ from basemt_jax import (
   translation,
   vocabulary,
 )
+from basemt_jax import model as model_lib
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,11 +59,12 @@ class System:
   """What tells a system from the others.
 
   Attributes:
-    feed_forward: See `model.TransformerConfig`.
+    feed_forward: See `model_lib.TransformerConfig`.
     dense_share: Of the steps, before conversion.
     schedule: Name of a schedule of `heating`.
     start: Temperature at the start.
     end: Temperature at the end.
+    heating_share: Of the steps, until the end temperature.
     router: Chooses experts.
     seeds: How many runs the study makes of it.
     beam: Whether its translations are searched with a beam, too.
@@ -73,6 +77,7 @@ class System:
   schedule: str = "constant"
   start: float = 1.0
   end: float = 5.0
+  heating_share: float = 1.0
   router: routing.Router = routing.BalancedRouter()  # noqa: RUF009
   seeds: int = 1
   beam: bool = False
@@ -83,10 +88,11 @@ class System:
   rewarm_steps: int = 0
 
   def temperature(self, train_steps: int) -> heating.Schedule:
-    """The schedule, over the whole run."""
+    """The schedule of a run."""
     if self.schedule == "constant":
       return heating.constant(self.start)
-    return getattr(heating, self.schedule)(self.start, self.end, train_steps)
+    heated = steps.share_of(train_steps, self.heating_share)
+    return getattr(heating, self.schedule)(self.start, self.end, heated)
 
 
 _CLAIM: dict[str, Any] = {"seeds": 3, "beam": True}
@@ -121,7 +127,7 @@ class Size:
     learning_rate: Peak, at the end of the warm-up; then falls with the inverse
       square root of the step, which does not know how long a run will be.
     warmup_steps: Updates.
-    dropout_rate: See `model.TransformerConfig`.
+    dropout_rate: See `model_lib.TransformerConfig`.
     evaluations: Of the dev loss, in the course of a run.
   """
 
@@ -143,8 +149,8 @@ def run_of(
   expert_blocks = tuple(range(2, size.blocks, 3))
   every = size.train_steps // size.evaluations
 
-  def network(vocab_size: int) -> model.TransformerConfig:
-    return model.TransformerConfig(
+  def network(vocab_size: int) -> model_lib.TransformerConfig:
+    return model_lib.TransformerConfig(
       vocab_size=vocab_size,
       emb_dim=size.emb_dim,
       num_heads=size.emb_dim // 64,
@@ -256,8 +262,10 @@ def make_run(
   store_dir: str,
   logs: pathlib.Path,
   work: pathlib.Path,
+  test: bool,
+  affinities: bool,
 ) -> None:
-  """Trains and evaluates one system with one seed.
+  """Trains one system with one seed; its test scores and affinities if asked.
 
   Raises:
     BlockingIOError: Another process does.
@@ -293,7 +301,13 @@ def make_run(
       log.write(
         layer=layer.layer, languages=layer.languages, expert_shares=shares
       )
-    for beam in (1, 4) if system.beam else (1,):
+    if affinities:
+      work.mkdir(parents=True, exist_ok=True)
+      np.savez(
+        work / f"{name}_{seed}_affinities.npz",
+        **training_affinities(described, trained),
+      )
+    for beam in ((1, 4) if system.beam else (1,)) if test else ():
       _translate(described, trained, beam, log, work / "translations")
     log.write(finished=round(time.perf_counter() - start, 1))
     path.with_suffix(".part").rename(path)
@@ -329,6 +343,48 @@ def _translate(
   name = pathlib.Path(described.model_dir).name
   with gzip.open(folder / f"{name}_beam{beam}.json.gz", "wt") as file:
     json.dump({t.direction: list(t.hypotheses) for t in translations}, file)
+
+
+def training_affinities(
+  described: run.Run, trained: run.Trained, count: int = 6
+) -> dict[str, np.ndarray]:
+  """What the assignment is asked to solve, for benchmarks/assignment.py.
+
+  Returns:
+    By layer of experts: affinities [count, T, E] float32 of the first T tokens
+    of `count` successive training batches, T a multiple of 128.
+  """
+  model = trained.program.model
+
+  @jax.jit
+  def inputs(variables, batch):
+    found = {}
+
+    def record(next_method, args, kwargs, context):
+      if context.method_name == "__call__" and isinstance(
+        context.module, base_layer.BaseLayer
+      ):
+        found["/".join(context.module.path)] = args[:2]
+      return next_method(*args, **kwargs)
+
+    with nn.intercept_methods(record):
+      model_lib.forward(model, variables, batch, train=False)
+    return found
+
+  source = described.train_batches(trained.store)
+  params = traverse_util.flatten_dict(trained.variables["params"], sep="/")
+  result: dict[str, list[np.ndarray]] = {}
+  for _ in range(count):
+    batch = partitioning.put_batch(next(source), trained.program.mesh)
+    for layer, (h, mask) in inputs(trained.variables, batch).items():
+      centroids = np.asarray(params[f"{layer}/expert_centroids"])
+      tokens = np.asarray(h, np.float32)[np.asarray(mask)]
+      result.setdefault(layer, []).append(tokens @ centroids.T)
+  least = min((len(x) for y in result.values() for x in y), default=0)
+  return {
+    layer: np.stack([x[: least - least % 128] for x in found])
+    for layer, found in result.items()
+  }
 
 
 def network_of(system: System) -> str:
@@ -428,6 +484,14 @@ def main() -> None:
     metavar="FIELD=VALUE",
     help="of `System`, for all systems; use another --logs for each change",
   )
+  sub.add_argument(
+    "--no_test", action="store_true", help="dev losses only, to tune by"
+  )
+  sub.add_argument(
+    "--affinities",
+    action="store_true",
+    help="write WORK/*_affinities.npz for benchmarks/assignment.py",
+  )
   sub.add_argument("--seeds", type=int, help="default: each system's own")
   both = [sub, commands.add_parser("speed")]
   for sub in both:
@@ -458,6 +522,8 @@ def main() -> None:
             options.store,
             options.logs,
             options.work,
+            not options.no_test,
+            options.affinities,
           )
 
 
