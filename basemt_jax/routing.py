@@ -98,11 +98,13 @@ class BalancedRouter:
   affinity of the assigned expert.
 
   Attributes:
-    prices_at_test: choose by affinity minus learned price at test time, which
-      is nearer to training than the affinity alone (the paper's way).
+    prices_at_test: choose by affinity minus learned price at test time, as
+      training does, but for its bound on an expert's load. False: by affinity
+      alone, the paper's way, which sends tokens to experts that have not been
+      trained on their like; docs/results.md has what it costs.
   """
 
-  prices_at_test: bool = False
+  prices_at_test: bool = True
 
   @property
   def num_selected_experts(self) -> int:

@@ -37,6 +37,7 @@ from flax import traverse_util
 
 from basemt_jax import (
   base_layer,
+  batches,
   conversion,
   evaluation,
   heating,
@@ -48,6 +49,7 @@ from basemt_jax import (
   run,
   sampling,
   steps,
+  trainer,
   translation,
   vocabulary,
 )
@@ -100,9 +102,9 @@ SYSTEMS: dict[str, System] = {
   "dense": System("dense", **_CLAIM),
   "base": System(**_CLAIM),
   "base_heated": System(schedule="linear", **_CLAIM),
-  "base_dense_pretrained": System(dense_share=0.5, **_CLAIM),
+  "base_dense_pretrained": System(dense_share=0.25, **_CLAIM),
   "base_heated_dense_pretrained": System(
-    dense_share=0.5, schedule="linear", **_CLAIM
+    dense_share=0.25, schedule="linear", **_CLAIM
   ),
   "dense_wide": System("dense_wide"),
   "switch": System(router=routing.TopKRouter()),
@@ -131,12 +133,12 @@ class Size:
     evaluations: Of the dev loss, in the course of a run.
   """
 
-  train_steps: int = 4000
+  train_steps: int = 5000
   batch_size: int = 256
   emb_dim: int = 384
   blocks: int = 6
   num_experts: int = 16
-  learning_rate: float = 2e-3
+  learning_rate: float = 3e-3
   warmup_steps: int = 600
   dropout_rate: float = 0.1
   evaluations: int = 25
@@ -301,6 +303,8 @@ def make_run(
       log.write(
         layer=layer.layer, languages=layer.languages, expert_shares=shares
       )
+    if network_of(system) == "BalancedRouter":
+      log.write(dev_losses_by_affinity=losses_by_affinity(described, trained))
     if affinities:
       work.mkdir(parents=True, exist_ok=True)
       np.savez(
@@ -343,6 +347,31 @@ def _translate(
   name = pathlib.Path(described.model_dir).name
   with gzip.open(folder / f"{name}_beam{beam}.json.gz", "wt") as file:
     json.dump({t.direction: list(t.hypotheses) for t in translations}, file)
+
+
+def losses_by_affinity(
+  described: run.Run, trained: run.Trained
+) -> dict[str, float]:
+  """Dev losses if prices do not count at test time."""
+  program, store = trained.program, trained.store
+  config = dataclasses.replace(
+    program.model.config, router=routing.BalancedRouter(prices_at_test=False)
+  )
+  unpriced = steps.Program(
+    config,
+    described.settings,
+    described.settings.learning_rate,
+    program.mesh,
+    len(store.directions),
+  )
+  split = batches.eval_batches(store, "validation", described.batch_size)
+  losses = trainer.direction_losses(
+    unpriced.eval_step,
+    trained.variables,
+    (partitioning.put_batch(batch, program.mesh) for batch in split),
+    store.directions,
+  )
+  return {name: round(loss, 5) for name, loss in losses.items()}
 
 
 def training_affinities(
