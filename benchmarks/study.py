@@ -264,7 +264,7 @@ def make_run(
   store_dir: str,
   logs: pathlib.Path,
   work: pathlib.Path,
-  test: bool,
+  beams: Sequence[int] | None,
   affinities: bool,
 ) -> None:
   """Trains one system with one seed; its test scores and affinities if asked.
@@ -305,13 +305,14 @@ def make_run(
       )
     if network_of(system) == "BalancedRouter":
       log.write(dev_losses_by_affinity=losses_by_affinity(described, trained))
+    default_beams = (1, 4) if system.beam else (1,)
     if affinities:
       work.mkdir(parents=True, exist_ok=True)
       np.savez(
         work / f"{name}_{seed}_affinities.npz",
         **training_affinities(described, trained),
       )
-    for beam in ((1, 4) if system.beam else (1,)) if test else ():
+    for beam in default_beams if beams is None else beams:
       _translate(described, trained, beam, log, work / "translations")
     log.write(finished=round(time.perf_counter() - start, 1))
     path.with_suffix(".part").rename(path)
@@ -514,14 +515,20 @@ def main() -> None:
     help="of `System`, for all systems; use another --logs for each change",
   )
   sub.add_argument(
-    "--no_test", action="store_true", help="dev losses only, to tune by"
+    "--beams",
+    type=int,
+    nargs="*",
+    help="sizes to translate the test set with; none: dev losses only, to tune "
+    "by; default: 1, and 4 for the systems in the claim",
   )
   sub.add_argument(
     "--affinities",
     action="store_true",
     help="write WORK/*_affinities.npz for benchmarks/assignment.py",
   )
-  sub.add_argument("--seeds", type=int, help="default: each system's own")
+  sub.add_argument(
+    "--seeds", type=int, nargs="+", help="default: each system's own number"
+  )
   both = [sub, commands.add_parser("speed")]
   for sub in both:
     sub.add_argument("--store", required=True)
@@ -538,9 +545,9 @@ def main() -> None:
   if options.command == "speed":
     speed(size, options.store, options.logs)
     return
-  for seed in range(3):
+  for seed in options.seeds or range(3):
     for name in options.systems:
-      wanted = seed < (options.seeds or SYSTEMS[name].seeds)
+      wanted = options.seeds or seed < SYSTEMS[name].seeds
       if wanted and not is_complete(options.logs / f"{name}_{seed}.jsonl"):
         with contextlib.suppress(BlockingIOError):  # Another one makes it.
           make_run(
@@ -551,7 +558,7 @@ def main() -> None:
             options.store,
             options.logs,
             options.work,
-            not options.no_test,
+            options.beams,
             options.affinities,
           )
 
