@@ -2,7 +2,6 @@
 
     PYTHONPATH=. python benchmarks/study.py prepare --data FOLDER --store DIR
     PYTHONPATH=. python benchmarks/study.py run --store DIR --logs docs/study
-    PYTHONPATH=. python benchmarks/study.py speed --store DIR --logs docs/study
     PYTHONPATH=. python benchmarks/study_report.py --logs docs/study
 
 `prepare` packs a folder of files (see `tasks/files.py`) once; it needs SeqIO,
@@ -10,8 +9,8 @@ the others do not. `run` trains one system and seed after the other, and leaves
 a log (JSONL) of each; what has a complete log is not run again, so that an
 interrupted study goes on with the next run. Several processes may run at once,
 on one GPU or several (`CUDA_VISIBLE_DEVICES`): each takes the next run that
-nobody is making. Since they may share a GPU, a run's clock says little: `speed`
-times a training step of every network, alone, and the report counts in that.
+nobody is making. One process keeps an H200 busy; a second one on the same GPU
+only fills the gaps in which the first compiles.
 
 The systems are those of `gin/recipes/`. All see the same number of tokens, the
 dense phase included, and all but `dense_wide` spend the same FLOPs on each.
@@ -25,7 +24,6 @@ import gzip
 import json
 import pathlib
 import shutil
-import statistics
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -68,6 +66,8 @@ class System:
     end: Temperature at the end.
     heating_share: Of the steps, until the end temperature.
     router: Chooses experts.
+    learning_rate: Peak, at the end of the warm-up; then falls with the inverse
+      square root of the step, which does not know how long a run will be.
     seeds: How many runs the study makes of it.
     beam: Whether its translations are searched with a beam, too.
     reinitialise, noise, centroids, optimizer: See `conversion.Options`.
@@ -81,6 +81,7 @@ class System:
   end: float = 5.0
   heating_share: float = 1.0
   router: routing.Router = routing.BalancedRouter()  # noqa: RUF009
+  learning_rate: float = 3e-3
   seeds: int = 1
   beam: bool = False
   reinitialise: float = 0.0
@@ -126,9 +127,7 @@ class Size:
     emb_dim: D; heads are of 64, feed-forwards of 4 D.
     blocks: Of encoder and of decoder; every third has experts.
     num_experts: E.
-    learning_rate: Peak, at the end of the warm-up; then falls with the inverse
-      square root of the step, which does not know how long a run will be.
-    warmup_steps: Updates.
+    warmup_steps: Updates in which the learning rate rises.
     dropout_rate: See `model_lib.TransformerConfig`.
     evaluations: Of the dev loss, in the course of a run.
   """
@@ -138,7 +137,6 @@ class Size:
   emb_dim: int = 384
   blocks: int = 6
   num_experts: int = 16
-  learning_rate: float = 3e-3
   warmup_steps: int = 600
   dropout_rate: float = 0.1
   evaluations: int = 25
@@ -177,7 +175,7 @@ def run_of(
     ),
     rewarm_steps=system.rewarm_steps,
     learning_rate=optimizer.inverse_square_root(
-      size.learning_rate, size.warmup_steps
+      system.learning_rate, size.warmup_steps
     ),
     optimizer=optimizer.adamw(),
     log_every=max(every // 2, 1),
@@ -286,9 +284,11 @@ def make_run(
       system=name,
       seed=seed,
       dense_share=system.dense_share,
+      learning_rate=system.learning_rate,
       network=network_of(system),
       changes=changed(system, SYSTEMS[name]),
       size=dataclasses.asdict(size),
+      pairs=pairs_of(store_dir),
       device=jax.devices()[0].device_kind,
       jax=jax.__version__,
     )
@@ -348,6 +348,15 @@ def _translate(
   name = pathlib.Path(described.model_dir).name
   with gzip.open(folder / f"{name}_beam{beam}.json.gz", "wt") as file:
     json.dump({t.direction: list(t.hypotheses) for t in translations}, file)
+
+
+def pairs_of(store_dir: str) -> dict[str, int]:
+  """Training pairs of every direction."""
+  store = row_store.RowStore.open(store_dir)
+  return {
+    name: int(pairs)
+    for name, pairs in zip(store.directions, store.pairs("train"), strict=True)
+  }
 
 
 def losses_by_affinity(
@@ -424,37 +433,6 @@ def network_of(system: System) -> str:
   return type(system.router).__name__
 
 
-def speed(size: Size, store_dir: str, logs: pathlib.Path) -> None:
-  """Writes speed.json: milliseconds of a training step of every network."""
-  programs = {}
-  for system in SYSTEMS.values():
-    described = run_of(system, size, 0, store_dir, "")
-    if network_of(system) not in programs:
-      phase = "sparse" if system.feed_forward == "experts" else "dense"
-      programs[network_of(system)] = run.program(described, None, phase)
-  source = described.train_batches(described.store())
-  mesh = described.mesh()
-  data = [partitioning.put_batch(next(source), mesh) for _ in range(4)]
-  states = {name: program.init() for name, program in programs.items()}
-  times: dict[str, list[float]] = {name: [] for name in programs}
-  for _ in range(8):  # The first compiles.
-    for name, program in programs.items():
-      start = time.perf_counter()
-      for i in range(20):
-        states[name], _ = program.train_step(states[name], None, data[i % 4])
-      jax.block_until_ready(states[name])
-      times[name].append(1e3 * (time.perf_counter() - start) / 20)
-  medians = {n: round(statistics.median(t[1:]), 3) for n, t in times.items()}
-  record = {
-    "device": jax.devices()[0].device_kind,
-    "jax": jax.__version__,
-    "size": dataclasses.asdict(size),
-    "step_ms": medians,
-  }
-  (logs / "speed.json").write_text(json.dumps(record, indent=1) + "\n")
-  print(medians)
-
-
 def prepare(data: str, store: str, vocab_size: int, length: int) -> None:
   """Trains the vocabulary and packs the rows; needs SeqIO."""
   from basemt_jax import mixtures
@@ -529,11 +507,9 @@ def main() -> None:
   sub.add_argument(
     "--seeds", type=int, nargs="+", help="default: each system's own number"
   )
-  both = [sub, commands.add_parser("speed")]
-  for sub in both:
-    sub.add_argument("--store", required=True)
-    sub.add_argument("--logs", type=pathlib.Path, required=True)
-    sub.add_argument("--size", nargs="+", default=[], metavar="FIELD=VALUE")
+  sub.add_argument("--store", required=True)
+  sub.add_argument("--logs", type=pathlib.Path, required=True)
+  sub.add_argument("--size", nargs="+", default=[], metavar="FIELD=VALUE")
   options = parser.parse_args()
   if options.command == "prepare":
     prepare(options.data, options.store, options.vocab_size, options.length)
@@ -542,9 +518,6 @@ def main() -> None:
   if not pathlib.Path(options.store, "store.json").exists():
     raise SystemExit(f"no rows in {options.store}; pack them with `prepare`")
   size = with_changes(Size(), options.size)
-  if options.command == "speed":
-    speed(size, options.store, options.logs)
-    return
   for seed in options.seeds or range(3):
     for name in options.systems:
       wanted = options.seeds or seed < SYSTEMS[name].seeds

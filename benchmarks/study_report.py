@@ -8,7 +8,9 @@ made again and kept beside the logs as `bootstrap.json`.
 
 The convergence factor of a system is the number of updates that `base` takes to
 its best dev loss, over the number that the system takes to reach the same loss;
-likewise for seconds. The dense phase counts.
+likewise for seconds. The dense phase counts. Runs may have shared a GPU, so
+that their own clocks say little: seconds are updates times the time of a step
+in the fastest tenth of the logged windows of the same network.
 """
 
 import argparse
@@ -46,13 +48,15 @@ class Finished:
     seed: Its seed.
     header: Device, versions, size.
     steps: [K] of the evaluations.
-    seconds: [K] of training until then: steps times the time of a step alone
-      on the device, without compiling, evaluating, converting and saving.
+    seconds: [K] of training until then, without compiling, converting and
+      saving, as told above; not known (NaN) until `with_seconds`.
     losses: Direction to dev losses [K], nats per token.
     pairs: Direction to training pairs.
     bands: Direction to 'high', 'mid' or 'low'.
     scores: (Beam, direction) to (BLEU, chrF++).
     experts: Layer to (languages, shares [languages, E]).
+    windows: (Network, steps per second) of each logged window.
+    by_affinity: Direction to dev loss at the end if prices do not count.
   """
 
   system: str
@@ -65,6 +69,8 @@ class Finished:
   bands: Mapping[str, str]
   scores: Mapping[tuple[int, str], tuple[float, float]]
   experts: Mapping[str, tuple[Sequence[str], np.ndarray]]
+  windows: Sequence[tuple[str, float]]
+  by_affinity: Mapping[str, float]
 
   def members(self, band: str) -> list[str]:
     """The directions of a band, or all."""
@@ -74,6 +80,10 @@ class Finished:
     """Mean dev loss [K] of a band; every direction counts the same."""
     return np.mean([self.losses[d] for d in self.members(band)], axis=0)
 
+  def has_scores(self, beam: int) -> bool:
+    """Whether the test set was translated so."""
+    return any(b == beam for b, _ in self.scores)
+
   def score(self, band: str, beam: int) -> tuple[float, float]:
     """Mean BLEU and chrF++ of a band."""
     values = [self.scores[beam, d] for d in self.members(band)]
@@ -81,8 +91,8 @@ class Finished:
     return float(bleu), float(chrf)
 
 
-def read(path: pathlib.Path, step_ms: Mapping[str, float]) -> Finished:
-  """Reads a complete log; `step_ms` as in speed.json."""
+def read(path: pathlib.Path) -> Finished:
+  """Reads the log of a run that has trained; its tests may be missing."""
   header, *records = (
     json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()
   )
@@ -94,34 +104,70 @@ def read(path: pathlib.Path, step_ms: Mapping[str, float]) -> Finished:
     for name in evaluations[0]
     if name.startswith(prefix)
   ]
-  at = [r["step"] for r in evaluations]
+  dense_steps = _dense_steps(header)
+  pairs = header.get("pairs") or {r["test"]: r["pairs"] for r in tests}
   return Finished(
     header["system"],
     header["seed"],
     header,
-    np.array(at),
-    _seconds(header, np.array(at), step_ms),
+    np.array([r["step"] for r in evaluations]),
+    np.full(len(evaluations), np.nan),
     {d: np.array([r[prefix + d] for r in evaluations]) for d in directions},
-    {r["test"]: r["pairs"] for r in tests},
-    {r["test"]: r["band"] for r in tests},
+    pairs,
+    {d: evaluation.band(n, study.BANDS) for d, n in pairs.items()},
     {(r["beam"], r["test"]): (r["bleu"], r["chrf"]) for r in tests},
     {
       r["layer"]: (r["languages"], np.array(r["expert_shares"]))
       for r in records
       if "layer" in r
     },
+    [
+      (
+        "dense" if r["step"] <= dense_steps else header["network"],
+        r["steps_per_second"],
+      )
+      for r in records
+      if "steps_per_second" in r
+    ],
+    next(
+      (
+        r["dev_losses_by_affinity"]
+        for r in records
+        if "dev_losses_by_affinity" in r
+      ),
+      {},
+    ),
   )
 
 
-def _seconds(
-  header: Mapping[str, Any], at: np.ndarray, step_ms: Mapping[str, float]
-) -> np.ndarray:
-  """Seconds of training until each step, the dense phase's at its own speed."""
-  dense = steps.share_of(header["size"]["train_steps"], header["dense_share"])
-  unknown = float("nan")  # Not measured yet.
-  after = np.maximum(at - dense, 0) * step_ms.get(header["network"], unknown)
-  before = np.minimum(at, dense) * step_ms.get("dense", unknown)
-  return (before + after) / 1e3
+def _dense_steps(header: Mapping[str, Any]) -> int:
+  return steps.share_of(header["size"]["train_steps"], header["dense_share"])
+
+
+def step_times(runs: Iterable[Finished]) -> dict[str, float]:
+  """Milliseconds of a step of each network, from the fastest windows."""
+  speeds: dict[str, list[float]] = {}
+  for one in runs:
+    for network, speed in one.windows:
+      speeds.setdefault(network, []).append(speed)
+  return {n: 1e3 / float(np.quantile(v, 0.9)) for n, v in speeds.items()}
+
+
+def with_seconds(one: Finished, step_ms: Mapping[str, float]) -> Finished:
+  """The run with its clock; the dense phase goes at its own speed."""
+  dense = _dense_steps(one.header)
+  before = np.minimum(one.steps, dense) * step_ms["dense"]
+  after = np.maximum(one.steps - dense, 0) * step_ms[one.header["network"]]
+  return dataclasses.replace(one, seconds=(before + after) / 1e3)
+
+
+def with_bands(one: Finished, other: Finished) -> Finished:
+  """The run with another one's bands, where it was not tested itself."""
+  return (
+    one
+    if one.bands
+    else dataclasses.replace(one, pairs=other.pairs, bands=other.bands)
+  )
 
 
 def reached(x: np.ndarray, losses: np.ndarray, target: float) -> float | None:
@@ -137,30 +183,31 @@ def reached(x: np.ndarray, losses: np.ndarray, target: float) -> float | None:
 
 
 def convergence(
-  runs: Mapping[str, Sequence[Finished]], system: str, band: str
-) -> tuple[float | None, float | None]:
-  """How many times fewer updates and seconds than base to base's best loss.
+  runs: Mapping[str, Sequence[Finished]], system: str, band: str, axis: str
+) -> list[float] | None:
+  """How many times fewer updates or seconds than base to base's best loss.
 
-  Seeds are paired; the mean is returned, None where a run never gets there.
+  Args:
+    runs: Of all systems; a run is compared with base's of the same seed, if
+      there is one, else with base's first.
+    system: Its name.
+    band: See `BANDS`.
+    axis: 'steps' or 'seconds'.
+
+  Returns:
+    The factor of every run; None where one of them never gets there.
   """
   factors = []
   for own in runs[system]:
-    base = next((r for r in runs[BASELINE] if r.seed == own.seed), None)
-    if base is None:
-      continue
+    bases = runs[BASELINE]
+    base = next((r for r in bases if r.seed == own.seed), bases[0])
     target = float(base.loss(band).min())
-    pair = []
-    for axis in ("steps", "seconds"):
-      needed = reached(getattr(own, axis), own.loss(band), target)
-      whole = reached(getattr(base, axis), base.loss(band), target)
-      if needed is None or whole is None:
-        return None, None
-      pair.append(whole / needed)
-    factors.append(pair)
-  if not factors:
-    return None, None
-  updates, seconds = np.mean(factors, axis=0)
-  return float(updates), float(seconds)
+    needed = reached(getattr(own, axis), own.loss(band), target)
+    whole = reached(getattr(base, axis), base.loss(band), target)
+    if needed is None or whole is None:
+      return None
+    factors.append(whole / needed)
+  return factors
 
 
 def mean_spread(values: Iterable[float]) -> str:
@@ -178,9 +225,9 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
   return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
 
-def factor(value: float | None) -> str:
-  """'2.1x', or a dash where base's best loss is never reached."""
-  return "–" if value is None or np.isnan(value) else f"{value:.2f}x"
+def factor(values: Sequence[float] | None) -> str:
+  """'2.10 ± 0.10', or a dash where base's best loss is never reached."""
+  return "–" if values is None else mean_spread(values)
 
 
 def specialisation(shares: np.ndarray) -> float:
@@ -195,33 +242,33 @@ def specialisation(shares: np.ndarray) -> float:
   return float((shares * np.log(ratio)).sum(axis=1).mean())
 
 
-def pilots(
-  folder: pathlib.Path, runs: Mapping[str, Sequence[Finished]]
-) -> list[list[str]]:
-  """Rows of the table of shorter or changed runs, beside the study's own."""
+def pilots(paths: Iterable[pathlib.Path], like: Finished) -> list[list[str]]:
+  """Rows of the table of other settings, at their last evaluation."""
   rows = []
-  for path in sorted(folder.glob("*.jsonl")):
-    one = read(path, {})
-    own = next(
-      (r for r in runs.get(one.system, ()) if r.seed == one.seed), None
-    )
-    size = next(iter(runs.values()))[0].header["size"]
+  for path in paths:
+    one = with_bands(read(path), like)
+    size, system = like.header["size"], study.SYSTEMS[one.system]
     changes = {
-      **{k: v for k, v in one.header["size"].items() if v != size[k]},
+      **{k: v for k, v in one.header["size"].items() if v != size.get(k)},
+      **{
+        name: one.header[name]
+        for name in ("dense_share", "learning_rate")
+        if one.header.get(name, now := getattr(system, name)) != now
+      },
       **one.header["changes"],
     }
-    step = int(one.steps[-1])
-    at: Any = [] if own is None else np.flatnonzero(own.steps == step)
+    bands = evaluation.BANDS
+    tested = one.has_scores(1)
     rows.append(
       [
         one.system,
         ", ".join(f"{k} {v}" for k, v in changes.items()) or "none",
-        str(step),
-        *(f"{np.mean(list(one.losses.values()), axis=0)[-1]:.3f}",),
-        "–" if not len(at) else f"{own.loss('all')[at[0]]:.3f}",  # type: ignore[union-attr]
+        str(int(one.steps[-1])),
+        *(f"{one.loss(band)[-1]:.3f}" for band in BANDS),
+        *(f"{one.score(b, 1)[0]:.1f}" if tested else "" for b in bands),
       ]
     )
-  return rows
+  return sorted(rows)
 
 
 # -------------------------------------------------------------------- plots
@@ -353,42 +400,37 @@ def bootstrap(
 
 # ------------------------------------------------------------------- report
 
+Runs = Mapping[str, Sequence[Finished]]
 
-def render(
-  runs: Mapping[str, Sequence[Finished]],
-  significance: Mapping[str, Mapping[str, int]],
-  pilot_rows: Sequence[Sequence[str]],
-  speed: Mapping[str, Any],
-  notes: str,
-  plots: str,
-) -> str:
-  """The report as Markdown."""
-  first = next(iter(runs.values()))[0]
-  size = ", ".join(f"{k} {v}" for k, v in first.header["size"].items())
-  beams = sorted({beam for own in runs.values() for beam, _ in own[0].scores})
-  parts = [
-    "# Results\n",
-    f"{sum(map(len, runs.values()))} runs on {first.header['device']}, jax "
-    f"{first.header['jax']}; {size}. Rendered from the logs by\n"
-    "[`study_report.py`](../benchmarks/study_report.py).\n",
-    notes,
-    "## Convergence\n",
-    "How many times fewer updates (seconds of training) than `base` to reach "
-    "`base`'s best\ndev loss; the dense phase counts. A dash: never reached.\n",
-    table(
-      ["system", "seeds", *BANDS],
-      (
-        [
-          system,
-          str(len(own)),
-          *(
-            "{} ({})".format(*map(factor, convergence(runs, system, band)))
-            for band in BANDS
-          ),
-        ]
-        for system, own in runs.items()
+
+def convergence_section(runs: Runs) -> list[str]:
+  """Factors, in updates and in seconds."""
+  result = ["## Convergence\n"]
+  for axis, text in (
+    ("steps", "How many times fewer updates"),
+    ("seconds", "How many times fewer seconds of training"),
+  ):
+    result += [
+      f"{text} than `base` to reach `base`'s best dev loss, of the\nsame seed "
+      "where there is one; the dense phase counts. A dash: never reached.\n",
+      table(
+        ["system", "seeds", *BANDS],
+        (
+          [
+            system,
+            str(len(own)),
+            *(factor(convergence(runs, system, b, axis)) for b in BANDS),
+          ]
+          for system, own in runs.items()
+        ),
       ),
-    ),
+    ]
+  return result
+
+
+def loss_section(runs: Runs, plots: str) -> list[str]:
+  """Best dev losses, and their curves."""
+  return [
     "## Best dev loss\n",
     table(
       ["system", *BANDS],
@@ -398,67 +440,94 @@ def render(
       ),
     ),
     f"![Dev loss against updates]({plots}/loss_updates.svg)\n",
+    f"![Dev loss against seconds]({plots}/loss_seconds.svg)\n",
   ]
-  if speed["step_ms"]:
-    parts.append(f"![Dev loss against seconds]({plots}/loss_seconds.svg)\n")
+
+
+def score_section(runs: Runs) -> list[str]:
+  """BLEU and chrF++ of each band, for every kind of search."""
+  beams = sorted({b for own in runs.values() for r in own for b, _ in r.scores})
+  result = []
   for beam in beams:
     search = "greedy search" if beam == 1 else f"beam {beam}"
-    with_beam = {
-      s: o for s, o in runs.items() if any(b == beam for b, _ in o[0].scores)
+    tested = {
+      s: [r for r in own if r.has_scores(beam)] for s, own in runs.items()
     }
     for index, metric in enumerate(("BLEU", "chrF++")):
-      parts += [
+      result += [
         f"## Test {metric}, {search}\n",
         table(
-          ["system", *BANDS],
+          ["system", "seeds", *BANDS],
           (
             [
               system,
+              str(len(own)),
               *(
-                mean_spread(r.score(band, beam)[index] for r in own)
-                for band in BANDS
+                mean_spread(r.score(b, beam)[index] for r in own) for b in BANDS
               ),
             ]
-            for system, own in with_beam.items()
+            for system, own in tested.items()
+            if own
           ),
         ),
       ]
-  if significance:
-    columns = [
-      f"{band} {outcome}"
-      for band in evaluation.BANDS
-      for outcome in ("better", "worse", "alike")
-    ]
-    parts += [
-      "## Directions against `base`, paired bootstrap\n",
-      "Directions (of all seeds) with better, worse, and not significantly "
-      "different BLEU, p < 0.05.\n",
-      table(
-        ["system", *columns],
-        (
-          [s, *(str(counts.get(c, 0)) for c in columns)]
-          for s, counts in significance.items()
-        ),
+  return result
+
+
+def significance_section(
+  significance: Mapping[str, Mapping[str, int]],
+) -> list[str]:
+  """Outcomes of `bootstrap`."""
+  if not significance:
+    return []
+  columns = [
+    f"{band} {outcome}"
+    for band in evaluation.BANDS
+    for outcome in ("better", "worse", "alike")
+  ]
+  return [
+    "## Directions against `base`, paired bootstrap\n",
+    "Directions (of all seeds) with better, worse, and not significantly "
+    "different BLEU, p < 0.05.\n",
+    table(
+      ["system", *columns],
+      (
+        [s, *(str(counts.get(c, 0)) for c in columns)]
+        for s, counts in significance.items()
       ),
-    ]
-  sparse = {s: own for s, own in runs.items() if own[0].experts}
-  layers = sorted(next(iter(sparse.values()))[0].experts) if sparse else []
-  if speed["step_ms"]:
-    parts += [
-      "## Time of a training step\n",
-      f"Alone on {speed['device']}, jax {speed['jax']}; `study.py speed`.\n",
-      table(
-        ["network", "ms"], ([n, str(ms)] for n, ms in speed["step_ms"].items())
+    ),
+  ]
+
+
+def routing_section(runs: Runs, plots: str) -> list[str]:
+  """What experts know of languages, and what prices do at test time."""
+  sparse = {
+    s: found
+    for s, own in runs.items()
+    if (found := [r for r in own if r.experts])
+  }
+  if not sparse:
+    return []
+  layers = sorted(next(iter(sparse.values()))[0].experts)
+  priced = {s: [r for r in own if r.by_affinity] for s, own in sparse.items()}
+  return [
+    "## Routing at test time\n",
+    "Mean dev loss at the end, with tokens routed by affinity minus price (the "
+    "default), and by\naffinity alone (the BASE paper's way).\n",
+    table(
+      ["system", "with prices", "by affinity"],
+      (
+        [
+          s,
+          mean_spread(r.loss("all")[-1] for r in own),
+          mean_spread(
+            float(np.mean(list(r.by_affinity.values()))) for r in own
+          ),
+        ]
+        for s, own in priced.items()
+        if own
       ),
-    ]
-  if pilot_rows:
-    parts += [
-      "## Other settings tried\n",
-      "Mean dev loss over all directions at the last evaluation, beside the "
-      "study's own run of\nthe system at the same step.\n",
-      table(["system", "changes", "step", "loss", "own"], pilot_rows),
-    ]
-  parts += [
+    ),
     "## Experts and languages\n",
     "Mutual information of a token's language and its expert at test time, in "
     "nats (0: experts\nknow no languages), mean over seeds.\n",
@@ -477,6 +546,42 @@ def render(
     ),
     f"![Experts and languages]({plots}/experts.svg)\n",
   ]
+
+
+def render(
+  runs: Runs,
+  significance: Mapping[str, Mapping[str, int]],
+  pilot_rows: Sequence[Sequence[str]],
+  step_ms: Mapping[str, float],
+  notes: str,
+  plots: str,
+) -> str:
+  """The report as Markdown."""
+  first = next(iter(runs.values()))[0]
+  size = ", ".join(f"{k} {v}" for k, v in first.header["size"].items())
+  parts = [
+    "# Results\n",
+    f"{sum(map(len, runs.values()))} runs on {first.header['device']}, jax "
+    f"{first.header['jax']}; {size}. Rendered from the logs by\n"
+    "[`study_report.py`](../benchmarks/study_report.py).\n",
+    notes,
+    *convergence_section(runs),
+    *loss_section(runs, plots),
+    *score_section(runs),
+    *significance_section(significance),
+    *routing_section(runs, plots),
+    "## Time of a training step\n",
+    "In the fastest tenth of the windows of all runs.\n",
+    table(["network", "ms"], ([n, f"{t:.1f}"] for n, t in step_ms.items())),
+  ]
+  if pilot_rows:
+    bleu = [f"BLEU {band}" for band in evaluation.BANDS]
+    parts += [
+      "## Other settings tried\n",
+      "Mean dev loss at the last evaluation, and test BLEU with greedy search "
+      "where it was made.\n",
+      table(["system", "changes", "step", *BANDS, *bleu], pilot_rows),
+    ]
   return "\n".join(parts)
 
 
@@ -490,21 +595,22 @@ def main() -> None:
   parser.add_argument("--translations", type=pathlib.Path)
   parser.add_argument("--store")
   options = parser.parse_args()
-  speed: dict[str, Any] = {"step_ms": {}}
-  if (options.logs / "speed.json").exists():
-    speed = json.loads((options.logs / "speed.json").read_text())
-  runs: dict[str, list[Finished]] = {}
-  for name in study.SYSTEMS:
-    paths = sorted(options.logs.glob(f"{name}_[0-9]*.jsonl"))
-    found = [read(path, speed["step_ms"]) for path in paths]
-    found = [one for one in found if one.system == name]
-    if found:
-      runs[name] = found
-  if BASELINE not in runs:
+  found = [
+    read(path)
+    for name in study.SYSTEMS
+    for path in sorted(options.logs.glob(f"{name}_[0-9].jsonl"))
+  ]
+  like = next((one for one in found if one.system == BASELINE), None)
+  if like is None:
     raise SystemExit(
       f"{options.logs} holds no finished run of {BASELINE!r}; make one with "
       "study.py run"
     )
+  step_ms = step_times(found)
+  runs: dict[str, list[Finished]] = {}
+  for one in found:
+    one = with_bands(with_seconds(one, step_ms), like)
+    runs.setdefault(one.system, []).append(one)
   kept = options.logs / "bootstrap.json"
   if options.translations:
     found_tests = bootstrap(runs, options.translations, options.store)
@@ -513,13 +619,14 @@ def main() -> None:
   plots = options.out.parent / "plots"
   plots.mkdir(parents=True, exist_ok=True)
   plot_losses(runs, "steps", plots / "loss_updates.svg")
-  if speed["step_ms"]:
-    plot_losses(runs, "seconds", plots / "loss_seconds.svg")
+  plot_losses(runs, "seconds", plots / "loss_seconds.svg")
   plot_experts(runs, plots / "experts.svg")
   notes = options.logs / "notes.md"  # What to make of the figures, by hand.
-  pilot_rows = pilots(options.logs / "pilot", runs)
+  pilot_rows = pilots(options.logs.glob("pilot/*.jsonl"), like)
   options.out.write_text(
-    render(runs, significance, pilot_rows, speed, notes.read_text(), plots.name)
+    render(
+      runs, significance, pilot_rows, step_ms, notes.read_text(), plots.name
+    )
   )
   print(f"wrote {options.out}")
 
