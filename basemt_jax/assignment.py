@@ -41,7 +41,8 @@ from basemt_jax import assignment_kernels
 
 # Temperatures are in units of the scores' spread. Warm prices are off by the
 # drift between batches and by sampling noise, about a tenth of the spread; more
-# where a batch draws its languages anew (6 steps left a trained layer at 0.988).
+# where batches draw their languages anew, so that 6 warm steps left a trained
+# layer at a quality of 0.988.
 _COLD_TEMPERATURE = 1.0
 _WARM_TEMPERATURE = 0.2
 _FINAL_TEMPERATURE = 0.00125

@@ -308,10 +308,8 @@ def make_run(
     default_beams = (1, 4) if system.beam else (1,)
     if affinities:
       work.mkdir(parents=True, exist_ok=True)
-      np.savez(
-        work / f"{name}_{seed}_affinities.npz",
-        **training_affinities(described, trained),
-      )
+      found: Any = training_affinities(described, trained)
+      np.savez(work / f"{name}_{seed}_affinities.npz", **found)
     for beam in default_beams if beams is None else beams:
       _translate(described, trained, beam, log, work / "translations")
     log.write(finished=round(time.perf_counter() - start, 1))
