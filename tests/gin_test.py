@@ -219,7 +219,7 @@ def test_phases_router_and_temperature_are_the_system_s(name):
   assert any(map(is_expert, parameters(name))) == is_sparse
   assert run.settings.train_steps == STEPS
   pretrained = "dense_pretrained" in name
-  assert run.settings.dense_steps == (STEPS // 2 if pretrained else 0)
+  assert run.settings.dense_steps == (STEPS // 4 if pretrained else 0)
   router = routing.TopKRouter if name == "switch" else routing.BalancedRouter
   assert isinstance(config.router, router)
   values = temperatures(run)
