@@ -44,12 +44,14 @@ from __gin__ import dynamic_registration
 import toy_tasks
 from basemt_jax import model
 from basemt_jax import run
+from basemt_jax import steps
 MIXTURE_OR_TASK_NAME = 'toy'
 TASK_FEATURE_LENGTHS = {{'inputs': 32, 'targets': 24}}
 EMB_DIM = 16
 NUM_EXPERTS = 4
 BATCH_SIZE = 16
 TRAIN_STEPS = 4
+steps.share_of.share = 0.5
 SAVE_STEPS = 1
 EVAL_STEPS = 4
 LOG_STEPS = 1
