@@ -186,6 +186,9 @@ def main() -> None:
     metavar=("GROUPS", "TOKENS", "EXPERTS"),
   )
   options = parser.parse_args()
+  for file in options.affinities:
+    if not Path(file).exists():
+      parser.error(f"no file {file}; `study.py run --affinities` writes such")
   device = jax.devices()[0]
   print(f"jax {jax.__version__} on {device.device_kind} ({device.platform})")
   names = (

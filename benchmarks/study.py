@@ -305,12 +305,13 @@ def make_run(
       )
     if network_of(system) == "BalancedRouter":
       log.write(dev_losses_by_affinity=losses_by_affinity(described, trained))
-    default_beams = (1, 4) if system.beam else (1,)
     if affinities:
       work.mkdir(parents=True, exist_ok=True)
       found: Any = training_affinities(described, trained)
       np.savez(work / f"{name}_{seed}_affinities.npz", **found)
-    for beam in default_beams if beams is None else beams:
+    if beams is None:
+      beams = (1, 4) if system.beam else (1,)
+    for beam in beams:
       _translate(described, trained, beam, log, work / "translations")
     log.write(finished=round(time.perf_counter() - start, 1))
     path.with_suffix(".part").rename(path)

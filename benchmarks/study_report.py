@@ -156,18 +156,18 @@ def step_times(runs: Iterable[Finished]) -> dict[str, float]:
 def with_seconds(one: Finished, step_ms: Mapping[str, float]) -> Finished:
   """The run with its clock; the dense phase goes at its own speed."""
   dense = _dense_steps(one.header)
-  before = np.minimum(one.steps, dense) * step_ms["dense"]
-  after = np.maximum(one.steps - dense, 0) * step_ms[one.header["network"]]
-  return dataclasses.replace(one, seconds=(before + after) / 1e3)
+  after = np.maximum(one.steps - dense, 0)
+  milliseconds = after * step_ms[one.header["network"]]
+  if dense:  # A log without any knows no dense step's time.
+    milliseconds += np.minimum(one.steps, dense) * step_ms["dense"]
+  return dataclasses.replace(one, seconds=milliseconds / 1e3)
 
 
 def with_bands(one: Finished, other: Finished) -> Finished:
   """The run with another one's bands, where it was not tested itself."""
-  return (
-    one
-    if one.bands
-    else dataclasses.replace(one, pairs=other.pairs, bands=other.bands)
-  )
+  if one.bands:
+    return one
+  return dataclasses.replace(one, pairs=other.pairs, bands=other.bands)
 
 
 def reached(x: np.ndarray, losses: np.ndarray, target: float) -> float | None:

@@ -445,3 +445,18 @@ def test_errors_name_valid_sizes():
   # A small batch on one device is one group.
   out, _ = run(make(rows_per_group=64), variables_of(make()), True, h, mask)
   assert out.shape == h.shape
+
+
+def test_prices_count_at_test_time():
+  """Every token goes to its best affinity minus price, by plain NumPy."""
+  layer = make()
+  variables = variables_of(layer)
+  prices = np.array([0.5, -0.5, 0.0, 0.2], np.float32)
+  variables["prices"] = {"prices": jnp.asarray(prices)}
+  h, mask = (np.asarray(x) for x in inputs())
+  _, updates = run(layer, variables, False)
+  affinities = h @ np.asarray(variables["params"]["expert_centroids"]).T
+  (expert,) = updates["intermediates"]["expert"]
+  best = (affinities - prices).argmax(axis=-1)
+  np.testing.assert_array_equal(np.asarray(expert)[mask], best[mask])
+  assert (best != affinities.argmax(axis=-1))[mask].any()
