@@ -350,6 +350,8 @@ class Trained:
 def load(run: Run, console: Console, which: str | int = "latest") -> Trained:
   """Restores parameters and prices, not the optimizer.
 
+  Matrices have the type they are multiplied in; see `model.rounded`.
+
   Args:
     run: The run that wrote the checkpoint.
     console: Takes progress, if rows have to be built.
@@ -377,6 +379,7 @@ def load(run: Run, console: Console, which: str | int = "latest") -> Trained:
     del like["state"]
     tree = checkpoints.restore(step, like, "the run")
   variables = {"params": tree["target"], **tree.get("flax_mutables", {})}
+  variables = model_lib.rounded(variables, config.dtype)
   return Trained(step, program, variables, store)
 
 

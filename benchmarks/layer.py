@@ -2,11 +2,11 @@
 
     python benchmarks/layer.py --tokens 8192 32768 --experts 8 32 128
 
-Forward and backward (gradients of input and parameters) in training, forward
-with greedy routing at test time, also with every token at one expert. All are
-timed in one process, in turn, on several input sets; the median is printed, and
-JSON written on request. T tokens, D model width, F feed-forward width, E
-experts.
+Forward and backward (gradients of input and parameters) in training; forward
+with greedy routing at test time, also with every token at one expert, on
+weights rounded as `run.load` rounds them. All are timed in one process, in
+turn, on several input sets; the median is printed, and JSON written on request.
+T tokens, D model width, F feed-forward width, E experts.
 """
 
 import argparse
@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from basemt_jax import base_layer, layers
+from basemt_jax import base_layer, layers, model
 
 LENGTH = 256
 
@@ -96,9 +96,13 @@ def measure(tokens: int, experts: int, args: argparse.Namespace) -> dict:
   greedy = jax.jit(lambda p, h: sparse.apply({"params": p}, h, train=False))
   forward = jax.jit(lambda p, h: dense.apply({"params": p}, h))
   dense_step = jax.jit(jax.grad(dense_loss, argnums=(0, 1)))
+  held, dense_held = (
+    model.rounded({"params": p}, args.dtype)["params"]
+    for p in (params, dense_params)
+  )
   # Equal affinities: every token goes to the first expert.
   zero = jnp.zeros_like(params["expert_centroids"])
-  skewed = {**params, "expert_centroids": zero}
+  skewed = {**held, "expert_centroids": zero}
   functions = {}
   if "train" in args.modes:
     for h in inputs * 2:  # Prices of a run that is under way.
@@ -109,8 +113,8 @@ def measure(tokens: int, experts: int, args: argparse.Namespace) -> dict:
     }
   if "test" in args.modes:
     functions |= {
-      "dense test": functools.partial(forward, dense_params),
-      "base test": functools.partial(greedy, params),
+      "dense test": functools.partial(forward, dense_held),
+      "base test": functools.partial(greedy, held),
       "base skewed test": functools.partial(greedy, skewed),
     }
   row = time_each(functions, inputs, args.repeats)

@@ -562,6 +562,22 @@ def test_drawn_rows_tokens_and_losses_of_a_run(trained, report):
   assert all(r.steps == [2, 4] for r in report.routers)
 
 
+def test_a_loaded_model_keeps_no_more_than_it_multiplies(trained, one_device):
+  half = functools.partial(dataclasses.replace, toy.SPARSE, dtype="bfloat16")
+  full, loaded = (
+    run_lib.load(dataclasses.replace(trained, network=network), _silent())
+    for network in (trained.network, half)
+  )
+  kernels = [
+    v["params"]["encoder"]["layers_0"]["base_layer"]["experts"]["sublayer_0"][
+      "wi"
+    ]["kernel"]
+    for v in (full.variables, loaded.variables)
+  ]
+  assert [k.dtype for k in kernels] == [np.float32, jax.numpy.bfloat16]
+  np.testing.assert_array_equal(kernels[0].astype(kernels[1].dtype), kernels[1])
+
+
 def test_expert_maps_count_where_tokens_go(trained, one_device):
   """Against the model applied outside of any program, counted in Python."""
   loaded = run_lib.load(trained, _silent())

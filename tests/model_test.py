@@ -172,6 +172,34 @@ def test_remat_changes_no_value_and_no_gradient(config):
   )
 
 
+@pytest.mark.parametrize("config", CONFIGS, ids=IDS)
+def test_rounded_matrices_make_the_same_function(config):
+  """To the last bit, operation by operation; the rest stays float32."""
+  config = dataclasses.replace(config, dtype="bfloat16")
+  network, variables = init(config)
+  rounded = model.rounded(variables, config.dtype)
+  kept = set()
+  for path, x in jax.tree_util.tree_leaves_with_path(rounded):
+    name = path[-1].key
+    matrix = name in ("kernel", "embedding")
+    assert x.dtype == (jnp.bfloat16 if matrix else jnp.float32), path
+    kept |= set() if matrix else {name}
+  assert "scale" in kept
+  if config.feed_forward == "experts":
+    assert {"expert_centroids", "gate_scale", "prices"} <= kept
+  source, targets = tokens(0, 2, 6), tokens(1, 2, 5)
+  batch = {
+    "encoder_input_tokens": source,
+    "decoder_input_tokens": shift(targets),
+    "decoder_target_tokens": targets,
+  }
+  expected, got = (
+    model.forward(network, v, batch, train=False)[0]
+    for v in (variables, rounded)
+  )
+  np.testing.assert_array_equal(expected, got)
+
+
 def test_bfloat16_keeps_float32_parameters_and_logits():
   config = dataclasses.replace(SPARSE, dtype="bfloat16")
   network, variables = init(config)
