@@ -16,6 +16,7 @@ import argparse
 import contextlib
 import itertools
 import json
+import os
 import tempfile
 import time
 from typing import Any
@@ -216,8 +217,9 @@ def main() -> None:
   results: list[dict[str, Any]] = []
   bare: dict[str, float] = {}
   with tempfile.TemporaryDirectory() as folder:
-    # All runs are of one program.
-    jax.config.update("jax_compilation_cache_dir", f"{folder}/compiled")
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+      # All runs are of one program.
+      jax.config.update("jax_compilation_cache_dir", f"{folder}/compiled")
     store = write_store(f"{folder}/rows", args.length, 2 * args.rows)
     for every in args.every:
       with tempfile.TemporaryDirectory(dir=folder) as run:
