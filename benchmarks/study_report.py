@@ -249,7 +249,7 @@ def pilots(paths: Iterable[pathlib.Path], like: Finished) -> list[list[str]]:
     one = with_bands(read(path), like)
     size, system = like.header["size"], study.SYSTEMS[one.system]
     changes = {
-      **{k: v for k, v in one.header["size"].items() if v != size.get(k)},
+      **{k: v for k, v in one.header["size"].items() if v != size[k]},
       **{
         name: one.header[name]
         for name in ("dense_share", "learning_rate")

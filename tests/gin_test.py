@@ -225,12 +225,29 @@ def test_phases_router_and_temperature_are_the_system_s(name):
   values = temperatures(run)
   assert values[0] == 1
   if "heated" in name:
-    assert (np.diff(values) > 0).all() and values[-1] == 5
+    assert (np.diff(values) > 0).all() and values[-1] == 2.5
   else:
     assert (values == 1).all()
   # Gates are 1 after a conversion, sigmoids from scratch.
   last = trainer.phase_config(config, run.settings, "sparse")
   assert last.converted == pretrained
+
+
+@pytest.mark.parametrize("name", SYSTEMS)
+def test_the_study_measures_the_recipes(name, monkeypatch):
+  """In all but size, and the learning rate, which depends on it."""
+  monkeypatch.syspath_prepend(str(ROOT))
+  study = importlib.import_module("benchmarks.study")
+  run, config = system(name)
+  measured = study.run_of(
+    study.SYSTEMS[name], study.Size(train_steps=STEPS), 0, "", ""
+  )
+  network = measured.network(384)
+  for what in ("dense_steps", "conversion_options", "rewarm_steps"):
+    assert getattr(run.settings, what) == getattr(measured.settings, what)
+  for what in ("feed_forward", "router", "placement", "rows_per_group"):
+    assert getattr(config, what) == getattr(network, what)
+  assert (temperatures(run) == temperatures(measured)).all()
 
 
 # ----------------------------------------------------------- overriding
@@ -267,10 +284,10 @@ def test_macros_are_overridden_on_the_command_line():
 
 STRATEGIES = {
   "START_TEMPERATURE=5": "constant(5.0)",
-  "TEMPERATURE=@heating.linear()": "linear(1.0, 5.0, 100)",
-  "TEMPERATURE=@heating.square_root()": "square_root(1.0, 5.0, 100)",
-  "TEMPERATURE=@heating.cosine()": "cosine(1.0, 5.0, 100)",
-  "TEMPERATURE=@heating.stepwise()": "stepwise([50], [1.0, 5.0])",
+  "TEMPERATURE=@heating.linear()": "linear(1.0, 2.5, 100)",
+  "TEMPERATURE=@heating.square_root()": "square_root(1.0, 2.5, 100)",
+  "TEMPERATURE=@heating.cosine()": "cosine(1.0, 2.5, 100)",
+  "TEMPERATURE=@heating.stepwise()": "stepwise([50], [1.0, 2.5])",
   "JOINS={'gu':20,1000:7}": ("constant(1.0), joining at {'gu': 20, 1000: 7}"),
   "MAX_EPOCHS=8": "constant(1.0), at most 8 epochs in 100 steps",
   "STRATEGY=@sampling.unimax()": (
