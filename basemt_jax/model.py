@@ -535,26 +535,31 @@ def forward(
   return logits, {"intermediates": {}, **updates}
 
 
-def rounded(variables: Params, dtype: str) -> Params:
-  """Variables with every matrix in the type it is multiplied in.
+def rounded(params: Params, dtype: str) -> Params:
+  """Parameters with every matrix in the type it is multiplied in.
 
   What does not learn need not keep what a product rounds away: in half
   precision a model takes half the memory, and decoding, which reads all
-  weights for few tokens, half the traffic. Norms, centroids, gates and prices
-  are used in float32 and stay so.
+  weights for few tokens, half the traffic. Norms, centroids and gates are used
+  in float32 and stay so.
 
   Args:
-    variables: {'params': ..., 'prices': ...}.
+    params: Nested dict of arrays, or of `jax.ShapeDtypeStruct`.
     dtype: `TransformerConfig.dtype`.
 
   Returns:
-    Variables of the same function.
+    Parameters of the same function, placed as they were.
   """
-  params = {
-    path: x.astype(dtype) if path[-1] in ("kernel", "embedding") else x
-    for path, x in traverse_util.flatten_dict(variables["params"]).items()
-  }
-  return {**variables, "params": traverse_util.unflatten_dict(params)}
+
+  def cast(path: tuple[str, ...], x: Any) -> Any:
+    if path[-1] not in ("kernel", "embedding"):
+      return x
+    if isinstance(x, jax.ShapeDtypeStruct):
+      return x.update(dtype=dtype)
+    return x.astype(dtype)
+
+  flat = traverse_util.flatten_dict(params)
+  return traverse_util.unflatten_dict({k: cast(k, x) for k, x in flat.items()})
 
 
 def _segments(tokens: Array, segment_ids: Array | None) -> Array:

@@ -377,9 +377,9 @@ def load(run: Run, console: Console, which: str | int = "latest") -> Trained:
     )
     like = program.abstract_tree()
     del like["state"]
+    like["target"] = model_lib.rounded(like["target"], config.dtype)
     tree = checkpoints.restore(step, like, "the run")
   variables = {"params": tree["target"], **tree.get("flax_mutables", {})}
-  variables = model_lib.rounded(variables, config.dtype)
   return Trained(step, program, variables, store)
 
 

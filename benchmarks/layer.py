@@ -97,8 +97,7 @@ def measure(tokens: int, experts: int, args: argparse.Namespace) -> dict:
   forward = jax.jit(lambda p, h: dense.apply({"params": p}, h))
   dense_step = jax.jit(jax.grad(dense_loss, argnums=(0, 1)))
   held, dense_held = (
-    model.rounded({"params": p}, args.dtype)["params"]
-    for p in (params, dense_params)
+    model.rounded(p, args.dtype) for p in (params, dense_params)
   )
   # Equal affinities: every token goes to the first expert.
   zero = jnp.zeros_like(params["expert_centroids"])

@@ -22,6 +22,7 @@ import dataclasses
 import fcntl
 import gzip
 import json
+import os
 import pathlib
 import shutil
 import time
@@ -214,14 +215,20 @@ class Log:
   Kept are the dev losses, the training loss and the speed.
 
   Raises:
-    BlockingIOError: Another process writes the file.
+    BlockingIOError: Another process writes the file, or has just finished it.
   """
 
   def __init__(self, path: pathlib.Path):
-    self._file = path.open("a", encoding="utf-8")
-    # The lock ends with the process, however that ends.
-    fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    self._file.truncate(0)
+    with contextlib.ExitStack() as stack:
+      self._file = stack.enter_context(path.open("a", encoding="utf-8"))
+      # The lock ends with the process, however that ends.
+      fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+      opened = os.fstat(self._file.fileno())
+      if not (path.exists() and os.path.samestat(opened, path.stat())):
+        # It was opened as another process renamed it: a finished log.
+        raise BlockingIOError(f"{path} has just been finished")
+      self._file.truncate(0)
+      stack.pop_all()
 
   def write(self, **record: Any) -> None:
     """Writes one line."""
@@ -292,10 +299,8 @@ def make_run(
     log.write(
       system=name,
       seed=seed,
-      dense_share=system.dense_share,
-      learning_rate=system.learning_rate,
+      settings=settings_of(system),
       network=network_of(system),
-      changes=changed(system, SYSTEMS[name]),
       size=dataclasses.asdict(size),
       pairs=pairs_of(store_dir),
       device=jax.devices()[0].device_kind,
@@ -456,10 +461,14 @@ def prepare(data: str, store: str, vocab_size: int, length: int) -> None:
     print(f"{name} {pairs} pairs {rows} rows")
 
 
-def changed(new: Any, old: Any) -> dict[str, Any]:
-  """Fields in which a dataclass differs from another."""
-  before = vars(old)
-  return {k: v for k, v in vars(new).items() if v != before[k]}
+def settings_of(system: System) -> dict[str, Any]:
+  """What a log says of a system: everything that makes a run what it is."""
+  settings = dict(vars(system))
+  for name in ("seeds", "beam", "router"):
+    del settings[name]
+  router = system.router
+  prices = getattr(router, "prices_at_test", False)
+  return {**settings, "router": type(router).__name__, "prices_at_test": prices}
 
 
 def with_changes(record: Any, options: Sequence[str]) -> Any:
@@ -467,7 +476,7 @@ def with_changes(record: Any, options: Sequence[str]) -> Any:
   types = {
     name: type(value)
     for name, value in vars(record).items()
-    if isinstance(value, str | int | float)
+    if type(value) in (str, int, float) and name != "seeds"
   }
   changes: dict[str, Any] = {}
   for option in options:

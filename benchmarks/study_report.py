@@ -36,7 +36,8 @@ from matplotlib import pyplot as plt
 plt.rcParams["svg.hashsalt"] = "study"
 
 BASELINE = "base"
-BANDS = ("all", *evaluation.BANDS)
+_BANDS = evaluation.BANDS
+BANDS = ("all", *_BANDS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +47,7 @@ class Finished:
   Attributes:
     system: Its name.
     seed: Its seed.
-    header: Device, versions, size.
+    header: Device, versions, size, settings.
     steps: [K] of the evaluations.
     seconds: [K] of training until then, without compiling, converting and
       saving, as told above; not known (NaN) until `with_seconds`.
@@ -81,8 +82,8 @@ class Finished:
     return np.mean([self.losses[d] for d in self.members(band)], axis=0)
 
   def has_scores(self, beam: int) -> bool:
-    """Whether the test set was translated so."""
-    return any(b == beam for b, _ in self.scores)
+    """Whether all of the test set was translated so."""
+    return all((beam, d) in self.scores for d in self.bands)
 
   def score(self, band: str, beam: int) -> tuple[float, float]:
     """Mean BLEU and chrF++ of a band."""
@@ -105,7 +106,7 @@ def read(path: pathlib.Path) -> Finished:
     if name.startswith(prefix)
   ]
   dense_steps = _dense_steps(header)
-  pairs = header.get("pairs") or {r["test"]: r["pairs"] for r in tests}
+  pairs = header["pairs"]
   return Finished(
     header["system"],
     header["seed"],
@@ -141,7 +142,8 @@ def read(path: pathlib.Path) -> Finished:
 
 
 def _dense_steps(header: Mapping[str, Any]) -> int:
-  return steps.share_of(header["size"]["train_steps"], header["dense_share"])
+  share = header["settings"]["dense_share"]
+  return steps.share_of(header["size"]["train_steps"], share)
 
 
 def step_times(runs: Iterable[Finished]) -> dict[str, float]:
@@ -161,13 +163,6 @@ def with_seconds(one: Finished, step_ms: Mapping[str, float]) -> Finished:
   if dense:  # A log without any knows no dense step's time.
     milliseconds += np.minimum(one.steps, dense) * step_ms["dense"]
   return dataclasses.replace(one, seconds=milliseconds / 1e3)
-
-
-def with_bands(one: Finished, other: Finished) -> Finished:
-  """The run with another one's bands, where it was not tested itself."""
-  if one.bands:
-    return one
-  return dataclasses.replace(one, pairs=other.pairs, bands=other.bands)
 
 
 def reached(x: np.ndarray, losses: np.ndarray, target: float) -> float | None:
@@ -242,30 +237,32 @@ def specialisation(shares: np.ndarray) -> float:
   return float((shares * np.log(ratio)).sum(axis=1).mean())
 
 
+def changes(one: Finished) -> dict[str, Any]:
+  """Settings in which a run differs from the system of its name."""
+  usual = study.settings_of(study.SYSTEMS[one.system])
+  settings: Mapping[str, Any] = one.header["settings"]
+  return {k: v for k, v in settings.items() if v != usual.get(k)}
+
+
 def pilots(paths: Iterable[pathlib.Path], like: Finished) -> list[list[str]]:
   """Rows of the table of other settings, at their last evaluation."""
   rows = []
   for path in paths:
-    one = with_bands(read(path), like)
-    size, system = like.header["size"], study.SYSTEMS[one.system]
-    changes = {
+    one = read(path)
+    size = like.header["size"]
+    found = {
       **{k: v for k, v in one.header["size"].items() if v != size[k]},
-      **{
-        name: one.header[name]
-        for name in ("dense_share", "learning_rate")
-        if one.header.get(name, now := getattr(system, name)) != now
-      },
-      **one.header["changes"],
+      **changes(one),
     }
-    bands = evaluation.BANDS
     tested = one.has_scores(1)
     rows.append(
       [
         one.system,
-        ", ".join(f"{k} {v}" for k, v in changes.items()) or "none",
+        str(one.seed),
+        ", ".join(f"{k} {v}" for k, v in found.items()) or "none",
         str(int(one.steps[-1])),
         *(f"{one.loss(band)[-1]:.3f}" for band in BANDS),
-        *(f"{one.score(b, 1)[0]:.1f}" if tested else "" for b in bands),
+        *(f"{one.score(b, 1)[0]:.1f}" if tested else "" for b in _BANDS),
       ]
     )
   return sorted(rows)
@@ -320,8 +317,15 @@ def plot_losses(
 def plot_experts(
   runs: Mapping[str, Sequence[Finished]], path: pathlib.Path
 ) -> None:
-  """Share of each language's tokens at each expert, by system and layer."""
-  shown = [own[0] for own in runs.values() if own[0].experts][:4]
+  """Share of each language's tokens at each expert, by system and layer.
+
+  Of the systems in the claim, first seeds.
+  """
+  shown = [
+    own[0]
+    for system, own in runs.items()
+    if own[0].experts and study.SYSTEMS[system].beam
+  ]
   layers = sorted({layer for r in shown for layer in r.experts})
   if not shown:
     return
@@ -352,11 +356,11 @@ def bootstrap(
   translations: pathlib.Path,
   store_dir: str,
   beam: int = 1,
-) -> dict[str, dict[str, int]]:
+) -> dict[str, dict[str, Any]]:
   """Directions of each band that a system translates better, worse, alike.
 
   Paired bootstrap on BLEU against the baseline's translations of the same
-  seed, p < 0.05; counts are over all seeds.
+  seed, p < 0.05; counts are over the `seeds` whose translations are there.
   """
   store = row_store.RowStore.open(store_dir)
   references = {
@@ -371,16 +375,17 @@ def bootstrap(
     with gzip.open(path, "rt") as file:
       return json.load(file)
 
-  result: dict[str, dict[str, int]] = {}
+  result: dict[str, dict[str, Any]] = {}
   for system, own in runs.items():
     if system == BASELINE:
       continue
-    counts: dict[str, int] = {}
+    counts: dict[str, Any] = {}
     for one in own:
       base = next((r for r in runs[BASELINE] if r.seed == one.seed), None)
       pair = None if base is None else (hypotheses(base), hypotheses(one))
       if pair is None or None in pair:
         continue
+      counts.setdefault("seeds", []).append(one.seed)
       for direction, band in one.bands.items():
         bleu = evaluation.paired_bootstrap(
           pair[0][direction],  # type: ignore[index]
@@ -403,16 +408,49 @@ def bootstrap(
 Runs = Mapping[str, Sequence[Finished]]
 
 
+def system_section(runs: Runs) -> list[str]:
+  """What tells the systems apart."""
+
+  def row(system: str, own: Sequence[Finished]) -> list[str]:
+    settings = own[0].header["settings"]
+    temperature = f"{settings['start']:g}"
+    if settings["schedule"] != "constant":
+      temperature += f" to {settings['end']:g}, {settings['schedule']}"
+    return [
+      system,
+      str(len(own)),
+      f"{settings['learning_rate']:g}",
+      f"{settings['dense_share']:.0%}",
+      temperature,
+    ]
+
+  return [
+    "## Systems\n",
+    "Where there are several seeds, the tables below hold means and standard "
+    "deviations.\n",
+    table(
+      ["system", "seeds", "learning rate", "dense steps", "temperature"],
+      (row(system, own) for system, own in runs.items()),
+    ),
+  ]
+
+
 def convergence_section(runs: Runs) -> list[str]:
   """Factors, in updates and in seconds."""
   result = ["## Convergence\n"]
-  for axis, text in (
-    ("steps", "How many times fewer updates"),
-    ("seconds", "How many times fewer seconds of training"),
+  for axis, text, also in (
+    ("steps", "How many times fewer updates", ""),
+    (
+      "seconds",
+      "How many times fewer seconds of training",
+      "Seconds are updates times the time of a step, below: the runs shared "
+      "GPUs.\n",
+    ),
   ):
     result += [
       f"{text} than `base` to reach `base`'s best dev loss, of the\nsame seed "
-      "where there is one; the dense phase counts. A dash: never reached.\n",
+      "where there is one; the dense phase counts. A dash: a seed never does.\n"
+      + also,
       table(
         ["system", "seeds", *BANDS],
         (
@@ -475,24 +513,29 @@ def score_section(runs: Runs) -> list[str]:
 
 
 def significance_section(
-  significance: Mapping[str, Mapping[str, int]],
+  significance: Mapping[str, Mapping[str, Any]],
 ) -> list[str]:
   """Outcomes of `bootstrap`."""
   if not significance:
     return []
   columns = [
     f"{band} {outcome}"
-    for band in evaluation.BANDS
+    for band in _BANDS
     for outcome in ("better", "worse", "alike")
   ]
   return [
     "## Directions against `base`, paired bootstrap\n",
-    "Directions (of all seeds) with better, worse, and not significantly "
-    "different BLEU, p < 0.05.\n",
+    "Directions, of the seeds whose translations were kept, with better, "
+    "worse, and not\nsignificantly different BLEU in a greedy search, "
+    "p < 0.05.\n",
     table(
-      ["system", *columns],
+      ["system", "seeds", *columns],
       (
-        [s, *(str(counts.get(c, 0)) for c in columns)]
+        [
+          s,
+          str(len(counts["seeds"])),
+          *(str(counts.get(c, 0)) for c in columns),
+        ]
         for s, counts in significance.items()
       ),
     ),
@@ -550,7 +593,7 @@ def routing_section(runs: Runs, plots: str) -> list[str]:
 
 def render(
   runs: Runs,
-  significance: Mapping[str, Mapping[str, int]],
+  significance: Mapping[str, Mapping[str, Any]],
   pilot_rows: Sequence[Sequence[str]],
   step_ms: Mapping[str, float],
   notes: str,
@@ -565,22 +608,24 @@ def render(
     f"{first.header['jax']}; {size}. Rendered from the logs by\n"
     "[`study_report.py`](../benchmarks/study_report.py).\n",
     notes,
+    *system_section(runs),
     *convergence_section(runs),
     *loss_section(runs, plots),
     *score_section(runs),
     *significance_section(significance),
     *routing_section(runs, plots),
     "## Time of a training step\n",
-    "In the fastest tenth of the windows of all runs.\n",
+    "Nine windows of ten were slower, because runs shared GPUs. "
+    "`BalancedRouter`: BASE layers.\n",
     table(["network", "ms"], ([n, f"{t:.1f}"] for n, t in step_ms.items())),
   ]
   if pilot_rows:
-    bleu = [f"BLEU {band}" for band in evaluation.BANDS]
+    bleu = [f"BLEU {band}" for band in _BANDS]
     parts += [
       "## Other settings tried\n",
       "Mean dev loss at the last evaluation, and test BLEU with greedy search "
       "where it was made.\n",
-      table(["system", "changes", "step", *BANDS, *bleu], pilot_rows),
+      table(["system", "seed", "changes", "step", *BANDS, *bleu], pilot_rows),
     ]
   return "\n".join(parts)
 
@@ -609,8 +654,13 @@ def main() -> None:
   step_ms = step_times(found)
   runs: dict[str, list[Finished]] = {}
   for one in found:
-    one = with_bands(with_seconds(one, step_ms), like)
-    runs.setdefault(one.system, []).append(one)
+    if changes(one):
+      raise SystemExit(
+        f"{options.logs}: {one.system}, seed {one.seed}, has other settings "
+        f"than study.SYSTEMS: {changes(one)}; move its log to "
+        f"{options.logs}/pilot"
+      )
+    runs.setdefault(one.system, []).append(with_seconds(one, step_ms))
   kept = options.logs / "bootstrap.json"
   if options.translations:
     found_tests = bootstrap(runs, options.translations, options.store)

@@ -10,7 +10,7 @@ import pytest
 import toy
 
 ROOT = pathlib.Path(__file__).parent.parent
-DIRECTIONS = {"de-en": 100_000, "en-id": 1_000}
+DIRECTIONS = {"de-en": 100_000, "en-mr": 10_000, "en-id": 1_000}
 
 
 @pytest.fixture
@@ -20,15 +20,13 @@ def script(monkeypatch):
   return lambda name: importlib.import_module(f"benchmarks.{name}")
 
 
-def write_log(folder, system, losses, seed=0, dense_share=0.0, speed=50.0):
+def write_log(folder, system, losses, seed=0, speed=50.0, **settings):
   """A log of evaluations every 100 steps, the same loss in both directions."""
   header = {
     "system": system,
     "seed": seed,
-    "dense_share": dense_share,
-    "learning_rate": 3e-3,
+    "settings": {"dense_share": 0.0, **settings},
     "network": "dense" if system == "dense" else "BalancedRouter",
-    "changes": {},
     "size": {"train_steps": 100 * len(losses)},
     "pairs": DIRECTIONS,
     "device": "none",
@@ -55,7 +53,10 @@ def test_convergence_by_hand(script, tmp_path):
     ),
     report.read(
       write_log(
-        tmp_path, "base_dense_pretrained", [2.0, 0.0, 0.0, 0.0], 0, 0.25
+        tmp_path,
+        "base_dense_pretrained",
+        [2.0, 0.0, 0.0, 0.0],
+        dense_share=0.25,
       )
     ),
   ]
@@ -65,7 +66,7 @@ def test_convergence_by_hand(script, tmp_path):
   runs = {one.system: [report.with_seconds(one, step_ms)] for one in read}
   converted = runs["base_dense_pretrained"][0]
   assert converted.seconds.tolist() == [1.0, 3.0, 5.0, 7.0]
-  assert converted.bands == {"de-en": "high", "en-id": "low"}
+  assert list(converted.bands.values()) == ["high", "mid", "low"]
   for axis, expected in (("steps", 400 / 150), ("seconds", 8.0 / 2.0)):
     for band in ("all", "high", "low"):
       found = report.convergence(runs, converted.system, band, axis)
@@ -79,6 +80,69 @@ def test_specialisation_by_hand(script):
   specialisation = script("study_report").specialisation
   assert specialisation(np.full((3, 4), 0.25)) == pytest.approx(0.0)
   assert specialisation(np.eye(4) * 7.0) == pytest.approx(np.log(4.0))
+
+
+def test_a_run_of_other_settings_is_not_passed_off_as_its_system(
+  script, tmp_path, monkeypatch
+):
+  settings = script("study").settings_of(script("study").SYSTEMS["base"])
+  write_log(tmp_path, "base", [2.0, 1.0], **settings)
+  arguments = ["study_report.py", "--logs", str(tmp_path)]
+  monkeypatch.setattr("sys.argv", [*arguments, "--out", str(tmp_path / "r.md")])
+  (tmp_path / "notes.md").write_text("")
+  script("study_report").main()
+  write_log(tmp_path, "base", [2.0, 1.0], 1, **{**settings, "noise": 0.5})
+  with pytest.raises(SystemExit, match=r"base, seed 1.*'noise': 0.5.*pilot"):
+    script("study_report").main()
+
+
+def test_a_partly_tested_run_has_no_scores(script, tmp_path):
+  report = script("study_report")
+  path = write_log(tmp_path, "base", [2.0])
+  score = {"beam": 1, "band": "high", "pairs": 1, "bleu": 10.0, "chrf": 20.0}
+  for i, direction in enumerate(DIRECTIONS):
+    assert not report.read(path).has_scores(1)
+    bleu = 10.0 * (i + 1)
+    with path.open("a") as file:
+      file.write(json.dumps({"test": direction, **score, "bleu": bleu}) + "\n")
+  one = report.read(path)
+  assert one.has_scores(1) and not one.has_scores(4)
+  assert one.score("all", 1) == (20.0, 20.0)
+  assert one.score("low", 1) == (30.0, 20.0)
+
+
+def test_one_process_writes_a_log(script, tmp_path, monkeypatch):
+  study = script("study")
+  first = study.Log(tmp_path / "a.part")
+  with pytest.raises(BlockingIOError):
+    study.Log(tmp_path / "a.part")
+  first.write(step=1)
+  (tmp_path / "a.part").rename(tmp_path / "a.jsonl")
+  first.close()
+  study.Log(tmp_path / "a.part").close()
+  assert (tmp_path / "a.jsonl").read_text() == '{"step": 1}\n'
+  # Finished by another between opening and locking.
+  (tmp_path / "a.part").write_text("whole")
+  lock = study.fcntl.flock
+
+  def late(*arguments):
+    (tmp_path / "a.part").rename(tmp_path / "b.jsonl")
+    lock(*arguments)
+
+  monkeypatch.setattr(study.fcntl, "flock", late)
+  with pytest.raises(BlockingIOError, match="finished"):
+    study.Log(tmp_path / "a.part")
+  assert (tmp_path / "b.jsonl").read_text() == "whole"
+
+
+def test_changes_of_systems_have_their_type(script):
+  study = script("study")
+  system = study.SYSTEMS["base"]
+  changed = study.with_changes(system, ["rewarm_steps=7", "end=4"])
+  assert (changed.rewarm_steps, changed.end) == (7, 4.0)
+  for option in ("beam=False", "seeds=2", "nothing=1"):
+    with pytest.raises(SystemExit, match="no field"):
+      study.with_changes(system, [option])
 
 
 def test_committed_report_is_that_of_the_committed_logs(
@@ -118,7 +182,7 @@ def test_a_small_run_and_its_log(script, tmp_path, monkeypatch, capsys):
     tmp_path / "l" / "base_dense_pretrained_1.jsonl"
   )
   assert one.steps.tolist() == [2, 4]
-  assert one.header["changes"] == {"dense_share": 0.5}
+  assert script("study_report").changes(one) == {"dense_share": 0.5}
   assert sorted(one.experts) == ["decoder/layers_2", "encoder/layers_2"]
   assert set(one.by_affinity) == set(one.losses) == set(toy.DIRECTIONS)
   found = np.load(tmp_path / "work" / "base_dense_pretrained_1_affinities.npz")
