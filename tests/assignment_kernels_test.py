@@ -87,7 +87,7 @@ def test_newton_steps_are_the_plain_ones_for_groups_and_free_slots():
   given = (values, weights, free, free_weight, prices)
   kernel = functools.partial(
     assignment_kernels.newton_step,
-    num_doublings=assignment._NUM_DOUBLINGS,
+    iterations=assignment._ITERATIONS,
     interpret=True,
   )
   found = jax.jit(jax.vmap(functools.partial(steps, kernel)))(*given)
