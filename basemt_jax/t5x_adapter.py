@@ -701,7 +701,8 @@ def from_dense(
   """A T5X state transformation: experts out of a dense checkpoint.
 
   Needs `RestoreCheckpointConfig.fallback_to_scratch`, which initialises what
-  is not returned here: new parameters, prices and, by default, the optimizer.
+  is not returned here: new parameters, prices and, if its moments are not
+  copied, the optimizer.
   T5X gives no arrays, only what it knows of them, so the dense ones are read
   here; every host holds all experts in memory for that. `basemt convert` does
   not, and proves on real batches that the function is the same.
