@@ -49,8 +49,8 @@ _FINAL_TEMPERATURE = 0.00125
 _COLD_STEPS = 12
 _WARM_STEPS = 8
 
-# Of Chebyshev's iteration, for a Newton step's linear system.
-_ITERATIONS = 12
+# The Newton system's inverse is a product of this many factors (I + M^(2^i)).
+_NUM_DOUBLINGS = 6
 
 # Noise that splits equal tokens, in final temperatures. More of it leaves more
 # tokens to repair.
@@ -253,7 +253,7 @@ def _solve_dual(
       0, num_steps, functools.partial(step, _newton_step), start
     )
   newton_step = functools.partial(
-    assignment_kernels.newton_step, iterations=_ITERATIONS
+    assignment_kernels.newton_step, num_doublings=_NUM_DOUBLINGS
   )
   prices = start
   for i in range(num_steps):  # A loop would cost more launches than a step.
@@ -275,7 +275,8 @@ def _newton_step(
   With shares P = softmax((a - p) / T) and loads n = sum_t P_t, Sinkhorn's step
   is T log(n / C), and Newton's is its image under (I - M)^-1, M = P'P / n: a
   row-stochastic matrix whose eigenvalue 1 (all prices move together) is
-  projected out.
+  projected out. The inverse is the Neumann series (I + M)(I + M^2)(I + M^4)...
+  cut off: a few [E, E] products, and naturally damped where M is close to I.
   """
   shares = jax.nn.softmax((values - prices[:, None]) / temperature, axis=0)
   free_shares = jax.nn.softmax((free_values - prices) / temperature)
@@ -284,10 +285,14 @@ def _newton_step(
   )
   products += free_weight * jnp.outer(free_shares, free_shares)
   loads = jnp.sum(products, axis=1)  # as a token's shares sum to one
-  residual = jnp.log(jnp.maximum(loads, _TINY) / capacity)
-  direction = assignment_kernels.chebyshev(
-    products, loads, residual, _ITERATIONS
-  )
+  safe_loads = jnp.maximum(loads, _TINY)
+  matrix = products / safe_loads[:, None]
+  residual = jnp.log(safe_loads / capacity)
+  direction = residual - jnp.sum(loads * residual) / jnp.sum(loads)
+  for i in range(_NUM_DOUBLINGS):
+    direction = direction + matrix @ direction
+    if i + 1 < _NUM_DOUBLINGS:
+      matrix = matrix @ matrix
   # The quadratic model holds within about a temperature of where it was made.
   return prices + temperature * jnp.clip(direction, -2.0, 2.0)
 

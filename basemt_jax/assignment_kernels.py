@@ -29,8 +29,6 @@ _MAX_PARTS = 64
 # Scores that the threads of the repair kernel hold at a time.
 _TILE = 2**14
 _TINY = 1e-30
-# Of I - M, above which Newton's system is solved well.
-_LEAST_EIGENVALUE = 1 / 128
 
 
 def is_supported(values: jax.Array) -> bool:
@@ -63,7 +61,7 @@ def newton_step(
   temperature: jax.Array,
   *,
   capacity: int,
-  iterations: int,
+  num_doublings: int,
   interpret: bool = False,
 ) -> jax.Array:
   """One damped Newton step on the softened dual; see `assignment`.
@@ -76,7 +74,7 @@ def newton_step(
     prices: [E] float32.
     temperature: [] float32.
     capacity: C.
-    iterations: Of `chebyshev`.
+    num_doublings: Factors of the inverse's product.
     interpret: Run without a GPU, slowly, for tests.
 
   Returns:
@@ -103,7 +101,9 @@ def newton_step(
     name="newton_statistics",
   )
   return kernel_call.run(
-    functools.partial(_newton_kernel, capacity=capacity, iterations=iterations),
+    functools.partial(
+      _newton_kernel, capacity=capacity, num_doublings=num_doublings
+    ),
     jax.ShapeDtypeStruct((num_experts,), jnp.float32),
     (
       jnp.sum(partial, axis=0),
@@ -172,43 +172,6 @@ def _statistics_kernel(
   loads_ref[part, :] = loads
 
 
-def chebyshev(
-  products: jax.Array, loads: jax.Array, residual: jax.Array, iterations: int
-) -> jax.Array:
-  """Solves (I - M) x = r for M = A / n, A symmetric with row sums n.
-
-  Chebyshev's iteration (Golub and Varga, 1961) for eigenvalues of I - M
-  between `_LEAST_EIGENVALUE` and 1. An iteration costs E^2. What lies below
-  the least eigenvalue is damped: directions in which M is almost I are those
-  in which Newton's model can be trusted least. Linear in r with fixed
-  coefficients, so that rounding is not amplified, as conjugate gradients would.
-
-  Args:
-    products: [E, E] float32, A.
-    loads: [E] float32, n.
-    residual: [E] float32; its n-weighted mean, which no x reaches, is left out.
-    iterations: How many.
-
-  Returns:
-    [E], x.
-  """
-  middle, radius = (1 + _LEAST_EIGENVALUE) / 2, (1 - _LEAST_EIGENVALUE) / 2
-  ratio = radius / middle
-  inverse = 1.0 / jnp.maximum(loads, _TINY)
-  mean = jnp.sum(loads * residual) / jnp.maximum(jnp.sum(loads), _TINY)
-  left = residual - mean
-  change = left / middle
-  solution = change
-  for _ in range(iterations - 1):
-    image = jnp.sum(products * change[None, :], axis=1) * inverse
-    left -= change - image
-    next_ratio = 1 / (2 * middle / radius - ratio)
-    change = next_ratio * ratio * change + 2 * next_ratio / radius * left
-    solution += change
-    ratio = next_ratio
-  return solution
-
-
 def _newton_kernel(
   products_ref,
   loads_ref,
@@ -219,7 +182,7 @@ def _newton_kernel(
   out_ref,
   *,
   capacity: int,
-  iterations: int,
+  num_doublings: int,
 ) -> None:
   """New prices from the sums over tokens."""
   products, loads = products_ref[:, :], loads_ref[:]
@@ -236,11 +199,17 @@ def _newton_kernel(
   free_weight = free_weight_ref[0]
   products += free_weight * (shares[:, None] * shares[None, :])
   loads += free_weight * shares
-  residual = jnp.log(jnp.maximum(loads, _TINY) / capacity)
-  residual = jnp.where(is_expert, residual, 0.0)
   # Products are rounded; their own sums keep the matrix row-stochastic.
   total = jnp.sum(products, axis=1)
-  direction = chebyshev(products, total, residual, iterations)
+  matrix = products / jnp.maximum(total, _TINY)[:, None]
+  residual = jnp.log(jnp.maximum(loads, _TINY) / capacity)
+  residual = jnp.where(is_expert, residual, 0.0)
+  direction = residual - jnp.sum(loads * residual) / jnp.sum(loads)
+  direction = jnp.where(is_expert, direction, 0.0)
+  for i in range(num_doublings):
+    direction += jnp.sum(matrix * direction[None, :], axis=1)
+    if i + 1 < num_doublings:
+      matrix = jnp.dot(matrix, matrix)
   new = prices + temperature * jnp.minimum(jnp.maximum(direction, -2.0), 2.0)
   triton.store(out_ref.at[row], new, mask=is_expert)
 

@@ -223,9 +223,11 @@ class Log:
       self._file = stack.enter_context(path.open("a", encoding="utf-8"))
       # The lock ends with the process, however that ends.
       fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-      opened = os.fstat(self._file.fileno())
-      if not (path.exists() and os.path.samestat(opened, path.stat())):
-        # It was opened as another process renamed it: a finished log.
+      try:
+        is_there = os.path.samestat(os.fstat(self._file.fileno()), path.stat())
+      except FileNotFoundError:
+        is_there = False
+      if not is_there:  # Another process renamed it since: a finished log.
         raise BlockingIOError(f"{path} has just been finished")
       self._file.truncate(0)
       stack.pop_all()
@@ -462,7 +464,7 @@ def prepare(data: str, store: str, vocab_size: int, length: int) -> None:
 
 
 def settings_of(system: System) -> dict[str, Any]:
-  """What a log says of a system: everything that makes a run what it is."""
+  """What a log says of a system: all that the study varies."""
   settings = dict(vars(system))
   for name in ("seeds", "beam", "router"):
     del settings[name]

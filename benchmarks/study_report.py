@@ -244,16 +244,18 @@ def changes(one: Finished) -> dict[str, Any]:
   return {k: v for k, v in settings.items() if v != usual.get(k)}
 
 
+def size_changes(one: Finished, like: Finished) -> dict[str, Any]:
+  """What a run's size differs in from another's."""
+  size: Mapping[str, Any] = one.header["size"]
+  return {k: v for k, v in size.items() if v != like.header["size"].get(k)}
+
+
 def pilots(paths: Iterable[pathlib.Path], like: Finished) -> list[list[str]]:
   """Rows of the table of other settings, at their last evaluation."""
   rows = []
   for path in paths:
     one = read(path)
-    size = like.header["size"]
-    found = {
-      **{k: v for k, v in one.header["size"].items() if v != size[k]},
-      **changes(one),
-    }
+    found = {**size_changes(one, like), **changes(one)}
     tested = one.has_scores(1)
     rows.append(
       [
@@ -654,11 +656,11 @@ def main() -> None:
   step_ms = step_times(found)
   runs: dict[str, list[Finished]] = {}
   for one in found:
-    if changes(one):
+    if other := {**size_changes(one, like), **changes(one)}:
       raise SystemExit(
         f"{options.logs}: {one.system}, seed {one.seed}, has other settings "
-        f"than study.SYSTEMS: {changes(one)}; move its log to "
-        f"{options.logs}/pilot"
+        f"than study.SYSTEMS and the run of {BASELINE}: {other}; move its log "
+        f"to {options.logs}/pilot"
       )
     runs.setdefault(one.system, []).append(with_seconds(one, step_ms))
   kept = options.logs / "bootstrap.json"

@@ -83,6 +83,31 @@ def test_near_optimal_cold_and_warm(num_tokens, num_experts):
   assert quality(second, warm.expert) >= 0.999
 
 
+def test_tight_clusters_cold_and_warm():
+  """Few sorts of tokens, in other numbers in the next batch."""
+  num_tokens, num_experts = 1024, 32
+  for seed in range(6):
+    draw = np.random.default_rng(seed)
+    centres = 3 * draw.normal(size=(2 * num_experts, 32))
+    centroids = draw.normal(size=(32, num_experts)) / np.sqrt(32)
+    share = draw.dirichlet(np.full(len(centres), 0.5))
+    first, second = (
+      (
+        (
+          centres[draw.choice(len(centres), num_tokens, p=share)]
+          + 0.15 * draw.normal(size=(num_tokens, 32))
+        )
+        @ centroids
+      ).astype(np.float32)
+      for _ in range(2)
+    )
+    cold = balanced(first)
+    assert quality(first, cold.expert) >= 0.999
+    # A weak spot: see docs/performance.md.
+    warm = balanced(second, None, cold.prices)
+    assert quality(second, warm.expert) >= 0.995
+
+
 @pytest.mark.parametrize(
   ("num_tokens", "num_experts"), [(16, 8), (7, 3), (3, 8), (1, 4), (5, 1)]
 )

@@ -94,6 +94,9 @@ def test_a_run_of_other_settings_is_not_passed_off_as_its_system(
   write_log(tmp_path, "base", [2.0, 1.0], 1, **{**settings, "noise": 0.5})
   with pytest.raises(SystemExit, match=r"base, seed 1.*'noise': 0.5.*pilot"):
     script("study_report").main()
+  write_log(tmp_path, "base", [2.0, 1.0, 0.5], 1, **settings)
+  with pytest.raises(SystemExit, match=r"seed 1.*'train_steps': 300.*pilot"):
+    script("study_report").main()
 
 
 def test_a_partly_tested_run_has_no_scores(script, tmp_path):
