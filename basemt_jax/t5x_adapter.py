@@ -702,10 +702,10 @@ def from_dense(
 
   Needs `RestoreCheckpointConfig.fallback_to_scratch`, which initialises what
   is not returned here: new parameters, prices and, if its moments are not
-  copied, the optimizer.
-  T5X gives no arrays, only what it knows of them, so the dense ones are read
-  here; every host holds all experts in memory for that. `basemt convert` does
-  not, and proves on real batches that the function is the same.
+  copied, the optimizer. T5X gives no arrays, only what it knows of them, so
+  the dense ones are read here; every host holds all experts in memory for
+  that. `basemt convert` does not, and proves on real batches that the function
+  is the same.
 
   Args:
     ckpt_state: What the checkpoint holds; leaves say where.

@@ -100,8 +100,7 @@ class System:
 
 
 _CLAIM: dict[str, Any] = {"seeds": 3, "beam": True}
-# Learning rates are the best of those tried for each kind of start. The best
-# end temperature of those tried, 2.5, is the default; 5 is the literature's.
+# What was tried for learning rates and temperatures: docs/study/notes.md.
 _DENSE: dict[str, Any] = {"learning_rate": 4e-3}
 _DENSE_START: dict[str, Any] = {
   "dense_share": 0.25,

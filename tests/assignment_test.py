@@ -85,7 +85,7 @@ def test_near_optimal_cold_and_warm(num_tokens, num_experts):
 
 def test_tight_clusters_cold_and_warm():
   """Few sorts of tokens, in other numbers in the next batch."""
-  num_tokens, num_experts = 1024, 32
+  num_tokens, num_experts = 1024, 8
   for seed in range(6):
     draw = np.random.default_rng(seed)
     centres = 3 * draw.normal(size=(2 * num_experts, 32))
@@ -95,7 +95,7 @@ def test_tight_clusters_cold_and_warm():
       (
         (
           centres[draw.choice(len(centres), num_tokens, p=share)]
-          + 0.15 * draw.normal(size=(num_tokens, 32))
+          + 0.05 * draw.normal(size=(num_tokens, 32))
         )
         @ centroids
       ).astype(np.float32)
@@ -105,7 +105,7 @@ def test_tight_clusters_cold_and_warm():
     assert quality(first, cold.expert) >= 0.999
     # A weak spot: see docs/performance.md.
     warm = balanced(second, None, cold.prices)
-    assert quality(second, warm.expert) >= 0.995
+    assert quality(second, warm.expert) >= 0.998
 
 
 @pytest.mark.parametrize(

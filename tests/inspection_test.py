@@ -590,8 +590,7 @@ def test_a_model_is_loaded_in_the_type_it_multiplies_in(
     jax.device_get(loaded.program.eval_step(v, batch)["nll"])
     for v in (loaded.variables, kept)
   ]
-  # A CPU may skip the rounding of what it multiplies in float32 anyway.
-  np.testing.assert_allclose(*losses, rtol=1e-2)
+  np.testing.assert_allclose(*losses, rtol=1e-7)
 
 
 def test_expert_maps_count_where_tokens_go(trained, one_device):
