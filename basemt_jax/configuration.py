@@ -140,8 +140,8 @@ def _check_macros(config: str, bindings: Sequence[str]) -> None:
   for name in (b.partition("=")[0].strip() for b in bindings):
     if name in defined and name not in used:
       near = difflib.get_close_matches(name, used, n=1)
-      hint = f"; did you mean {near[0]}?" if near else ""
-      raise UsageError(f"--gin.{name}: nothing uses that macro{hint}")
+      hint = f"did you mean {near[0]}?" if near else "see gin/runs/train.gin"
+      raise UsageError(f"--gin.{name}: nothing uses that macro; {hint}")
   for name in sorted(used - {*defined, "gin"}):
     hint = (
       ": give a model, such as --gin_file=gin/models/tiny.gin, before the "
@@ -168,10 +168,9 @@ def _find(name: str, options: argparse.Namespace) -> str:
   for place in places:
     if (pathlib.Path(place) / name).is_file():
       return str(pathlib.Path(place) / name)
-  raise UsageError(
-    f"no gin file {name}; recipes are: "
-    + ", ".join(f"gin/recipes/{r}" for r in _recipes())
-  )
+  near = difflib.get_close_matches(pathlib.Path(name).name, _recipes(), n=1)
+  hint = f"did you mean gin/recipes/{near[0]}?" if near else "see gin/recipes/"
+  raise UsageError(f"no gin file {name}; {hint}")
 
 
 def _recipes() -> list[str]:

@@ -13,6 +13,7 @@ where the shape says so; `steps` is the curve to choose a step count by.
 """
 
 import argparse
+import concurrent.futures
 import functools
 import importlib.util
 import itertools
@@ -147,24 +148,34 @@ def rows_of(
       affinities, None, prices, num_steps=steps
     )
 
+  cases = [
+    (kind, inputs, steps)
+    for kind, inputs in (("cold", cold_inputs), ("warm", warm_inputs))
+    for steps in (None, *(STEPS if curve else ()))
+  ]
+  lowered = [
+    jax.jit(jax.vmap(functools.partial(solve, steps))).lower(*inputs[0])
+    for _, inputs, steps in cases
+  ]
+  # Side by side, as compiling takes many times longer than measuring.
+  with concurrent.futures.ThreadPoolExecutor() as pool:
+    compiled = list(pool.map(lambda program: program.compile(), lowered))
   rows = []
-  for kind, inputs in (("cold", cold_inputs), ("warm", warm_inputs)):
-    for steps in (None, *(STEPS if curve else ())):
-      run = jax.jit(jax.vmap(functools.partial(solve, steps)))
-      milliseconds, worst = measure(run, inputs, repeats)
-      rows.append(
-        {
-          "scores": source,
-          "groups": groups,
-          "tokens": num_tokens,
-          "experts": num_experts,
-          "start": kind,
-          "steps": steps or "default",
-          "milliseconds": round(milliseconds, 4),
-          "quality": round(worst, 6),
-        }
-      )
-      print("  ".join(f"{value!s:>16}" for value in rows[-1].values()))
+  for (kind, inputs, steps), run in zip(cases, compiled, strict=True):
+    milliseconds, worst = measure(run, inputs, repeats)
+    rows.append(
+      {
+        "scores": source,
+        "groups": groups,
+        "tokens": num_tokens,
+        "experts": num_experts,
+        "start": kind,
+        "steps": steps or "default",
+        "milliseconds": round(milliseconds, 4),
+        "quality": round(worst, 6),
+      }
+    )
+    print("  ".join(f"{value!s:>16}" for value in rows[-1].values()))
   return rows
 
 

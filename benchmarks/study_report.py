@@ -362,7 +362,8 @@ def bootstrap(
   """Directions of each band that a system translates better, worse, alike.
 
   Paired bootstrap on BLEU against the baseline's translations of the same
-  seed, p < 0.05; counts are over the `seeds` whose translations are there.
+  seed, p < 0.05; counts are over the seeds whose translations are there. `bleu`
+  holds their means of all directions, the baseline's and the system's.
   """
   store = row_store.RowStore.open(store_dir)
   references = {
@@ -387,7 +388,7 @@ def bootstrap(
       pair = None if base is None else (hypotheses(base), hypotheses(one))
       if pair is None or None in pair:
         continue
-      counts.setdefault("seeds", []).append(one.seed)
+      scores = []
       for direction, band in one.bands.items():
         bleu = evaluation.paired_bootstrap(
           pair[0][direction],  # type: ignore[index]
@@ -400,9 +401,31 @@ def bootstrap(
           outcome = "better" if bleu.system > bleu.baseline else "worse"
         key = f"{band} {outcome}"
         counts[key] = counts.get(key, 0) + 1
+        scores.append((bleu.baseline, bleu.system))
+      means = np.mean(scores, axis=0).round(3).tolist()
+      counts.setdefault("bleu", {})[str(one.seed)] = means
     if counts:
       result[system] = counts
   return result
+
+
+def is_of(
+  significance: Mapping[str, Mapping[str, Any]],
+  runs: Mapping[str, Sequence[Finished]],
+) -> bool:
+  """Whether `bootstrap`'s translations are those that the logs scored."""
+  scores = {
+    (one.system, str(one.seed)): one.score("all", 1)[0]
+    for own in runs.values()
+    for one in own
+    if one.has_scores(1)
+  }
+  return all(
+    abs(scores.get((name, seed), np.inf) - mean) < 0.01
+    for system, counts in significance.items()
+    for seed, means in counts["bleu"].items()
+    for name, mean in zip((BASELINE, system), means, strict=True)
+  )
 
 
 # ------------------------------------------------------------------- report
@@ -535,7 +558,7 @@ def significance_section(
       (
         [
           s,
-          str(len(counts["seeds"])),
+          str(len(counts["bleu"])),
           *(str(counts.get(c, 0)) for c in columns),
         ]
         for s, counts in significance.items()
@@ -668,6 +691,11 @@ def main() -> None:
     found_tests = bootstrap(runs, options.translations, options.store)
     kept.write_text(json.dumps(found_tests, indent=1) + "\n")
   significance = json.loads(kept.read_text()) if kept.exists() else {}
+  if not is_of(significance, runs):
+    raise SystemExit(
+      f"{kept} compares translations of other runs than the logs'; make it "
+      "again with --translations and --store"
+    )
   plots = options.out.parent / "plots"
   plots.mkdir(parents=True, exist_ok=True)
   plot_losses(runs, "steps", plots / "loss_updates.svg")

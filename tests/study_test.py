@@ -114,6 +114,32 @@ def test_a_partly_tested_run_has_no_scores(script, tmp_path):
   assert one.score("low", 1) == (30.0, 20.0)
 
 
+def test_a_bootstrap_belongs_to_the_runs_of_the_logs(
+  script, tmp_path, monkeypatch
+):
+  for system, scale in (("base", 10.0), ("dense", 11.0)):
+    settings = script("study").settings_of(script("study").SYSTEMS[system])
+    path = write_log(tmp_path, system, [2.0], **settings)
+    with path.open("a") as file:
+      for i, direction in enumerate(DIRECTIONS):
+        score = {"beam": 1, "band": "high", "bleu": scale * i, "chrf": 20.0}
+        file.write(json.dumps({"test": direction, **score}) + "\n")
+  (tmp_path / "notes.md").write_text("")
+  arguments = ["study_report.py", "--logs", str(tmp_path)]
+  monkeypatch.setattr("sys.argv", [*arguments, "--out", str(tmp_path / "r.md")])
+
+  def found(system, *means):
+    kept = {system: {"bleu": {"0": means}, "high better": 1}}
+    (tmp_path / "bootstrap.json").write_text(json.dumps(kept))
+    script("study_report").main()
+
+  found("dense", 10.0, 11.0)
+  assert "| dense | 1 | 1 |" in (tmp_path / "r.md").read_text()
+  for other in (("dense", 10.0, 11.1), ("dense", 9.9, 11.0), ("switch", 10, 1)):
+    with pytest.raises(SystemExit, match=r"of other runs.*--translations"):
+      found(*other)
+
+
 def test_one_process_writes_a_log(script, tmp_path, monkeypatch):
   study = script("study")
   first = study.Log(tmp_path / "a.part")
