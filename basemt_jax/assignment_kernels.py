@@ -25,7 +25,7 @@ from basemt_jax import kernel_call
 _MIN_EXPERTS, _MAX_EXPERTS = 16, 128
 _MAX_REPAIR_EXPERTS = 32
 _CHUNK = 64
-_MAX_PARTS = 64
+_MAX_PARTS = 128
 # Scores that the threads of the repair kernel hold at a time.
 _TILE = 2**14
 _TINY = 1e-30

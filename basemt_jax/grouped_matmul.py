@@ -31,6 +31,8 @@ _MIN_TILE = 16
 # From so many rows of an expert on, it is quicker to round its weights once
 # than in every block again.
 _ROUND_ONCE = 512
+# With fewer programs than multiprocessors (132 of an H200), narrower tiles.
+_FEW_PROGRAMS = 128
 # Neighbouring programs share tiles of weights for so many blocks of rows, whose
 # rows then stay in the cache.
 _SWIZZLE = 16
@@ -126,18 +128,17 @@ def _tiles(
   x: jax.Array, weights: Sequence[jax.Array]
 ) -> tuple[int, int, int, int]:
   """Columns and depth of a tile, warps, stages, as measured on an H200."""
-  block = x.shape[1]
+  num_blocks, block, _ = x.shape
+  columns, depth, warps, stages = 128, 64, 4, 4
   if block >= 128:
-    columns, depth, warps = 256, 64, 8
-  elif block >= 64:
-    columns, depth, warps = 128, 64, 4
-  else:
-    columns, depth, warps = 64, 128, 4
+    columns, warps, stages = 256, 8, 3
+  elif num_blocks * weights[0].shape[2] < _FEW_PROGRAMS * columns:
+    columns, depth, stages = 32, 128, 3
   # One running sum for each weight, and twice the bytes for float32 rows.
   columns //= len(weights)
   if x.dtype.itemsize > 2:
     columns, depth = columns // 2, depth // 2
-  return max(columns, _MIN_TILE), depth, warps, 3
+  return max(columns, _MIN_TILE), depth, warps, stages
 
 
 def _kernel(

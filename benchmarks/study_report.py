@@ -6,6 +6,9 @@ Writes docs/results.md (`--out`) and its plots. With the translations at hand
 (`--translations runs/study/translations --store DIR`) the paired bootstrap is
 made again and kept beside the logs as `bootstrap.json`.
 
+Folders beside the logs: `long` holds runs of the same systems in another size,
+all of it the same; `pilot` runs of any settings.
+
 The convergence factor of a system is the number of updates that `base` takes to
 its best dev loss, over the number that the system takes to reach the same loss;
 likewise for seconds. The dense phase counts. Runs may have shared a GPU, so
@@ -248,6 +251,34 @@ def size_changes(one: Finished, like: Finished) -> dict[str, Any]:
   """What a run's size differs in from another's."""
   size: Mapping[str, Any] = one.header["size"]
   return {k: v for k, v in size.items() if v != like.header["size"].get(k)}
+
+
+def finished_runs(folder: pathlib.Path) -> dict[str, list[Finished]]:
+  """Runs of one size and of `study.SYSTEMS`' settings, by system.
+
+  Empty where there is no run of the baseline.
+
+  Raises:
+    SystemExit: A run has another size or other settings.
+  """
+  found = [
+    read(path)
+    for name in study.SYSTEMS
+    for path in sorted(folder.glob(f"{name}_[0-9].jsonl"))
+  ]
+  like = next((one for one in found if one.system == BASELINE), None)
+  if like is None:
+    return {}
+  runs: dict[str, list[Finished]] = {}
+  for one in found:
+    if other := {**size_changes(one, like), **changes(one)}:
+      raise SystemExit(
+        f"{folder}: {one.system}, seed {one.seed}, has other settings than "
+        f"study.SYSTEMS and the run of {BASELINE}: {other}; move its log to "
+        f"{folder}/pilot"
+      )
+    runs.setdefault(one.system, []).append(one)
+  return runs
 
 
 def pilots(paths: Iterable[pathlib.Path], like: Finished) -> list[list[str]]:
@@ -616,9 +647,45 @@ def routing_section(runs: Runs, plots: str) -> list[str]:
   ]
 
 
+def long_section(runs: Runs) -> list[str]:
+  """Best dev losses, factors and scores of the longer runs."""
+  if not runs:
+    return []
+  first = next(iter(runs.values()))[0]
+  updates = first.header["size"]["train_steps"]
+  factors = [f"factor {band}" for band in BANDS]
+  bleu = [f"BLEU {band}" for band in _BANDS]
+
+  def scores(own: Sequence[Finished]) -> list[str]:
+    tested = [r for r in own if r.has_scores(1)]
+    if not tested:
+      return ["" for _ in _BANDS]
+    return [mean_spread(r.score(b, 1)[0] for r in tested) for b in _BANDS]
+
+  return [
+    f"## Runs of {updates} updates\n",
+    "Best dev loss, factors of updates as above, and BLEU of a greedy search "
+    "where it\nwas made.\n",
+    table(
+      ["system", "seeds", *BANDS, *factors, *bleu],
+      (
+        [
+          s,
+          str(len(own)),
+          *(mean_spread(r.loss(b).min() for r in own) for b in BANDS),
+          *(factor(convergence(runs, s, b, "steps")) for b in BANDS),
+          *scores(own),
+        ]
+        for s, own in runs.items()
+      ),
+    ),
+  ]
+
+
 def render(
   runs: Runs,
   significance: Mapping[str, Mapping[str, Any]],
+  long_runs: Runs,
   pilot_rows: Sequence[Sequence[str]],
   step_ms: Mapping[str, float],
   notes: str,
@@ -643,6 +710,7 @@ def render(
     "Nine windows of ten were slower, because runs shared GPUs. "
     "`BalancedRouter`: BASE layers.\n",
     table(["network", "ms"], ([n, f"{t:.1f}"] for n, t in step_ms.items())),
+    *long_section(long_runs),
   ]
   if pilot_rows:
     bleu = [f"BLEU {band}" for band in _BANDS]
@@ -665,27 +733,17 @@ def main() -> None:
   parser.add_argument("--translations", type=pathlib.Path)
   parser.add_argument("--store")
   options = parser.parse_args()
-  found = [
-    read(path)
-    for name in study.SYSTEMS
-    for path in sorted(options.logs.glob(f"{name}_[0-9].jsonl"))
-  ]
-  like = next((one for one in found if one.system == BASELINE), None)
-  if like is None:
+  runs = finished_runs(options.logs)
+  if not runs:
     raise SystemExit(
       f"{options.logs} holds no finished run of {BASELINE!r}; make one with "
       "study.py run"
     )
-  step_ms = step_times(found)
-  runs: dict[str, list[Finished]] = {}
-  for one in found:
-    if other := {**size_changes(one, like), **changes(one)}:
-      raise SystemExit(
-        f"{options.logs}: {one.system}, seed {one.seed}, has other settings "
-        f"than study.SYSTEMS and the run of {BASELINE}: {other}; move its log "
-        f"to {options.logs}/pilot"
-      )
-    runs.setdefault(one.system, []).append(with_seconds(one, step_ms))
+  step_ms = step_times([one for own in runs.values() for one in own])
+  runs = {
+    system: [with_seconds(one, step_ms) for one in own]
+    for system, own in runs.items()
+  }
   kept = options.logs / "bootstrap.json"
   if options.translations:
     found_tests = bootstrap(runs, options.translations, options.store)
@@ -702,10 +760,17 @@ def main() -> None:
   plot_losses(runs, "seconds", plots / "loss_seconds.svg")
   plot_experts(runs, plots / "experts.svg")
   notes = options.logs / "notes.md"  # What to make of the figures, by hand.
-  pilot_rows = pilots(options.logs.glob("pilot/*.jsonl"), like)
+  long_runs = finished_runs(options.logs / "long")
+  pilot_rows = pilots(options.logs.glob("pilot/*.jsonl"), runs[BASELINE][0])
   options.out.write_text(
     render(
-      runs, significance, pilot_rows, step_ms, notes.read_text(), plots.name
+      runs,
+      significance,
+      long_runs,
+      pilot_rows,
+      step_ms,
+      notes.read_text(),
+      plots.name,
     )
   )
   print(f"wrote {options.out}")

@@ -261,12 +261,13 @@ def compiled(
   rows: int,
   length: int,
   warmup: int = 1000,
+  optimizer_name: str = "adamw",
 ) -> Compiled:
   """Compiles, and runs nothing, so that threads can do several at once."""
   settings = steps.Settings(
     train_steps=10**6,
     learning_rate=optimizer.inverse_square_root(1e-3, warmup),
-    optimizer=optimizer.adamw(),
+    optimizer=getattr(optimizer, optimizer_name)(),
   )
   start = time.perf_counter()
   program = steps.Program(
@@ -373,6 +374,9 @@ def main() -> None:
   add_network_flags(parser)
   parser.add_argument("--shapes", nargs="+", default=["6x64"])
   parser.add_argument("--expert_devices", type=int, default=1)
+  parser.add_argument(
+    "--optimizer", choices=("adamw", "adafactor"), default="adamw"
+  )
   parser.add_argument("--peak_tflops", type=float, default=989.0)
   parser.add_argument("--json", help="file for the figures")
   args = parser.parse_args()
@@ -384,7 +388,11 @@ def main() -> None:
   with concurrent.futures.ThreadPoolExecutor() as pool:
     found = pool.map(
       lambda key: compiled(
-        config(args, key[0][0], key[1]), mesh, key[0][1], args.length
+        config(args, key[0][0], key[1]),
+        mesh,
+        key[0][1],
+        args.length,
+        optimizer_name=args.optimizer,
       ),
       keys,
     )

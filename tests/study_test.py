@@ -99,6 +99,29 @@ def test_a_run_of_other_settings_is_not_passed_off_as_its_system(
     script("study_report").main()
 
 
+def test_longer_runs_have_a_section_of_their_own(script, tmp_path, monkeypatch):
+  (tmp_path / "notes.md").write_text("")
+  (tmp_path / "long").mkdir()
+  usual = {
+    name: script("study").settings_of(script("study").SYSTEMS[name])
+    for name in ("base", "base_heated")
+  }
+  write_log(tmp_path, "base", [2.0, 1.0], **usual["base"])
+  write_log(tmp_path / "long", "base", [4.0, 3.0, 2.0, 1.0], **usual["base"])
+  write_log(
+    tmp_path / "long", "base_heated", [2.0, 1, 1, 1], **usual["base_heated"]
+  )
+  arguments = ["study_report.py", "--logs", str(tmp_path)]
+  monkeypatch.setattr("sys.argv", [*arguments, "--out", str(tmp_path / "r.md")])
+  script("study_report").main()
+  report = (tmp_path / "r.md").read_text()
+  assert "1 runs on" in report
+  section = report.partition("## Runs of 400 updates")[2]
+  # 400 updates against 200, in all bands; not translated.
+  row = "| base_heated | 1 " + "| 1.00 " * 4 + "| 2.00 " * 4 + "|  |  |  |"
+  assert row in section
+
+
 def test_a_partly_tested_run_has_no_scores(script, tmp_path):
   report = script("study_report")
   path = write_log(tmp_path, "base", [2.0])
