@@ -275,7 +275,7 @@ def finished_runs(folder: pathlib.Path) -> dict[str, list[Finished]]:
       raise SystemExit(
         f"{folder}: {one.system}, seed {one.seed}, has other settings than "
         f"study.SYSTEMS and the run of {BASELINE}: {other}; move its log to "
-        f"{folder}/pilot"
+        "the logs' folder pilot"
       )
     runs.setdefault(one.system, []).append(one)
   return runs
