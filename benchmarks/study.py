@@ -66,6 +66,7 @@ class System:
     start: Temperature at the start.
     end: Temperature at the end.
     heating_share: Of the steps, until the end temperature.
+    max_epochs: See `sampling.Strategy`; 0: no cap.
     router: Chooses experts.
     learning_rate: Peak, at the end of the warm-up; then falls with the inverse
       square root of the step, which does not know how long a run will be.
@@ -81,6 +82,7 @@ class System:
   start: float = 1.0
   end: float = 2.5
   heating_share: float = 1.0
+  max_epochs: float = 0.0
   router: routing.Router = routing.BalancedRouter()  # noqa: RUF009
   learning_rate: float = 3e-3
   seeds: int = 1
@@ -200,7 +202,11 @@ def run_of(
     network=network,
     settings=settings,
     batch_size=size.batch_size,
-    strategy=sampling.Strategy(system.temperature(size.train_steps)),
+    strategy=sampling.Strategy(
+      system.temperature(size.train_steps),
+      max_epochs=system.max_epochs or None,
+      steps=size.train_steps,
+    ),
     data_seed=seed,
     store_dir=store_dir,
     bands=BANDS,

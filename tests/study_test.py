@@ -187,6 +187,15 @@ def test_one_process_writes_a_log(script, tmp_path, monkeypatch):
   assert (tmp_path / "b.jsonl").read_text() == "whole"
 
 
+def test_a_cap_on_epochs_reaches_the_run(script):
+  study = script("study")
+  for option, expected in (("max_epochs=30", 30.0), ("max_epochs=0", None)):
+    system = study.with_changes(study.SYSTEMS["base_heated"], [option])
+    found = study.run_of(system, study.Size(train_steps=70), 0, "", "").strategy
+    assert found.max_epochs == expected
+    assert found.steps == 70
+
+
 def test_changes_of_systems_have_their_type(script):
   study = script("study")
   system = study.SYSTEMS["base"]
