@@ -140,7 +140,8 @@ def _check_macros(config: str, bindings: Sequence[str]) -> None:
   for name in (b.partition("=")[0].strip() for b in bindings):
     if name in defined and name not in used:
       near = difflib.get_close_matches(name, used, n=1)
-      hint = f"did you mean {near[0]}?" if near else "see gin/runs/train.gin"
+      all_macros = _gin_folder() / "runs" / "train.gin"
+      hint = f"did you mean {near[0]}?" if near else f"see {all_macros}"
       raise UsageError(f"--gin.{name}: nothing uses that macro; {hint}")
   for name in sorted(used - {*defined, "gin"}):
     hint = (
@@ -168,17 +169,17 @@ def _find(name: str, options: argparse.Namespace) -> str:
   for place in places:
     if (pathlib.Path(place) / name).is_file():
       return str(pathlib.Path(place) / name)
-  near = difflib.get_close_matches(pathlib.Path(name).name, _recipes(), n=1)
-  hint = f"did you mean gin/recipes/{near[0]}?" if near else "see gin/recipes/"
+  folder = _gin_folder() / "recipes"
+  recipes = [path.name for path in folder.glob("*.gin")]
+  near = difflib.get_close_matches(pathlib.Path(name).name, recipes, n=1)
+  hint = f"did you mean gin/recipes/{near[0]}?" if near else f"see {folder}"
   raise UsageError(f"no gin file {name}; {hint}")
 
 
-def _recipes() -> list[str]:
-  for root in _roots():
-    found = sorted(p.name for p in pathlib.Path(root, "gin/recipes").glob("*"))
-    if found:
-      return found
-  return []
+def _gin_folder() -> pathlib.Path:
+  """The repository's or the installed package's `gin/`."""
+  folders = [pathlib.Path(root, "gin") for root in _roots()]
+  return next((f for f in folders if (f / "recipes").is_dir()), folders[0])
 
 
 def _as_gin(bindings: Sequence[str]) -> list[str]:

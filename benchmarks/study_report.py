@@ -444,7 +444,10 @@ def is_of(
   significance: Mapping[str, Mapping[str, Any]],
   runs: Mapping[str, Sequence[Finished]],
 ) -> bool:
-  """Whether `bootstrap`'s translations are those that the logs scored."""
+  """Whether `bootstrap`'s translations are those that the logs scored.
+
+  Both hold BLEU to three digits, so that means agree to 0.001.
+  """
   scores = {
     (one.system, str(one.seed)): one.score("all", 1)[0]
     for own in runs.values()
@@ -452,7 +455,7 @@ def is_of(
     if one.has_scores(1)
   }
   return all(
-    abs(scores.get((name, seed), np.inf) - mean) < 0.01
+    abs(scores.get((name, seed), np.inf) - mean) < 0.002
     for system, counts in significance.items()
     for seed, means in counts["bleu"].items()
     for name, mean in zip((BASELINE, system), means, strict=True)

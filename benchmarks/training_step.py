@@ -1,6 +1,6 @@
 """Training step of a sparse Transformer beside the dense one of equal FLOPs.
 
-    python benchmarks/training_step.py --shapes 6x64 6x256 12x64 --experts 32
+    PYTHONPATH=. python benchmarks/training_step.py --shapes 6x64 6x256 12x64
 
 The very step of the trainer (`steps.Program`): packed rows of LENGTH tokens a
 side, the last 1/16 of the target's side padding; bfloat16, AdamW; a shape is
@@ -60,6 +60,7 @@ from basemt_jax import (
   partitioning,
   steps,
 )
+from benchmarks import device_trace
 
 GIB = 2**30
 DIRECTIONS = 24
@@ -354,6 +355,41 @@ def times(
   return seconds
 
 
+# Parts of a step by name stack, as `device_trace.Trace.by_source` takes them.
+PARTS = {
+  "gradient of embeddings": r"transpose.*token_embedder.*(gather|take|scatter)",
+  "attention": "attention",
+  "logits": "token_embedder.attend",
+  "assignment": r"plan|newton|balanced|assignment",
+  "experts": "base_layer",
+  "feed-forward": "mlp",
+}
+
+
+def print_trace(found: Compiled, rows: int, length: int) -> None:
+  """Prints where four steps of a program that has run before spend their time.
+
+  XLA's CUDA graphs hide the name stacks; without them
+  (XLA_FLAGS=--xla_gpu_enable_command_buffer=) they are there.
+  """
+  data = batches(found, rows, length, 4)
+  state = jax.block_until_ready(found.init())
+  with device_trace.recorded() as trace:
+    for each in data:
+      state, _ = found.step(state, each)
+    jax.block_until_ready(state)
+  if not trace.kernels:
+    print("no kernels in the trace: it needs a GPU or a TPU")
+    return
+  hlo, steps_ = found.step.as_text(), len(data)
+  kernels = len(trace.kernels) / steps_
+  print(f"busy {trace.busy_ms() / steps_:.2f} ms a step, {kernels:.0f} kernels")
+  for part, (total, _) in trace.by_source(hlo, PARTS).items():
+    print(f"  {part} {total / steps_:.3f} ms")
+  for total, _, op, source in trace.longest(hlo, 10):
+    print(f"    {total / steps_:.3f} ms  {op}  {source}")
+
+
 def add_network_flags(parser: argparse.ArgumentParser) -> None:
   """What `config` reads, the length, and how often to measure."""
   parser.add_argument("--width", type=int, default=1024)
@@ -376,6 +412,9 @@ def main() -> None:
   parser.add_argument("--expert_devices", type=int, default=1)
   parser.add_argument(
     "--optimizer", choices=("adamw", "adafactor"), default="adamw"
+  )
+  parser.add_argument(
+    "--trace", action="store_true", help="show where the time goes"
   )
   parser.add_argument("--peak_tflops", type=float, default=989.0)
   parser.add_argument("--json", help="file for the figures")
@@ -425,6 +464,8 @@ def main() -> None:
         "peak": peaks[shape, name],
       }
       rows_of_table.append({**row, "memory": figures})
+      if args.trace:
+        print_trace(pair[name], rows, args.length)
   print("\nmemory of a device, GiB")
   for row in rows_of_table:
     name = f"{row['blocks']}x{row['rows']} {row['model']}"

@@ -240,7 +240,7 @@ def fails(capsys, *arguments):
   [
     ("model.TransformerConfig.emb_dimm=4", "no.*|doesn't have.*'emb_dimm'"),
     ("BATCHSIZE=4", "BATCHSIZE: nothing uses.*did you mean BATCH_SIZE"),
-    ("FROBNICATE=4", "FROBNICATE: nothing uses.*see gin/runs/train.gin"),
+    ("FROBNICATE=4", "FROBNICATE: nothing uses.*see .*gin/runs/train.gin"),
     ("BATCH_SIZE", r"--gin.BATCH_SIZE has no value"),
     ("BATCH_SIZE=many", "batch_size is 'many'; it must be a whole number"),
     ("TRAIN_STEPS=0", "train_steps is 0"),
