@@ -6,7 +6,7 @@ there where libtpu is installed.
 
 import dataclasses
 import functools
-import importlib.util
+import importlib
 import itertools
 import json
 import os
@@ -324,17 +324,11 @@ def test_microbatches_change_exchanges_not_operations(topology):
   assert count == [8, 32]
 
 
-def benchmark():
-  path = ROOT / "benchmarks" / "training_step.py"
-  spec = importlib.util.spec_from_file_location("training_step", path)
-  module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
-  return module
-
-
-def test_model_operations_are_the_benchmark_s():
+def test_model_operations_are_the_benchmark_s(monkeypatch):
+  monkeypatch.syspath_prepend(str(ROOT))
+  benchmark = importlib.import_module("benchmarks.training_step")
   config = model.TransformerConfig(vocab_size=32000, emb_dim=1024, num_heads=16)
-  expected = benchmark().model_flops(config, 64, 256)
+  expected = benchmark.model_flops(config, 64, 256)
   lengths = {"inputs": 256, "targets": 256}
   assert compilation.model_flops(config, 64, lengths) == pytest.approx(expected)
   sparse = dataclasses.replace(
