@@ -6,7 +6,7 @@ there where libtpu is installed.
 
 import dataclasses
 import functools
-import importlib
+import importlib.util
 import itertools
 import json
 import os
