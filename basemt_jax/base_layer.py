@@ -16,7 +16,7 @@ batch rows are split over data and expert, experts over expert, F over model.
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -34,6 +34,8 @@ _BATCH_AXES = ("data", "expert")
 # read an expert's weights less often, smaller ones waste less on padding.
 _MIN_BLOCK = 8
 _MAX_BLOCK = 256
+# Sizes of the pieces into which a CPU cuts an expert's tokens. Measured there.
+_PIECES = (512, 128, 32, 8)
 
 # Norm of centroids at first in a converted layer: with |h| up to 1000 a gate is
 # off by 5e-6 at most.
@@ -605,10 +607,6 @@ def _run_blocks(
 ) -> jax.Array:
   """Runs every token through its experts, whatever their load.
 
-  Choices are sorted by expert, and each expert's run is padded to whole blocks.
-  However the load is skewed there are at most N K / block + E blocks; those
-  that are not needed are skipped.
-
   Args:
     settings: The layer's.
     tokens: [N, D] in the compute type.
@@ -618,6 +616,95 @@ def _run_blocks(
 
   Returns:
     [N, K, D], f_e(token) - token; zero where there was nothing to do.
+  """
+  if settings.mesh is not None:
+    # Their gradients are summed over the axis once, outside of the loop, and
+    # never in a branch, which not all devices take.
+    weights = lax.pcast(weights, "data", to="varying")
+  on_cpu = jax.default_backend() == "cpu" and settings.axis_size("model") == 1
+  if on_cpu and key is None:
+    return _in_pieces(settings, tokens, expert, weights)
+  return _in_blocks(settings, tokens, expert, weights, key)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _in_pieces(
+  settings: _Settings, tokens: jax.Array, expert: jax.Array, weights: Weights
+) -> jax.Array:
+  """`_run_blocks` without dropout, for CPUs.
+
+  Choices are sorted by expert, and each expert's run is cut into pieces of
+  falling size, the last of which may reach into the next expert's run, which
+  comes later and overwrites what it finds there. So nothing is padded, and most
+  rows go through large products. How many pieces there are is known only when
+  they are: to be differentiated, the layer runs `_in_blocks`.
+  """
+  num_experts = weights[0]["norm"].shape[0]
+  order = _by_expert(expert, num_experts)
+  row = jnp.arange(expert.size, dtype=jnp.int32)
+  row = jnp.where(order.expert < num_experts, row, expert.size)
+  slot = jnp.zeros_like(row).at[order.choice].set(row, unique_indices=True)
+  moves = routing.Dispatcher(slot.reshape(expert.shape), order.choice, 1)
+  sizes = tuple(s for s in _PIECES if s <= expert.size) or _PIECES[-1:]
+  rows = jnp.pad(moves.dispatch(tokens)[0], ((0, sizes[-1]), (0, 0)))
+  ends = jnp.cumsum(order.load, dtype=jnp.int32)
+
+  def run_expert(state):
+    start, change = state
+    index = jnp.sum(ends <= start, dtype=jnp.int32)
+    one = jax.tree.map(
+      lambda w: lax.dynamic_index_in_dim(w, index, keepdims=True), weights
+    )
+
+    def run_piece(size, _, state):
+      start, change = state
+      x = lax.dynamic_slice_in_dim(rows, start, size)
+      y = _run_experts(settings, x[None], one, None)[0]
+      return start + size, lax.dynamic_update_slice_in_dim(change, y, start, 0)
+
+    # Loops, not branches: these would copy all rows.
+    for size in sizes:
+      left = ends[index] - start
+      count = (left + size - 1) // size if size == sizes[-1] else left // size
+      start, change = lax.fori_loop(
+        0, count, functools.partial(run_piece, size), (start, change)
+      )
+    return ends[index], change
+
+  start = jnp.zeros_like(ends[-1])
+  _, change = lax.while_loop(
+    lambda state: state[0] < ends[-1], run_expert, (start, jnp.zeros_like(rows))
+  )
+  return moves.combine(change[None, : expert.size])
+
+
+def _in_pieces_forward(settings, tokens, expert, weights):
+  return jax.vjp(
+    lambda x, w: _in_blocks(settings, x, expert, w, None), tokens, weights
+  )
+
+
+def _in_pieces_backward(settings, backward, cotangent):
+  del settings
+  tokens_gradient, weights_gradient = backward(cotangent)
+  return tokens_gradient, None, weights_gradient
+
+
+_in_pieces.defvjp(_in_pieces_forward, _in_pieces_backward)
+
+
+def _in_blocks(
+  settings: _Settings,
+  tokens: jax.Array,
+  expert: jax.Array,
+  weights: Weights,
+  key: jax.Array | None,
+) -> jax.Array:
+  """`_run_blocks`, for any platform.
+
+  Choices are sorted by expert, and each expert's run is padded to whole blocks.
+  However the load is skewed there are at most N K / block + E blocks; those
+  that are not needed are skipped.
   """
   num_experts = weights[0]["norm"].shape[0]
   num_choices = expert.size
@@ -631,10 +718,6 @@ def _run_blocks(
   num_blocks = (num_choices + busy * (block - 1)) // block
   moves, block_expert, used = _blocks(expert, num_experts, block, num_blocks)
   rows = moves.dispatch(tokens)
-  if settings.mesh is not None:
-    # Their gradients are summed over the axis once, outside of the loop, and
-    # never in a branch, which not all devices take.
-    weights = lax.pcast(weights, "data", to="varying")
   if use_kernel:
     change = _grouped(settings, num_choices, rows, block_expert, used, weights)
   else:
@@ -759,6 +842,35 @@ def _scan(
   return change
 
 
+class _Order(NamedTuple):
+  """Choices sorted by expert, those of an expert in the order they come in.
+
+  Attributes:
+    expert: [N K] int32, in rising order; E: none.
+    choice: [N K] int32, of which choice `n * K + k` it is.
+    load: [E] int32, choices of each expert.
+  """
+
+  expert: jax.Array
+  choice: jax.Array
+  load: jax.Array
+
+
+def _by_expert(expert: jax.Array, num_experts: int) -> _Order:
+  """Sorts choices [N, K], of E experts or E for none."""
+  flat = expert.reshape(-1)
+  position = jnp.arange(flat.size, dtype=jnp.int32)
+  if (num_experts + 1) * flat.size <= 2**31:
+    # One sort key in place of a pair.
+    key = lax.sort(flat * flat.size + position, is_stable=False)
+    ordered, choice = jnp.divmod(key, flat.size)
+  else:
+    ordered, choice = lax.sort((flat, position), num_keys=1)
+  experts = jnp.arange(num_experts, dtype=jnp.int32)
+  load = jnp.sum(flat[:, None] == experts[None], axis=0, dtype=jnp.int32)
+  return _Order(ordered, choice, load)
+
+
 def _blocks(
   expert: jax.Array, num_experts: int, block: int, num_blocks: int
 ) -> tuple[routing.Dispatcher, jax.Array, jax.Array]:
@@ -768,29 +880,21 @@ def _blocks(
     The map of N tokens to [num_blocks, block] rows; the expert of each block
     [num_blocks] int32; how many blocks are in use, [] int32.
   """
-  flat = expert.reshape(-1)
-  position = jnp.arange(flat.size, dtype=jnp.int32)
-  if (num_experts + 1) * flat.size <= 2**31:
-    # One sort key in place of a pair.
-    key = lax.sort(flat * flat.size + position, is_stable=False)
-    ordered, order = jnp.divmod(key, flat.size)
-  else:
-    ordered, order = lax.sort((flat, position), num_keys=1)
-  experts = jnp.arange(num_experts, dtype=jnp.int32)
-  count = jnp.sum(flat[:, None] == experts[None], axis=0, dtype=jnp.int32)
-  blocks = (count + block - 1) // block
+  order = _by_expert(expert, num_experts)
+  blocks = (order.load + block - 1) // block
   last_block = jnp.cumsum(blocks, dtype=jnp.int32)
-  first_row = (last_block - blocks) * block - (jnp.cumsum(count) - count)
+  first_choice = jnp.cumsum(order.load) - order.load
+  first_row = (last_block - blocks) * block - first_choice
   num_rows = num_blocks * block
+  position = jnp.arange(expert.size, dtype=jnp.int32)
   row = jnp.where(
-    ordered < num_experts,
-    position + jnp.append(first_row, 0)[ordered],
+    order.expert < num_experts,
+    position + jnp.append(first_row, 0)[order.expert],
     num_rows,
   )
-  slot = jnp.zeros_like(flat).at[order].set(row, unique_indices=True)
-  source = (
-    jnp.full(num_rows, flat.size, jnp.int32).at[row].set(order, mode="drop")
-  )
+  slot = jnp.zeros_like(row).at[order.choice].set(row, unique_indices=True)
+  source = jnp.full(num_rows, row.size, jnp.int32)
+  source = source.at[row].set(order.choice, mode="drop")
   index = jnp.arange(num_blocks, dtype=jnp.int32)
   owner = jnp.sum(last_block[None] <= index[:, None], axis=1, dtype=jnp.int32)
   owner = jnp.minimum(owner, num_experts - 1)

@@ -3,11 +3,13 @@
 import functools
 import math
 
+import hypothesis
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
+from hypothesis import strategies as st
 from jax.sharding import Mesh
 
 from basemt_jax import base_layer, hlo, layers, routing
@@ -160,6 +162,47 @@ def test_test_time_drops_nothing(num_tokens, skew):
     np.testing.assert_allclose(
       out[0, i], h[0, i] + gate * change, rtol=1e-4, atol=1e-4
     )
+
+
+@functools.cache
+def every_experts_changes(num_tokens, num_experts):
+  """Tokens, and a jitted `_run_blocks` of their experts beside all answers."""
+  layer = make(num_experts)
+  params = variables_of(layer)["params"]
+  weights = [
+    {"norm": w["layer_norm"]["scale"], "wi": [w["wi"]["kernel"]]}
+    | {"wo": w["wo"]["kernel"]}
+    for _, w in sorted(params["experts"].items())
+  ]
+  draw = np.random.default_rng(2)
+  tokens = draw.normal(size=(num_tokens, D)).astype(np.float32)
+  # The last row is that of tokens which have nothing to do.
+  answers = np.zeros((num_experts + 1, num_tokens, D))
+  for e in range(num_experts):
+    answers[e] = [plain_change(params, token, e) for token in tokens]
+  compute = jax.jit(
+    lambda expert: base_layer._run_blocks(
+      layer._settings(), tokens, expert, weights, None
+    )
+  )
+  return compute, answers
+
+
+@hypothesis.settings(max_examples=60, deadline=None)
+@hypothesis.given(
+  num_tokens=st.sampled_from([5, 700]),
+  cuts=st.lists(st.integers(0, 700), min_size=5, max_size=5),
+  seed=st.integers(0, 99),
+)
+def test_every_token_gets_its_expert_whatever_the_loads(num_tokens, cuts, seed):
+  num_experts = 5
+  compute, answers = every_experts_changes(num_tokens, num_experts)
+  expert = np.searchsorted(sorted(cuts), np.arange(num_tokens), side="right")
+  expert = np.random.default_rng(seed).permutation(expert)
+  change = compute(jnp.asarray(expert[:, None], jnp.int32))[:, 0]
+  expected = answers[expert, np.arange(num_tokens)]
+  np.testing.assert_allclose(change, expected, rtol=1e-4, atol=1e-5)
+  np.testing.assert_array_equal(change[expert == num_experts], 0)
 
 
 @pytest.mark.parametrize("train", [True, False])
