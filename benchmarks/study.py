@@ -278,45 +278,40 @@ def is_complete(path: pathlib.Path) -> bool:
 
 
 def make_run(
-  name: str,
-  system: System,
-  seed: int,
-  size: Size,
-  store_dir: str,
+  described: run.Run,
+  header: Mapping[str, Any],
   logs: pathlib.Path,
-  work: pathlib.Path,
-  beams: Sequence[int] | None,
-  affinities: bool,
+  beams: Sequence[int],
+  affinities: bool = False,
 ) -> None:
   """Trains one system with one seed; its test scores and affinities if asked.
+
+  Args:
+    described: The run; its folder is named as the log is, and removed.
+    header: What the log says of it: `system`, `seed`, `network`, ...
+    logs: Folder of logs.
+    beams: Sizes to translate the test set with.
+    affinities: Whether to keep `training_affinities` beside the run's folder.
 
   Raises:
     BlockingIOError: Another process does.
   """
-  path = logs / f"{name}_{seed}.jsonl"
+  model_dir = pathlib.Path(described.model_dir)
+  work, name = model_dir.parent, model_dir.name
+  path = logs / f"{name}.jsonl"
   with contextlib.closing(Log(path.with_suffix(".part"))) as log:
     if is_complete(path):  # Since it was looked at last.
       path.with_suffix(".part").unlink()
       return
-    print(f"{name}, seed {seed}", flush=True)
-    model_dir = work / f"{name}_{seed}"
+    print(name, flush=True)
     # Half a run of before would start with its own size and warm-up.
     shutil.rmtree(model_dir, ignore_errors=True)
-    described = run_of(system, size, seed, store_dir, str(model_dir))
-    log.write(
-      system=name,
-      seed=seed,
-      settings=settings_of(system),
-      network=network_of(system),
-      size=dataclasses.asdict(size),
-      pairs=pairs_of(store_dir),
-      device=jax.devices()[0].device_kind,
-      jax=jax.__version__,
-    )
+    device = jax.devices()[0].device_kind
+    log.write(**header, device=device, jax=jax.__version__)
     start = time.perf_counter()
     outcome = run.train(described, log, CONSOLE)
     if outcome != "done":
-      raise SystemExit(f"{name}, seed {seed}: {outcome}, to be made again")
+      raise SystemExit(f"{name}: {outcome}, to be made again")
     log.write(trained_after=round(time.perf_counter() - start, 1))
     trained = run.load(described, CONSOLE)
     for layer in inspection_run.expert_maps(described, trained, "validation"):
@@ -324,14 +319,11 @@ def make_run(
       log.write(
         layer=layer.layer, languages=layer.languages, expert_shares=shares
       )
-    if network_of(system) == "BalancedRouter":
+    if header["network"] == "BalancedRouter":
       log.write(dev_losses_by_affinity=losses_by_affinity(described, trained))
     if affinities:
-      work.mkdir(parents=True, exist_ok=True)
       found: Any = training_affinities(described, trained)
-      np.savez(work / f"{name}_{seed}_affinities.npz", **found)
-    if beams is None:
-      beams = (1, 4) if system.beam else (1,)
+      np.savez(work / f"{name}_affinities.npz", **found)
     for beam in beams:
       _translate(described, trained, beam, log, work / "translations")
     log.write(finished=round(time.perf_counter() - start, 1))
@@ -370,9 +362,8 @@ def _translate(
     json.dump({t.direction: list(t.hypotheses) for t in translations}, file)
 
 
-def pairs_of(store_dir: str) -> dict[str, int]:
+def pairs_of(store: row_store.RowStore) -> dict[str, int]:
   """Training pairs of every direction."""
-  store = row_store.RowStore.open(store_dir)
   return {
     name: int(pairs)
     for name, pairs in zip(store.directions, store.pairs("train"), strict=True)
@@ -545,19 +536,24 @@ def main() -> None:
   for seed in options.seeds or range(3):
     for name in options.systems:
       wanted = options.seeds or seed < SYSTEMS[name].seeds
-      if wanted and not is_complete(options.logs / f"{name}_{seed}.jsonl"):
-        with contextlib.suppress(BlockingIOError):  # Another one makes it.
-          make_run(
-            name,
-            with_changes(SYSTEMS[name], options.change),
-            seed,
-            size,
-            options.store,
-            options.logs,
-            options.work,
-            options.beams,
-            options.affinities,
-          )
+      if not wanted or is_complete(options.logs / f"{name}_{seed}.jsonl"):
+        continue
+      system = with_changes(SYSTEMS[name], options.change)
+      header = {
+        "system": name,
+        "seed": seed,
+        "settings": settings_of(system),
+        "network": network_of(system),
+        "size": dataclasses.asdict(size),
+        "pairs": pairs_of(row_store.RowStore.open(options.store)),
+      }
+      model_dir = str(options.work / f"{name}_{seed}")
+      described = run_of(system, size, seed, options.store, model_dir)
+      beams = options.beams
+      if beams is None:
+        beams = (1, 4) if system.beam else (1,)
+      with contextlib.suppress(BlockingIOError):  # Another one makes it.
+        make_run(described, header, options.logs, beams, options.affinities)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,8 @@ Writes docs/results.md (`--out`) and its plots. With the translations at hand
 made again and kept beside the logs as `bootstrap.json`.
 
 Folders beside the logs: `long` holds runs of the same systems in another size,
-all of it the same; `pilot` runs of any settings.
+all of it the same; `quickstart` those of `quickstart.py`; `pilot` runs of any
+settings.
 
 The convergence factor of a system is the number of updates that `base` takes to
 its best dev loss, over the number that the system takes to reach the same loss;
@@ -110,6 +111,9 @@ def read(path: pathlib.Path) -> Finished:
   ]
   dense_steps = _dense_steps(header)
   pairs = header["pairs"]
+  bands = study.BANDS
+  if "bands" in header:
+    bands = evaluation.BandThresholds(**header["bands"])
   return Finished(
     header["system"],
     header["seed"],
@@ -118,7 +122,7 @@ def read(path: pathlib.Path) -> Finished:
     np.full(len(evaluations), np.nan),
     {d: np.array([r[prefix + d] for r in evaluations]) for d in directions},
     pairs,
-    {d: evaluation.band(n, study.BANDS) for d, n in pairs.items()},
+    {d: evaluation.band(n, bands) for d, n in pairs.items()},
     {(r["beam"], r["test"]): (r["bleu"], r["chrf"]) for r in tests},
     {
       r["layer"]: (r["languages"], np.array(r["expert_shares"]))
@@ -253,31 +257,29 @@ def size_changes(one: Finished, like: Finished) -> dict[str, Any]:
   return {k: v for k, v in size.items() if v != like.header["size"].get(k)}
 
 
-def finished_runs(folder: pathlib.Path) -> dict[str, list[Finished]]:
-  """Runs of one size and of `study.SYSTEMS`' settings, by system.
+def runs_in(folder: pathlib.Path) -> dict[str, list[Finished]]:
+  """A folder's runs, by system; empty where there is none of the baseline."""
+  runs = {
+    name: [read(path) for path in sorted(folder.glob(f"{name}_[0-9].jsonl"))]
+    for name in study.SYSTEMS
+  }
+  return {k: v for k, v in runs.items() if v} if runs[BASELINE] else {}
 
-  Empty where there is no run of the baseline.
+
+def finished_runs(folder: pathlib.Path) -> dict[str, list[Finished]]:
+  """`runs_in` a folder, of one size and of `study.SYSTEMS`' settings.
 
   Raises:
     SystemExit: A run has another size or other settings.
   """
-  found = [
-    read(path)
-    for name in study.SYSTEMS
-    for path in sorted(folder.glob(f"{name}_[0-9].jsonl"))
-  ]
-  like = next((one for one in found if one.system == BASELINE), None)
-  if like is None:
-    return {}
-  runs: dict[str, list[Finished]] = {}
-  for one in found:
-    if other := {**size_changes(one, like), **changes(one)}:
+  runs = runs_in(folder)
+  for one in (one for own in runs.values() for one in own):
+    if other := {**size_changes(one, runs[BASELINE][0]), **changes(one)}:
       raise SystemExit(
         f"{folder}: {one.system}, seed {one.seed}, has other settings than "
         f"study.SYSTEMS and the run of {BASELINE}: {other}; move its log to "
         "the logs' folder pilot"
       )
-    runs.setdefault(one.system, []).append(one)
   return runs
 
 
@@ -650,12 +652,11 @@ def routing_section(runs: Runs, plots: str) -> list[str]:
   ]
 
 
-def long_section(runs: Runs) -> list[str]:
-  """Best dev losses, factors and scores of the longer runs."""
+def short_section(title: str, runs: Runs) -> list[str]:
+  """Best dev losses, factors and scores of other runs, in one table."""
   if not runs:
     return []
-  first = next(iter(runs.values()))[0]
-  updates = first.header["size"]["train_steps"]
+  updates = runs[BASELINE][0].header["size"]["train_steps"]
   factors = [f"factor {band}" for band in BANDS]
   bleu = [f"BLEU {band}" for band in _BANDS]
 
@@ -666,9 +667,9 @@ def long_section(runs: Runs) -> list[str]:
     return [mean_spread(r.score(b, 1)[0] for r in tested) for b in _BANDS]
 
   return [
-    f"## Runs of {updates} updates\n",
-    "Best dev loss, factors of updates as above, and BLEU of a greedy search "
-    "where it\nwas made.\n",
+    f"## {title}\n",
+    f"{updates} updates: best dev loss, factors of updates as above, and BLEU "
+    "of a greedy\nsearch where it was made.\n",
     table(
       ["system", "seeds", *BANDS, *factors, *bleu],
       (
@@ -689,6 +690,7 @@ def render(
   runs: Runs,
   significance: Mapping[str, Mapping[str, Any]],
   long_runs: Runs,
+  quickstart: Runs,
   pilot_rows: Sequence[Sequence[str]],
   step_ms: Mapping[str, float],
   notes: str,
@@ -713,7 +715,8 @@ def render(
     "Nine windows of ten were slower, because runs shared GPUs. "
     "`BalancedRouter`: BASE layers.\n",
     table(["network", "ms"], ([n, f"{t:.1f}"] for n, t in step_ms.items())),
-    *long_section(long_runs),
+    *short_section("Longer runs", long_runs),
+    *short_section("Quickstart, on two CPU cores", quickstart),
   ]
   if pilot_rows:
     bleu = [f"BLEU {band}" for band in _BANDS]
@@ -770,6 +773,7 @@ def main() -> None:
       runs,
       significance,
       long_runs,
+      runs_in(options.logs / "quickstart"),
       pilot_rows,
       step_ms,
       notes.read_text(),

@@ -250,6 +250,24 @@ def test_the_study_measures_the_recipes(name, monkeypatch):
   assert (temperatures(run) == temperatures(measured)).all()
 
 
+def test_the_quickstart_is_measured_as_each_system(monkeypatch, tmp_path):
+  monkeypatch.syspath_prepend(str(ROOT))
+  quickstart = importlib.import_module("benchmarks.quickstart")
+  found = {}
+  for name in quickstart.SYSTEMS:
+    run, config = with_network(quickstart.run_of(name, 2, tmp_path))
+    assert (run.settings.seed, run.data_seed) == (2, 2)
+    steps_and_heat = (run.settings.dense_steps, temperatures(run)[-1])
+    found[name] = (config.feed_forward, *steps_and_heat)
+  assert found == {
+    "dense": ("dense", 0, 1),
+    "base": ("experts", 0, 1),
+    "base_heated": ("experts", 0, 5),
+    "base_dense_pretrained": ("experts", 60, 1),
+    "base_heated_dense_pretrained": ("experts", 60, 5),
+  }
+
+
 # ----------------------------------------------------------- overriding
 
 

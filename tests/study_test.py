@@ -116,7 +116,7 @@ def test_longer_runs_have_a_section_of_their_own(script, tmp_path, monkeypatch):
   script("study_report").main()
   report = (tmp_path / "r.md").read_text()
   assert "1 runs on" in report
-  section = report.partition("## Runs of 400 updates")[2]
+  section = report.partition("400 updates: best dev loss")[2]
   # 400 updates against 200, in all bands; not translated.
   row = "| base_heated | 1 " + "| 1.00 " * 4 + "| 2.00 " * 4 + "|  |  |  |"
   assert row in section
