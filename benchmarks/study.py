@@ -126,6 +126,7 @@ SYSTEMS: dict[str, System] = {
   "dense_heated": System("dense", schedule="linear", **_DENSE),
 }
 BANDS = evaluation.BandThresholds(high=20_000, low=5_000)
+_DEV_BLEU = [f"dev/bleu/{band}" for band in ("all", *evaluation.BANDS)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -217,7 +218,7 @@ def run_of(
 class Log:
   """A run's JSONL file; takes metrics as a `trainer.Writer`.
 
-  Kept are the dev losses, the training loss and the speed.
+  Kept are the dev losses, BLEU by band, the training loss and the speed.
 
   Raises:
     BlockingIOError: Another process writes the file, or has just finished it.
@@ -247,7 +248,7 @@ class Log:
       name: round(float(value), 5)
       for name, value in scalars.items()
       if name.startswith("dev/loss")
-      or name in ("loss", "steps_per_second", "gradient_norm")
+      or name in ("loss", "steps_per_second", "gradient_norm", *_DEV_BLEU)
     }
     if kept:
       self.write(step=step, **kept)
@@ -512,7 +513,8 @@ def main() -> None:
     type=int,
     nargs="*",
     help="sizes to translate the test set with; none: dev losses only, to tune "
-    "by; default: 1, and 4 for the systems in the claim",
+    "by; default: 1, and 4 for the systems in the claim; BLEU of some dev "
+    "sentences then, too, ten times in a run",
   )
   sub.add_argument(
     "--affinities",
@@ -552,6 +554,10 @@ def main() -> None:
       beams = options.beams
       if beams is None:
         beams = (1, 4) if system.beam else (1,)
+      if beams:
+        described = dataclasses.replace(
+          described, bleu_every=max(size.train_steps // 10, 1)
+        )
       with contextlib.suppress(BlockingIOError):  # Another one makes it.
         make_run(described, header, options.logs, beams, options.affinities)
 

@@ -62,6 +62,7 @@ class Finished:
     experts: Layer to (languages, shares [languages, E]).
     windows: (Network, steps per second) of each logged window.
     by_affinity: Direction to dev loss at the end if prices do not count.
+    bleu: Band to (step, BLEU) of some dev sentences; empty where not measured.
   """
 
   system: str
@@ -76,6 +77,7 @@ class Finished:
   experts: Mapping[str, tuple[Sequence[str], np.ndarray]]
   windows: Sequence[tuple[str, float]]
   by_affinity: Mapping[str, float]
+  bleu: Mapping[str, Sequence[tuple[int, float]]]
 
   def members(self, band: str) -> list[str]:
     """The directions of a band, or all."""
@@ -145,6 +147,11 @@ def read(path: pathlib.Path) -> Finished:
       ),
       {},
     ),
+    {
+      band: [(r["step"], r[name]) for r in records if name in r]
+      for band in BANDS
+      for name in [f"dev/bleu/{band}"]
+    },
   )
 
 
@@ -162,14 +169,22 @@ def step_times(runs: Iterable[Finished]) -> dict[str, float]:
   return {n: 1e3 / float(np.quantile(v, 0.9)) for n, v in speeds.items()}
 
 
-def with_seconds(one: Finished, step_ms: Mapping[str, float]) -> Finished:
-  """The run with its clock; the dense phase goes at its own speed."""
-  dense = _dense_steps(one.header)
-  after = np.maximum(one.steps - dense, 0)
-  milliseconds = after * step_ms[one.header["network"]]
+def seconds(
+  header: Mapping[str, Any], steps: np.ndarray, step_ms: Mapping[str, float]
+) -> np.ndarray:
+  """Of training until some steps; the dense phase goes at its own speed."""
+  dense = _dense_steps(header)
+  milliseconds = np.maximum(steps - dense, 0) * step_ms[header["network"]]
   if dense:  # A log without any knows no dense step's time.
-    milliseconds += np.minimum(one.steps, dense) * step_ms["dense"]
-  return dataclasses.replace(one, seconds=milliseconds / 1e3)
+    milliseconds += np.minimum(steps, dense) * step_ms["dense"]
+  return milliseconds / 1e3
+
+
+def with_seconds(one: Finished, step_ms: Mapping[str, float]) -> Finished:
+  """The run with its clock."""
+  return dataclasses.replace(
+    one, seconds=seconds(one.header, one.steps, step_ms)
+  )
 
 
 def reached(x: np.ndarray, losses: np.ndarray, target: float) -> float | None:
@@ -344,6 +359,41 @@ def plot_losses(
   axes[0].set_ylabel("dev loss, nats per token")
   figure.legend(
     *axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=6
+  )
+  figure.savefig(path, metadata={"Date": None})
+  plt.close(figure)
+
+
+def plot_bleu(
+  runs: Mapping[str, Sequence[Finished]],
+  step_ms: Mapping[str, float],
+  path: pathlib.Path,
+) -> None:
+  """Dev BLEU of each band against updates and seconds, of measured runs."""
+  figure, axes = plt.subplots(
+    2, len(BANDS), figsize=(16, 8), sharey="col", layout="constrained"
+  )
+  shades = colours(list(runs))
+  for column, band in zip(axes.T, BANDS, strict=True):
+    for system, own in runs.items():
+      for one in own:
+        if not one.bleu[band]:
+          continue
+        updates, values = np.array(one.bleu[band], float).T
+        clock = seconds(one.header, updates, step_ms)
+        for ax, x in zip(column, (updates, clock), strict=True):
+          ax.plot(x, values, label=system, color=shades[system])
+    column[0].set_title(band)
+    column[0].set_xlabel("updates")
+    column[1].set_xlabel("seconds of training")
+    for ax in column:
+      ax.grid(alpha=0.3)
+  axes[0, 0].set_ylabel("dev BLEU")
+  axes[1, 0].set_ylabel("dev BLEU")
+  lines, names = axes[0, 0].get_legend_handles_labels()
+  of_name = dict(zip(names, lines, strict=True))  # One line a system.
+  figure.legend(
+    of_name.values(), of_name.keys(), loc="outside lower center", ncols=6
   )
   figure.savefig(path, metadata={"Date": None})
   plt.close(figure)
@@ -573,6 +623,22 @@ def score_section(runs: Runs) -> list[str]:
   return result
 
 
+def bleu_section(runs: Runs, plots: str) -> list[str]:
+  """BLEU in the course of training, where it was measured."""
+  if not has_bleu(runs):
+    return []
+  return [
+    "## Dev BLEU in the course of training\n",
+    "Greedy search, 50 sentences of each direction.\n",
+    f"![Dev BLEU against updates and seconds]({plots}/bleu.svg)\n",
+  ]
+
+
+def has_bleu(runs: Runs) -> bool:
+  """Whether any run measured BLEU in the course of training."""
+  return any(one.bleu["all"] for own in runs.values() for one in own)
+
+
 def significance_section(
   significance: Mapping[str, Mapping[str, Any]],
 ) -> list[str]:
@@ -709,6 +775,7 @@ def render(
     *convergence_section(runs),
     *loss_section(runs, plots),
     *score_section(runs),
+    *bleu_section(runs, plots),
     *significance_section(significance),
     *routing_section(runs, plots),
     "## Time of a training step\n",
@@ -764,6 +831,8 @@ def main() -> None:
   plots.mkdir(parents=True, exist_ok=True)
   plot_losses(runs, "steps", plots / "loss_updates.svg")
   plot_losses(runs, "seconds", plots / "loss_seconds.svg")
+  if has_bleu(runs):
+    plot_bleu(runs, step_ms, plots / "bleu.svg")
   plot_experts(runs, plots / "experts.svg")
   notes = options.logs / "notes.md"  # What to make of the figures, by hand.
   long_runs = finished_runs(options.logs / "long")

@@ -122,6 +122,26 @@ def test_longer_runs_have_a_section_of_their_own(script, tmp_path, monkeypatch):
   assert row in section
 
 
+def test_bleu_in_the_course_of_training_is_plotted(
+  script, tmp_path, monkeypatch
+):
+  for name in ("base", "dense"):
+    settings = script("study").settings_of(script("study").SYSTEMS[name])
+    path = write_log(tmp_path, name, [2.0, 1.0], **settings)
+  bands = {f"dev/bleu/{b}": 7.0 for b in ("all", "high", "mid", "low")}
+  with path.open("a") as file:
+    for step in (100, 200):
+      file.write(json.dumps({"step": step, **bands}) + "\n")
+  one = script("study_report").read(path)
+  assert one.bleu["low"] == [(100, 7.0), (200, 7.0)]
+  (tmp_path / "notes.md").write_text("")
+  arguments = ["study_report.py", "--logs", str(tmp_path)]
+  monkeypatch.setattr("sys.argv", [*arguments, "--out", str(tmp_path / "r.md")])
+  script("study_report").main()
+  assert "plots/bleu.svg" in (tmp_path / "r.md").read_text()
+  assert "<svg" in (tmp_path / "plots" / "bleu.svg").read_text()
+
+
 def test_a_partly_tested_run_has_no_scores(script, tmp_path):
   report = script("study_report")
   path = write_log(tmp_path, "base", [2.0])
@@ -218,7 +238,7 @@ def test_committed_report_is_that_of_the_committed_logs(
 
 @pytest.mark.slow
 def test_a_small_run_and_its_log(script, tmp_path, monkeypatch, capsys):
-  """Trained, converted, not tested; a second call has nothing to do."""
+  """Trained, converted, tested; a second call has nothing to do."""
   study = script("study")
   toy.write_store(tmp_path / "store")
   size = dataclasses.replace(
@@ -232,7 +252,7 @@ def test_a_small_run_and_its_log(script, tmp_path, monkeypatch, capsys):
   )
   sizes = [f"{k}={v}" for k, v in dataclasses.asdict(size).items()]
   folders = ["--store", str(tmp_path / "store"), "--logs", str(tmp_path / "l")]
-  work = ["--work", str(tmp_path / "work"), "--affinities", "--beams"]
+  work = ["--work", str(tmp_path / "work"), "--affinities", "--beams", "1"]
   which = ["--systems", "base_dense_pretrained", "--seeds", "1"]
   change = ["--change", "dense_share=0.5"]
   command = ["study.py", "run", *folders, *work, *which, *change]
@@ -243,6 +263,8 @@ def test_a_small_run_and_its_log(script, tmp_path, monkeypatch, capsys):
     tmp_path / "l" / "base_dense_pretrained_1.jsonl"
   )
   assert one.steps.tolist() == [2, 4]
+  assert [step for step, _ in one.bleu["all"]] == [1, 2, 3, 4]
+  assert one.has_scores(1)
   assert script("study_report").changes(one) == {"dense_share": 0.5}
   assert sorted(one.experts) == ["decoder/layers_2", "encoder/layers_2"]
   assert set(one.by_affinity) == set(one.losses) == set(toy.DIRECTIONS)
