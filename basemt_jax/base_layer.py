@@ -462,12 +462,12 @@ def _test(
     expert = jnp.where(
       (expert >= 0) & (expert < local_experts), expert, local_experts
     )
-    change = _run_blocks(
+    change = _run_tokens(
       settings, gather(tokens), expert, params["experts"], key
     )
     change = lax.psum_scatter(change, "expert", scatter_dimension=0, tiled=True)
   else:
-    change = _run_blocks(settings, tokens, expert, params["experts"], key)
+    change = _run_tokens(settings, tokens, expert, params["experts"], key)
   out = _residual(h, gate, change)
   metrics = _metrics(settings, affinities, mask, choice.expert[:, 0])
   metrics["auxiliary_loss"] = jnp.float32(0.0)
@@ -598,7 +598,7 @@ def _block_size(num_choices: int, num_experts: int) -> int:
   return min(max(size, _MIN_BLOCK), _MAX_BLOCK, num_choices)
 
 
-def _run_blocks(
+def _run_tokens(
   settings: _Settings,
   tokens: jax.Array,
   expert: jax.Array,
@@ -631,7 +631,7 @@ def _run_blocks(
 def _in_pieces(
   settings: _Settings, tokens: jax.Array, expert: jax.Array, weights: Weights
 ) -> jax.Array:
-  """`_run_blocks` without dropout, for CPUs.
+  """`_run_tokens` without dropout, for CPUs.
 
   Choices are sorted by expert, and each expert's run is cut into pieces of
   falling size, the last of which may reach into the next expert's run, which
@@ -700,7 +700,7 @@ def _in_blocks(
   weights: Weights,
   key: jax.Array | None,
 ) -> jax.Array:
-  """`_run_blocks`, for any platform.
+  """`_run_tokens`, for any platform.
 
   Choices are sorted by expert, and each expert's run is padded to whole blocks.
   However the load is skewed there are at most N K / block + E blocks; those

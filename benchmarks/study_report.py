@@ -170,13 +170,13 @@ def step_times(runs: Iterable[Finished]) -> dict[str, float]:
 
 
 def seconds(
-  header: Mapping[str, Any], steps: np.ndarray, step_ms: Mapping[str, float]
+  header: Mapping[str, Any], updates: np.ndarray, step_ms: Mapping[str, float]
 ) -> np.ndarray:
-  """Of training until some steps; the dense phase goes at its own speed."""
+  """Of training until some updates; the dense phase goes at its own speed."""
   dense = _dense_steps(header)
-  milliseconds = np.maximum(steps - dense, 0) * step_ms[header["network"]]
+  milliseconds = np.maximum(updates - dense, 0) * step_ms[header["network"]]
   if dense:  # A log without any knows no dense step's time.
-    milliseconds += np.minimum(steps, dense) * step_ms["dense"]
+    milliseconds += np.minimum(updates, dense) * step_ms["dense"]
   return milliseconds / 1e3
 
 

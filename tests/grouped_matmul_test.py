@@ -80,7 +80,7 @@ def test_layer_with_kernel_matches_the_loop(load, dtype, monkeypatch):
   def run(has_kernel):
     monkeypatch.setattr(base_layer, "_has_kernel", lambda _: has_kernel)
     out, backward = jax.vjp(
-      lambda x, w: base_layer._run_blocks(
+      lambda x, w: base_layer._run_tokens(
         layer._settings(), x, jnp.asarray(expert[:, None], jnp.int32), w, None
       ),
       tokens,
