@@ -13,7 +13,7 @@ import os
 import pathlib
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 # Quiet C++ logs; set before TensorFlow or XLA are loaded.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
@@ -102,8 +102,16 @@ def _quiet_libraries() -> None:
     logging.getLogger(name).setLevel(logging.ERROR)
 
 
+class _Parser(argparse.ArgumentParser):
+  """Says in one sentence what is wrong and where to look."""
+
+  def error(self, message: str) -> NoReturn:
+    """Ends with exit code 2."""
+    self.exit(2, f"basemt: error: {message}; see basemt [COMMAND] --help\n")
+
+
 def _parser() -> argparse.ArgumentParser:
-  parser = argparse.ArgumentParser(
+  parser = _Parser(
     prog="basemt",
     description="Sparse multilingual translation: train, convert, evaluate, "
     "translate.",

@@ -387,7 +387,10 @@ def test_unknown_flags_and_commands_are_refused(capsys):
     with pytest.raises(SystemExit) as stop:
       cli.main(arguments)
     assert stop.value.code == 2
-    assert "usage: basemt" in capsys.readouterr().err
+    (error,) = capsys.readouterr().err.splitlines()
+    assert re.fullmatch(
+      r"basemt: error: .*; see basemt \[COMMAND\] --help", error
+    )
 
 
 def command(*arguments, **environment):
