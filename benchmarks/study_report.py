@@ -98,6 +98,9 @@ class Finished:
     return float(bleu), float(chrf)
 
 
+Runs = Mapping[str, Sequence[Finished]]  # By system.
+
+
 def read(path: pathlib.Path) -> Finished:
   """Reads the log of a run that has trained; its tests may be missing."""
   header, *records = (
@@ -200,7 +203,7 @@ def reached(x: np.ndarray, losses: np.ndarray, target: float) -> float | None:
 
 
 def convergence(
-  runs: Mapping[str, Sequence[Finished]], system: str, band: str, axis: str
+  runs: Runs, system: str, band: str, axis: str
 ) -> list[float] | None:
   """How many times fewer updates or seconds than base to base's best loss.
 
@@ -225,6 +228,30 @@ def convergence(
       return None
     factors.append(whole / needed)
   return factors
+
+
+def bleu_convergence(runs: Runs, system: str, band: str) -> list[float] | None:
+  """As `convergence` in updates, for dev BLEU, of runs that measured it.
+
+  Base's best is that of the same seed, or of its first that measured any.
+  """
+  bases = {r.seed: r.bleu[band] for r in runs[BASELINE] if r.bleu[band]}
+  factors = []
+  for own in runs[system]:
+    if not own.bleu[band] or not bases:
+      continue
+    base = bases.get(own.seed, next(iter(bases.values())))
+    target = max(value for _, value in base)
+    needed, whole = (
+      reached(updates, -values, -target)
+      for updates, values in (
+        np.array(b, float).T for b in (own.bleu[band], base)
+      )
+    )
+    if needed is None or whole is None:
+      return None
+    factors.append(whole / needed)
+  return factors or None
 
 
 def mean_spread(values: Iterable[float]) -> str:
@@ -327,9 +354,7 @@ def colours(systems: Sequence[str]) -> dict[str, Any]:
   return {system: palette(i % 20) for i, system in enumerate(systems)}
 
 
-def plot_losses(
-  runs: Mapping[str, Sequence[Finished]], axis: str, path: pathlib.Path
-) -> None:
+def plot_losses(runs: Runs, axis: str, path: pathlib.Path) -> None:
   """Dev loss of each band against updates or seconds; seeds are averaged."""
   figure, axes = plt.subplots(
     1, len(BANDS), figsize=(16, 4.6), layout="constrained"
@@ -365,7 +390,7 @@ def plot_losses(
 
 
 def plot_bleu(
-  runs: Mapping[str, Sequence[Finished]],
+  runs: Runs,
   step_ms: Mapping[str, float],
   path: pathlib.Path,
 ) -> None:
@@ -399,9 +424,7 @@ def plot_bleu(
   plt.close(figure)
 
 
-def plot_experts(
-  runs: Mapping[str, Sequence[Finished]], path: pathlib.Path
-) -> None:
+def plot_experts(runs: Runs, path: pathlib.Path) -> None:
   """Share of each language's tokens at each expert, by system and layer.
 
   Of the systems in the claim, first seeds.
@@ -437,7 +460,7 @@ def plot_experts(
 
 
 def bootstrap(
-  runs: Mapping[str, Sequence[Finished]],
+  runs: Runs,
   translations: pathlib.Path,
   store_dir: str,
   beam: int = 1,
@@ -494,7 +517,7 @@ def bootstrap(
 
 def is_of(
   significance: Mapping[str, Mapping[str, Any]],
-  runs: Mapping[str, Sequence[Finished]],
+  runs: Runs,
 ) -> bool:
   """Whether `bootstrap`'s translations are those that the logs scored.
 
@@ -515,8 +538,6 @@ def is_of(
 
 
 # ------------------------------------------------------------------- report
-
-Runs = Mapping[str, Sequence[Finished]]
 
 
 def system_section(runs: Runs) -> list[str]:
@@ -629,7 +650,16 @@ def bleu_section(runs: Runs, plots: str) -> list[str]:
     return []
   return [
     "## Dev BLEU in the course of training\n",
-    "Greedy search, 50 sentences of each direction.\n",
+    "Greedy search, 50 sentences of each direction. How many times fewer "
+    "updates than `base`\nto reach `base`'s best; a dash: never.\n",
+    table(
+      ["system", *BANDS],
+      (
+        [system, *(factor(bleu_convergence(runs, system, b)) for b in BANDS)]
+        for system, own in runs.items()
+        if any(one.bleu["all"] for one in own)
+      ),
+    ),
     f"![Dev BLEU against updates and seconds]({plots}/bleu.svg)\n",
   ]
 

@@ -125,20 +125,33 @@ def test_longer_runs_have_a_section_of_their_own(script, tmp_path, monkeypatch):
 def test_bleu_in_the_course_of_training_is_plotted(
   script, tmp_path, monkeypatch
 ):
-  for name in ("base", "dense"):
+  courses = {  # High stays the same; at first it is base's best.
+    "base": {100: (2.0, 7.0), 200: (6.0, 7.0)},
+    "base_heated": {100: (8.0, 6.0), 200: (8.0, 6.0)},
+    "dense": {100: (2.0, 7.0), 200: (5.0, 7.0)},
+  }
+  for name, course in courses.items():
     settings = script("study").settings_of(script("study").SYSTEMS[name])
     path = write_log(tmp_path, name, [2.0, 1.0], **settings)
-  bands = {f"dev/bleu/{b}": 7.0 for b in ("all", "high", "mid", "low")}
-  with path.open("a") as file:
-    for step in (100, 200):
-      file.write(json.dumps({"step": step, **bands}) + "\n")
+    with path.open("a") as file:
+      for step, (value, high) in course.items():
+        bands = {f"dev/bleu/{b}": value for b in ("all", "mid", "low")}
+        line = {"step": step, **bands, "dev/bleu/high": high}
+        file.write(json.dumps(line) + "\n")
+  settings = script("study").settings_of(script("study").SYSTEMS["switch"])
+  write_log(tmp_path, "switch", [2.0, 1.0], **settings)  # None measured.
   one = script("study_report").read(path)
-  assert one.bleu["low"] == [(100, 7.0), (200, 7.0)]
+  assert one.bleu["low"] == [(100, 2.0), (200, 5.0)]
   (tmp_path / "notes.md").write_text("")
   arguments = ["study_report.py", "--logs", str(tmp_path)]
   monkeypatch.setattr("sys.argv", [*arguments, "--out", str(tmp_path / "r.md")])
   script("study_report").main()
-  assert "plots/bleu.svg" in (tmp_path / "r.md").read_text()
+  section = (tmp_path / "r.md").read_text().partition("## Dev BLEU")[2]
+  assert "| base | 1.00 | 1.00 | 1.00 | 1.00 |" in section
+  assert "| base_heated | 2.00 | – | 2.00 | 2.00 |" in section
+  assert "| dense | – | 1.00 | – | – |" in section
+  assert "| switch |" not in section.partition("##")[0]
+  assert "plots/bleu.svg" in section
   assert "<svg" in (tmp_path / "plots" / "bleu.svg").read_text()
 
 
