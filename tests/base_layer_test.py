@@ -12,7 +12,7 @@ from flax import linen as nn
 from hypothesis import strategies as st
 from jax.sharding import Mesh
 
-from basemt_jax import base_layer, hlo, layers, routing
+from basemt_jax import base_layer, experts, hlo, layers, routing
 
 B, L, D, F = 16, 6, 8, 16
 
@@ -166,7 +166,7 @@ def test_test_time_drops_nothing(num_tokens, skew):
 
 @functools.cache
 def every_experts_changes(num_tokens, num_experts):
-  """Tokens, and a jitted `_run_tokens` of their experts beside all answers."""
+  """Tokens, and a jitted `run_tokens` of their experts beside all answers."""
   layer = make(num_experts)
   params = variables_of(layer)["params"]
   weights = [
@@ -181,7 +181,7 @@ def every_experts_changes(num_tokens, num_experts):
   for e in range(num_experts):
     answers[e] = [plain_change(params, token, e) for token in tokens]
   compute = jax.jit(
-    lambda expert: base_layer._run_tokens(
+    lambda expert: experts.run_tokens(
       layer._settings(), tokens, expert, weights, None
     )
   )

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from basemt_jax import base_layer, grouped_matmul
+from basemt_jax import base_layer, experts, grouped_matmul
 
 E, K, N, M = 4, 64, 128, 16
 
@@ -78,9 +78,9 @@ def test_layer_with_kernel_matches_the_loop(load, dtype, monkeypatch):
   cotangent = jax.random.normal(keys[2], (len(expert), 1, K), dtype)
 
   def run(has_kernel):
-    monkeypatch.setattr(base_layer, "_has_kernel", lambda _: has_kernel)
+    monkeypatch.setattr(experts, "_has_kernel", lambda _: has_kernel)
     out, backward = jax.vjp(
-      lambda x, w: base_layer._run_tokens(
+      lambda x, w: experts.run_tokens(
         layer._settings(), x, jnp.asarray(expert[:, None], jnp.int32), w, None
       ),
       tokens,
@@ -151,7 +151,7 @@ def test_layer_on_a_mesh_matches_one_device(sizes, monkeypatch):
 
   expected = run(alone)
   # Gradients, and the types that shard_map checks, with the plain product.
-  monkeypatch.setattr(base_layer, "_has_kernel", lambda _: True)
+  monkeypatch.setattr(experts, "_has_kernel", lambda _: True)
   kernel = grouped_matmul.grouped_matmul
   monkeypatch.setattr(
     grouped_matmul,

@@ -26,6 +26,7 @@ LAYERS = [
   ["chips"],
   ["layers", "batches", "translation"],
   ["grouped_matmul"],
+  ["experts"],
   ["base_layer"],
   ["model"],
   ["checkpointing"],
