@@ -262,9 +262,9 @@ def test_the_quickstart_is_measured_as_each_system(monkeypatch, tmp_path):
   assert found == {
     "dense": ("dense", 0, 1),
     "base": ("experts", 0, 1),
-    "base_heated": ("experts", 0, 5),
+    "base_heated": ("experts", 0, 3.5),
     "base_dense_pretrained": ("experts", 60, 1),
-    "base_heated_dense_pretrained": ("experts", 60, 5),
+    "base_heated_dense_pretrained": ("experts", 60, 3.5),
   }
 
 
