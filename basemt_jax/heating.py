@@ -196,7 +196,19 @@ def stepwise(
 
 
 def linear(start: float, end: float, steps: int) -> Schedule:
-  """T rises or falls by the same amount every step (Wang et al. 2020)."""
+  """T rises or falls by the same amount every step (Wang et al. 2020).
+
+  Args:
+    start: temperature at step 0.
+    end: temperature from step `steps` on.
+    steps: 0: `end` at once.
+
+  Returns:
+    The schedule, as `square_root` and `cosine` do of the same arguments.
+
+  Raises:
+    ValueError: a temperature that is not above 0 or not finite, steps below 0.
+  """
   return _interpolated("linear", start, end, steps)
 
 
@@ -220,8 +232,10 @@ def _interpolated(curve: str, start: float, end: float, steps: int) -> Schedule:
       f"{curve} needs finite temperatures, got {start} and {end}; 100 is as "
       "good as uniform."
     )
-  if steps <= 0:
-    raise ValueError(f"{curve} needs steps above 0, got {steps}.")
+  if steps < 0:
+    raise ValueError(f"{curve} needs steps of at least 0, got {steps}.")
+  if steps == 0:  # A share of a run of very few steps.
+    return constant(end)
   return _Interpolated(curve, float(start), float(end), int(steps))
 
 

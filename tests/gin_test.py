@@ -159,6 +159,11 @@ def test_quickstart_is_what_it_says():
   temperature = run.strategy.temperature
   assert temperature(run.settings.train_steps) > temperature(0)
   assert run.batch_size % config.rows_per_group == 0
+  # A quarter of a run of two steps is none: the end is where it starts.
+  run, _ = configured(["recipes/quickstart"], "TRAIN_STEPS=2")
+  assert heating.temperatures(run.strategy.temperature, np.arange(3)) == (
+    pytest.approx(temperature(600))
+  )
 
 
 def test_files_recipe_takes_a_folder(tmp_path):

@@ -147,12 +147,18 @@ def test_optax_schedules_are_temperature_schedules():
   assert "0x" not in heating.describe(schedule)  # The same in every process.
 
 
+@pytest.mark.parametrize("curve", ["linear", "square_root", "cosine"])
+def test_in_no_steps_a_schedule_is_at_its_end_at_once(curve):
+  schedule = getattr(heating, curve)(1, 5, 0)
+  assert heating.temperatures(schedule, np.arange(3)).tolist() == [5, 5, 5]
+
+
 @pytest.mark.parametrize(
   "make, message",
   [
     (lambda: heating.constant(0), "constant|stepwise.*above 0"),
     (lambda: heating.linear(1, -5, 10), r"linear needs.*-5"),
-    (lambda: heating.linear(1, 5, 0), "steps above 0, got 0"),
+    (lambda: heating.linear(1, 5, -1), "steps of at least 0, got -1"),
     (lambda: heating.cosine(1, math.inf, 10), "finite"),
     (lambda: heating.stepwise([10], [1]), "1 temperatures for 1 boundaries"),
     (lambda: heating.stepwise([10, 10], [1, 2, 3]), r"rising.*\[10, 10\]"),
