@@ -12,6 +12,7 @@ not run again. Several processes share the work.
 import argparse
 import contextlib
 import pathlib
+from typing import Any
 
 import gin
 from basemt_jax import configuration, run
@@ -42,6 +43,16 @@ def run_of(name: str, seed: int, model_dir: pathlib.Path) -> run.Run:
   return configuration.configured(options)
 
 
+def settings_of(name: str, described: run.Run) -> dict[str, Any]:
+  """What a log tells of a system's settings, the recipe's part of them too."""
+  steps = described.settings
+  return {
+    "macros": SYSTEMS[name],
+    "sampling": str(described.strategy),
+    "dense_share": steps.dense_steps / steps.train_steps,
+  }
+
+
 def main() -> None:
   """Makes the runs that are missing."""
   parser = argparse.ArgumentParser(description=__doc__)
@@ -56,16 +67,12 @@ def main() -> None:
       if study.is_complete(options.logs / f"{name}_{seed}.jsonl"):
         continue
       described = run_of(name, seed, options.work / f"{name}_{seed}")
-      settings = described.settings
       header = {
         "system": name,
         "seed": seed,
-        "settings": {
-          "macros": SYSTEMS[name],
-          "dense_share": settings.dense_steps / settings.train_steps,
-        },
+        "settings": settings_of(name, described),
         "network": "dense" if name == "dense" else "BalancedRouter",
-        "size": {"train_steps": settings.train_steps},
+        "size": {"train_steps": described.settings.train_steps},
         "pairs": study.pairs_of(described.store()),
         "bands": vars(described.bands),
       }

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import importlib
+import json
 import pathlib
 
 import jax
@@ -271,6 +272,19 @@ def test_the_quickstart_is_measured_as_each_system(monkeypatch, tmp_path):
     "base_dense_pretrained": ("experts", 60, 1),
     "base_heated_dense_pretrained": ("experts", 60, 3.5),
   }
+
+
+def test_the_quickstarts_logs_are_of_its_present_recipe(monkeypatch, tmp_path):
+  monkeypatch.syspath_prepend(str(ROOT))
+  quickstart = importlib.import_module("benchmarks.quickstart")
+  logs = sorted((ROOT / "docs/study/quickstart").glob("*.jsonl"))
+  assert len(logs) == len(quickstart.SYSTEMS) * len(quickstart.SEEDS)
+  for path in logs:
+    header = json.loads(path.read_text().splitlines()[0])
+    run = quickstart.run_of(header["system"], header["seed"], tmp_path)
+    expected = quickstart.settings_of(header["system"], run)
+    assert header["settings"] == expected
+    assert header["size"] == {"train_steps": run.settings.train_steps}
 
 
 # ----------------------------------------------------------- overriding
