@@ -39,7 +39,7 @@ setuptools.setup(
   license="Apache-2.0",
   license_files=["LICENSE"],
   python_requires=">=3.11",
-  packages=["basemt_jax", "tasks"],
+  packages=setuptools.find_packages(include=["basemt_jax*", "tasks"]),
   package_data={"tasks": ["*.model"]},
   cmdclass={"build_py": BuildWithGin},
   entry_points={"console_scripts": ["basemt = basemt_jax.cli:main"]},

@@ -37,7 +37,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from basemt_jax import assignment_kernels
+from basemt_jax.kernels import assignment_kernels
 
 # Temperatures are in units of the scores' spread. Warm prices are off by the
 # drift between batches and by sampling noise, about a tenth of the spread; more

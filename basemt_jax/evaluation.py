@@ -10,13 +10,14 @@ counting the same, as in the literature on multilingual translation.
 import dataclasses
 import functools
 import importlib.util
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 from sacrebleu import metrics, significance
 
-from basemt_jax import translation
+from basemt_jax import files, translation
 
 BANDS = ("high", "mid", "low")
 
@@ -470,3 +471,46 @@ def summarise(
 def _mean(values: Sequence[float | None]) -> float | None:
   known = [value for value in values if value is not None]
   return sum(known) / len(known) if known else None
+
+
+def write_scores(
+  path: str | os.PathLike[str],
+  results: Sequence[DirectionResult],
+  extra: Mapping[str, Any] | None = None,
+  pivot: str = "en",
+) -> None:
+  """Writes results and means, atomically; values that are not finite as null.
+
+  Args:
+    path: The file. Its folder is made.
+    results: In the order to write.
+    extra: More entries (checkpoint, step, search options).
+    pivot: See `evaluation.summarise`.
+  """
+  contents = {
+    **(extra or {}),
+    "directions": [dataclasses.asdict(r) for r in results],
+    "means": [dataclasses.asdict(m) for m in summarise(results, pivot)],
+  }
+  files.write_atomically(path, files.json_text(contents))
+
+
+def write_translations(
+  directory: str | os.PathLike[str],
+  translations: Sequence[DirectionTranslations],
+) -> None:
+  """Writes `<direction>.src`, `.hyp` and `.ref`, a sentence a line each.
+
+  `sacrebleu en-de.ref -i en-de.hyp` computes the same BLEU from them. Every
+  file is replaced atomically.
+  """
+  for t in translations:
+    for suffix, lines in (
+      ("src", t.sources),
+      ("hyp", t.hypotheses),
+      ("ref", t.references),
+    ):
+      files.write_atomically(
+        os.path.join(directory, f"{t.direction}.{suffix}"),
+        "".join(f"{one_line(line)}\n" for line in lines),
+      )

@@ -23,7 +23,8 @@ from flax.linen import partitioning as nn_partitioning
 from jax import lax
 from jax.sharding import Mesh
 
-from basemt_jax import grouped_matmul, layers, routing
+from basemt_jax import layers, routing
+from basemt_jax.kernels import grouped_matmul
 
 # Rows of a block of tokens that share an expert, at test time. Larger blocks
 # read an expert's weights less often, smaller ones waste less on padding.

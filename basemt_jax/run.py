@@ -16,21 +16,17 @@ import jax
 import numpy as np
 
 from basemt_jax import (
-  batches,
   checkpointing,
   evaluation,
-  packing,
   partitioning,
   processes,
-  reporting,
-  row_store,
   sampling,
   steps,
   trainer,
   translation,
-  vocabulary,
 )
 from basemt_jax import model as model_lib
+from basemt_jax.data import batches, packing, row_store, vocabulary
 
 
 class NoPairsError(ValueError):
@@ -95,7 +91,7 @@ class Run:
     """
     if self.store_dir:
       return row_store.RowStore.open(self.store_dir)
-    from basemt_jax import mixtures  # Imports SeqIO and TensorFlow.
+    from basemt_jax.data import mixtures  # Imports SeqIO and TensorFlow.
 
     return processes.in_turn(
       lambda: mixtures.ensure_store(
@@ -315,7 +311,7 @@ def program(
     store = row_store.RowStore.open(run.store_dir)
     vocab_size, num_directions = store.vocab_size, len(store.directions)
   elif vocab_size is None:
-    from basemt_jax import mixtures  # Imports SeqIO and TensorFlow.
+    from basemt_jax.data import mixtures  # Imports SeqIO and TensorFlow.
 
     vocab_size, num_directions = mixtures.sizes(run.mixture_or_task_name)
   return steps.Program(
@@ -494,8 +490,8 @@ def evaluate(
     pathlib.Path(run.model_dir) / "evaluation" / f"{split}_{trained.step}"
   )
   if processes.is_first():
-    reporting.write_translations(directory, translations)
-    reporting.write_json(directory / "scores.json", results)
+    evaluation.write_translations(directory, translations)
+    evaluation.write_scores(directory / "scores.json", results)
   return Evaluation(trained.step, split, results, translations, directory)
 
 

@@ -29,21 +29,19 @@ from flax import struct, traverse_util
 from flax.core import freeze, unfreeze
 
 from basemt_jax import (
-  batches,
   checkpointing,
   conversion,
   losses,
-  mixtures,
   optimizer,
-  packing,
   partitioning,
+  prefetch,
   steps,
   trainer,
   translation,
-  vocabulary,
 )
 from basemt_jax import model as model_lib
 from basemt_jax import run as run_lib
+from basemt_jax.data import batches, mixtures, packing, vocabulary
 
 Array = jax.Array
 Tree = Any
@@ -434,7 +432,7 @@ class TrainIterator(dataset_iterator.DatasetIterator):
       for name, value in next(source).items()
     }
     source.restore(here)
-    self._ahead: batches.Prefetcher | None = None
+    self._ahead: prefetch.Prefetcher | None = None
 
   @property
   def element_spec(self) -> dict[str, dataset_iterator.ArraySpec]:
@@ -443,7 +441,7 @@ class TrainIterator(dataset_iterator.DatasetIterator):
 
   def __next__(self) -> packing.Batch:
     if self._ahead is None:
-      self._ahead = batches.Prefetcher(self._source)
+      self._ahead = prefetch.Prefetcher(self._source)
     return next(self._ahead)[0]
 
 

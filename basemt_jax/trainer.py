@@ -29,11 +29,11 @@ import numpy as np
 from flax import traverse_util
 
 from basemt_jax import (
-  batches,
   checkpointing,
   conversion,
   optimizer,
   partitioning,
+  prefetch,
   processes,
   steps,
 )
@@ -267,7 +267,7 @@ class Trainer:
     put = functools.partial(partitioning.put_batch, mesh=self._mesh)
     with (
       _on_sigterm(self.stop),
-      batches.Prefetcher(self._batches, place=put) as ahead,
+      prefetch.Prefetcher(self._batches, place=put) as ahead,
     ):
       self._log_time, self._log_step = time.monotonic(), self._step
       if self._gives_up():
@@ -280,7 +280,7 @@ class Trainer:
     self._writer.flush()
     return outcome
 
-  def _train(self, ahead: batches.Prefetcher) -> str:
+  def _train(self, ahead: prefetch.Prefetcher) -> str:
     """Steps to the end, or to where `_after_step` says."""
     is_checked = not self._converts()
     while self._step < self._settings.train_steps:
@@ -299,7 +299,7 @@ class Trainer:
         return outcome
     return "done"
 
-  def _next(self, ahead: batches.Prefetcher) -> tuple[Batch, Any]:
+  def _next(self, ahead: prefetch.Prefetcher) -> tuple[Batch, Any]:
     """The next batch, on the devices, and the position after it."""
     try:
       return next(ahead)

@@ -39,8 +39,9 @@ from flax import traverse_util
 from flax.linen import partitioning as nn_partitioning
 from jax.sharding import Mesh
 
-from basemt_jax import hlo, partitioning, steps
 from basemt_jax import model as model_lib
+from basemt_jax import partitioning, steps
+from basemt_jax.compilation import hlo
 from benchmarks import device_trace, training_step
 
 MODELS = ("dense", "experts")

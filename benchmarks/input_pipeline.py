@@ -33,7 +33,8 @@ import numpy as np
 import seqio
 import tensorflow as tf
 
-from basemt_jax import batches, heating, mixtures, sampling
+from basemt_jax import heating, sampling
+from basemt_jax.data import batches, mixtures
 
 LENGTHS = {"inputs": 128, "targets": 128}
 SIZES = np.geomspace(20_000, 100, 12).astype(int)

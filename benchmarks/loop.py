@@ -25,17 +25,15 @@ import jax
 import numpy as np
 
 from basemt_jax import (
-  batches,
   heating,
   model,
   optimizer,
-  packing,
   partitioning,
-  row_store,
   sampling,
   steps,
   trainer,
 )
+from basemt_jax.data import batches, packing, row_store
 from benchmarks import device_trace
 
 DIRECTIONS = 24

@@ -14,7 +14,7 @@ import pathlib
 import subprocess
 import sys
 
-from basemt_jax import chips, compilation, compilation_tables
+from basemt_jax.compilation import ahead_of_time, chips, compile_report
 
 ROOT = pathlib.Path(__file__).parent.parent
 VOCABULARY, DIRECTIONS = 32000, 30
@@ -71,7 +71,8 @@ reported and measured with 32 experts; `serial` 51 ms, measured 62 ms; dense 42
 and 51 ms. The TPU compiler's own estimate does not exist there.
 
 `best`, `serial` and `compiler` are three estimates of a step, explained at the
-head of [`compilation.py`](../basemt_jax/compilation.py): everything overlaps;
+head of [`ahead_of_time.py`](../basemt_jax/compilation/ahead_of_time.py):
+everything overlaps;
 nothing overlaps; the TPU compiler's own count of cycles, then the exchanges.
 Plan with the last. None of them knows the latency of starting operations.
 Bandwidths and peaks are the published ones.
@@ -89,9 +90,9 @@ model.
 """
 
 
-def read(pod: Pod) -> compilation.Report:
+def read(pod: Pod) -> ahead_of_time.Report:
   """The report in docs/pods."""
-  return compilation_tables.from_json(json.loads(pod.file.read_text("utf-8")))
+  return compile_report.from_json(json.loads(pod.file.read_text("utf-8")))
 
 
 def summary() -> str:
@@ -125,7 +126,7 @@ def page() -> str:
     command = "basemt " + " \\\n      ".join(pod.command)
     parts.append(
       f"## {pod.recipe}, {pod.experts} experts\n\n    {command}\n\n"
-      + compilation_tables.markdown(read(pod))
+      + compile_report.markdown(read(pod))
     )
   return "\n".join(parts)
 

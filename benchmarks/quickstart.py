@@ -15,7 +15,8 @@ import pathlib
 from typing import Any
 
 import gin
-from basemt_jax import configuration, run
+from basemt_jax import run
+from basemt_jax.commands import configuration
 from benchmarks import study
 
 RECIPE = "gin/recipes/quickstart.gin"

@@ -36,23 +36,21 @@ from flax import traverse_util
 
 from basemt_jax import (
   base_layer,
-  batches,
   conversion,
   evaluation,
   heating,
-  inspection_run,
   optimizer,
   partitioning,
   routing,
-  row_store,
   run,
   sampling,
   steps,
   trainer,
   translation,
-  vocabulary,
 )
 from basemt_jax import model as model_lib
+from basemt_jax.data import batches, row_store, vocabulary
+from basemt_jax.inspection import run_report
 
 
 @dataclasses.dataclass(frozen=True)
@@ -315,7 +313,7 @@ def make_run(
       raise SystemExit(f"{name}: {outcome}, to be made again")
     log.write(trained_after=round(time.perf_counter() - start, 1))
     trained = run.load(described, CONSOLE)
-    for layer in inspection_run.expert_maps(described, trained, "validation"):
+    for layer in run_report.expert_maps(described, trained, "validation"):
       shares = np.round(layer.shares, 4).tolist()
       log.write(
         layer=layer.layer, languages=layer.languages, expert_shares=shares
@@ -447,7 +445,7 @@ def network_of(system: System) -> str:
 
 def prepare(data: str, store: str, vocab_size: int, length: int) -> None:
   """Trains the vocabulary and packs the rows; needs SeqIO."""
-  from basemt_jax import mixtures
+  from basemt_jax.data import mixtures
   from tasks import files
 
   vocabulary_path = files.vocabulary_file(data, vocab_size)

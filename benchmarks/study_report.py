@@ -29,7 +29,8 @@ from typing import Any
 import matplotlib
 import numpy as np
 
-from basemt_jax import evaluation, row_store, run, steps
+from basemt_jax import evaluation, run, steps
+from basemt_jax.data import row_store
 from benchmarks import study
 
 matplotlib.use("Agg")

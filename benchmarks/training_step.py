@@ -52,14 +52,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from basemt_jax import (
-  compilation,
-  layers,
-  model,
-  optimizer,
-  partitioning,
-  steps,
-)
+from basemt_jax import layers, model, optimizer, partitioning, steps
+from basemt_jax.compilation import ahead_of_time
 from benchmarks import device_trace
 
 GIB = 2**30
@@ -191,11 +185,11 @@ def memory(
     program.shardings,
   )
   own = rows // (program.mesh.shape["data"] * program.mesh.shape["expert"])
-  parameters = compilation.device_bytes(shapes.params, shardings.params)
+  parameters = ahead_of_time.device_bytes(shapes.params, shardings.params)
   size = jnp.dtype(cfg.dtype).itemsize
   formula = {
     "parameters": parameters,
-    "optimizer": compilation.device_bytes(
+    "optimizer": ahead_of_time.device_bytes(
       shapes.opt_state, shardings.opt_state
     ),
     "gradients": parameters,

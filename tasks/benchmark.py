@@ -20,8 +20,8 @@ from typing import Any
 
 import seqio
 
-from basemt_jax import raw_text
-from basemt_jax import vocabulary as vocabulary_lib
+from basemt_jax.corpora import raw_text
+from basemt_jax.data import vocabulary as vocabulary_lib
 from tasks import common, files
 
 ENVIRONMENT = "BASEMT_DATA_DIR"

@@ -47,7 +47,7 @@ import num2words
 import seqio
 from babel import dates, lists, numbers, units
 
-from basemt_jax import vocabulary as vocabulary_lib
+from basemt_jax.data import vocabulary as vocabulary_lib
 from tasks import common
 
 # Training pairs of each language with English.

@@ -5,7 +5,7 @@ named `corpus.en_de` (SeqIO allows no hyphen): the direction is what follows
 the last dot. Codes that hold an underscore themselves are joined by two:
 `corpus.eng_Latn__deu_Latn` is the direction `eng_Latn-deu_Latn`. The source
 text begins with a tag for the language wanted, `<2de>`. (A direction is read
-back from a task's name by `basemt_jax.mixtures.direction_of`.)
+back from a task's name by `basemt_jax.data.mixtures.direction_of`.)
 """
 
 from __future__ import annotations

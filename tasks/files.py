@@ -42,8 +42,9 @@ from collections.abc import Iterator
 
 import seqio
 
-from basemt_jax import preparation, row_store
-from basemt_jax import vocabulary as vocabulary_lib
+from basemt_jax.corpora import preparation
+from basemt_jax.data import row_store
+from basemt_jax.data import vocabulary as vocabulary_lib
 from tasks import common
 
 MAX_CHARACTERS = 1000

@@ -16,7 +16,7 @@ import os
 
 import seqio
 
-from basemt_jax import raw_text
+from basemt_jax.corpora import raw_text
 from tasks import benchmark
 
 # Language to region, as mBART-50 spells them.

@@ -12,7 +12,7 @@ import os
 
 import seqio
 
-from basemt_jax import raw_text
+from basemt_jax.corpora import raw_text
 from tasks import benchmark
 
 _CODES = """

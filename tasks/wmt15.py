@@ -23,7 +23,7 @@ import re
 import seqio
 import tensorflow as tf
 
-from basemt_jax import raw_text
+from basemt_jax.corpora import raw_text
 from tasks import benchmark, common
 
 # Training pairs with English, and the year of the test set (and of TFDS's

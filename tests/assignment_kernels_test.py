@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from basemt_jax import assignment, assignment_kernels
+from basemt_jax import assignment
+from basemt_jax.kernels import assignment_kernels
 
 S = 96
 HARD = ("random", "skewed", "ties", "duplicates", "padding", "infinite")

@@ -12,7 +12,8 @@ from flax import linen as nn
 from hypothesis import strategies as st
 from jax.sharding import Mesh
 
-from basemt_jax import base_layer, experts, hlo, layers, routing
+from basemt_jax import base_layer, experts, layers, routing
+from basemt_jax.compilation import hlo
 
 B, L, D, F = 16, 6, 8, 16
 

@@ -18,7 +18,8 @@ import seqio
 import tensorflow_datasets as tfds
 
 import gin
-from basemt_jax import cli, heating, mixtures, sampling, steps, task_cache
+from basemt_jax import cli, heating, sampling, steps
+from basemt_jax.data import mixtures, task_cache
 from tasks import ml50, opus100, wmt15
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -147,7 +148,7 @@ def test_a_folder_has_some_of_the_languages(folder, tmp_path):
 def test_by_name_with_the_folder_from_the_environment(folder, tmp_path):
   code = f"""
 import tasks
-from basemt_jax import mixtures
+from basemt_jax.data import mixtures
 store = mixtures.ensure_store("wmt15.en_cs", {LENGTHS}, {str(tmp_path)!r})
 print(store.pairs("train").tolist())
 """

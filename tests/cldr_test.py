@@ -13,8 +13,8 @@ from importlib import metadata
 import pytest
 import seqio
 
-from basemt_jax import mixtures
-from basemt_jax.vocabulary import Vocabulary
+from basemt_jax.data import mixtures
+from basemt_jax.data.vocabulary import Vocabulary
 from tasks import cldr, common
 
 LANGUAGES = list(cldr.TRAIN_PAIRS)

@@ -13,8 +13,9 @@ import pytest
 import toy
 
 import gin
-from basemt_jax import cli, configuration
+from basemt_jax import cli
 from basemt_jax import run as run_lib
+from basemt_jax.commands import configuration
 
 ROOT = pathlib.Path(__file__).parent.parent
 CONFIG = (

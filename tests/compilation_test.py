@@ -24,18 +24,10 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import gin
-from basemt_jax import (
-  chips,
-  cli,
-  compilation,
-  compilation_tables,
-  configuration,
-  hlo,
-  model,
-  partitioning,
-  steps,
-)
+from basemt_jax import cli, model, partitioning, steps
 from basemt_jax import run as run_lib
+from basemt_jax.commands import configuration
+from basemt_jax.compilation import ahead_of_time, chips, compile_report, hlo
 
 ROOT = pathlib.Path(__file__).parent.parent
 needs_libtpu = pytest.mark.skipif(
@@ -104,8 +96,8 @@ def checked(done, file):
   assert done.returncode == 0, done.stderr
   assert "all-to-all" in done.stdout
   value = json.loads(file.read_text())
-  report = compilation_tables.from_json(value)
-  assert compilation_tables.to_json(report) == value
+  report = compile_report.from_json(value)
+  assert compile_report.to_json(report) == value
   return report
 
 
@@ -184,7 +176,8 @@ def test_no_array_is_rearranged_against_its_will(report):
 RESHARDING = """
 import jax, types
 from jax.sharding import NamedSharding, PartitionSpec as P
-from basemt_jax import compilation, partitioning
+from basemt_jax import partitioning
+from basemt_jax.compilation import ahead_of_time
 mesh = partitioning.make_mesh(2, 2)
 def function(x):
   x = jax.lax.with_sharding_constraint(
@@ -194,7 +187,7 @@ def function(x):
 x = jax.ShapeDtypeStruct((32, 32, 64), "float32",
   sharding=NamedSharding(mesh, P("data")))
 program = types.SimpleNamespace(lower=lambda x: jax.jit(function).lower(x))
-print(*compilation.compile_step(program, x).warnings)
+print(*ahead_of_time.compile_step(program, x).warnings)
 """
 
 
@@ -207,7 +200,7 @@ def test_rearranging_would_be_seen(tmp_path):
 def test_rearranging_would_be_seen_on_a_tpu(tmp_path):
   code = RESHARDING.replace(
     "make_mesh(2, 2)",
-    "make_mesh(2, 2, compilation.topology_devices('v5e:2x4'))",
+    "make_mesh(2, 2, ahead_of_time.topology_devices('v5e:2x4'))",
   )
   done = in_own_process(code, tmp_path)
   assert "Involuntary full rematerialization" in done.stdout, done.stderr
@@ -281,7 +274,7 @@ def test_operations_in_libraries_count_by_the_formula(monkeypatch):
   # On GPUs XLA's count leaves out what cuBLAS and cuDNN do.
   gpu = chips.CHIPS["NVIDIA H200"]
   monkeypatch.setitem(chips.CHIPS, jax.devices()[0].device_kind, gpu)
-  monkeypatch.setattr(compilation, "model_flops", lambda *_: 1e12)
+  monkeypatch.setattr(ahead_of_time, "model_flops", lambda *_: 1e12)
   settings = toy.settings()
 
   class NoStep(steps.Program):
@@ -291,7 +284,7 @@ def test_operations_in_libraries_count_by_the_formula(monkeypatch):
       return jax.jit(lambda batch: batch["direction"] + 1).lower(batch)
 
   program = NoStep(toy.DENSE, settings, settings.learning_rate, toy.mesh(), 3)
-  report = compilation.report(program, 16, LENGTHS)
+  report = ahead_of_time.report(program, 16, LENGTHS)
   assert report.flops < 1e3
   assert report.seconds["compute"] == 1e12 / gpu.flops
   assert report.mfu["serial"] == pytest.approx(
@@ -306,7 +299,7 @@ def test_operations_in_libraries_count_by_the_formula(monkeypatch):
 def test_microbatches_change_exchanges_not_operations(topology):
   devices = jax.devices()[:4]
   if topology:
-    devices = compilation.topology_devices(topology)
+    devices = ahead_of_time.topology_devices(topology)
   config = dataclasses.replace(
     toy.SPARSE, emb_dim=128, head_dim=64, mlp_dim=512, dtype="bfloat16"
   )
@@ -315,7 +308,7 @@ def test_microbatches_change_exchanges_not_operations(topology):
   for parts in (1, 4):
     settings = toy.settings(microbatches=parts)
     program = steps.Program(config, settings, settings.learning_rate, mesh, 3)
-    report = compilation.report(program, 64, LENGTHS, topology)
+    report = ahead_of_time.report(program, 64, LENGTHS, topology)
     flops.append(report.flops)
     count.append(
       sum(e.count for e in report.exchanges if e.kind == "all-to-all")
@@ -330,11 +323,15 @@ def test_model_operations_are_the_benchmark_s(monkeypatch):
   config = model.TransformerConfig(vocab_size=32000, emb_dim=1024, num_heads=16)
   expected = benchmark.model_flops(config, 64, 256)
   lengths = {"inputs": 256, "targets": 256}
-  assert compilation.model_flops(config, 64, lengths) == pytest.approx(expected)
+  assert ahead_of_time.model_flops(config, 64, lengths) == pytest.approx(
+    expected
+  )
   sparse = dataclasses.replace(
     config, feed_forward="experts", decoder_expert_blocks=(1, 4)
   )
-  assert compilation.model_flops(sparse, 64, lengths) == pytest.approx(expected)
+  assert ahead_of_time.model_flops(sparse, 64, lengths) == pytest.approx(
+    expected
+  )
 
 
 @pytest.mark.parametrize(
@@ -358,7 +355,7 @@ def test_model_operations_are_three_times_the_forward_pass_s(change):
   )
   lengths = {"inputs": 64, "targets": 32}
   mesh = toy.mesh()
-  batch = compilation.abstract_batch(8, lengths, mesh)
+  batch = ahead_of_time.abstract_batch(8, lengths, mesh)
   network = model.Transformer(config)
   state, _ = jax.eval_shape(
     lambda: steps.init_state(
@@ -371,16 +368,16 @@ def test_model_operations_are_three_times_the_forward_pass_s(change):
     )[0]
   )
   counted = forward.lower(state.params, batch).cost_analysis()["flops"]
-  by_formula = compilation.model_flops(config, 8, lengths) / 3
+  by_formula = ahead_of_time.model_flops(config, 8, lengths) / 3
   assert by_formula < counted < 1.1 * by_formula
 
 
 def test_batch_has_the_shapes_of_real_ones(tmp_path):
-  from basemt_jax import row_store
+  from basemt_jax.data import row_store
 
   store = row_store.RowStore.open(toy.write_store(tmp_path))
   real = store.read("train", "en-de", np.arange(2))
-  shapes = compilation.abstract_batch(2, store.lengths, toy.mesh())
+  shapes = ahead_of_time.abstract_batch(2, store.lengths, toy.mesh())
   assert {k: (v.shape, v.dtype) for k, v in shapes.items()} == {
     k: (v.shape, v.dtype) for k, v in real.items()
   }
@@ -393,7 +390,7 @@ def configured(*flags):
 
 
 def test_sizes_are_the_vocabulary_s_and_the_mixture_s():
-  mixtures = pytest.importorskip("basemt_jax.mixtures")
+  mixtures = pytest.importorskip("basemt_jax.data.mixtures")
   run = configured("--gin_file=gin/recipes/quickstart.gin")
   size, directions = mixtures.sizes(run.mixture_or_task_name)
   assert directions == 24  # English to and from 12 languages
@@ -510,7 +507,7 @@ def test_seconds_of_an_exchange_among_all(kind, sizes, chip, links, sent):
 
 @needs_libtpu
 def test_a_step_that_does_not_fit_is_reported_with_what_to_change(tmp_path):
-  devices = compilation.topology_devices("v5e:2x2")
+  devices = ahead_of_time.topology_devices("v5e:2x2")
   mesh = partitioning.make_mesh(2, 1, devices)
 
   class TooLarge(steps.Program):
@@ -525,7 +522,7 @@ def test_a_step_that_does_not_fit_is_reported_with_what_to_change(tmp_path):
 
   settings = toy.settings()
   program = TooLarge(toy.SPARSE, settings, settings.learning_rate, mesh, 3)
-  report = compilation.report(program, 16, LENGTHS, "v5e:2x2")
+  report = ahead_of_time.report(program, 16, LENGTHS, "v5e:2x2")
   assert not report.memory.fits and report.exchanges == []
   assert report.memory.total == 48 * 2**30  # the product too
   advice = " ".join(report.advice)
@@ -536,21 +533,21 @@ def test_a_step_that_does_not_fit_is_reported_with_what_to_change(tmp_path):
     "MODEL_DEVICES = 2",
   ):
     assert text in advice
-  assert "DOES NOT FIT" in compilation_tables.markdown(report)
+  assert "DOES NOT FIT" in compile_report.markdown(report)
 
 
 def test_other_errors_of_the_compiler_are_no_lack_of_memory():
-  assert compilation._used_bytes("INTERNAL: Used 3G of it") is None
-  assert compilation._used_bytes("RESOURCE_EXHAUSTED: no") == float("inf")
+  assert ahead_of_time._used_bytes("INTERNAL: Used 3G of it") is None
+  assert ahead_of_time._used_bytes("RESOURCE_EXHAUSTED: no") == float("inf")
   message = "RESOURCE_EXHAUSTED: XLA: Used 24.50G of 15.75G hbm. Exceeded by"
-  assert compilation._used_bytes(message) == 24.5 * 2**30
+  assert ahead_of_time._used_bytes(message) == 24.5 * 2**30
 
 
 @needs_libtpu
 @pytest.mark.parametrize("name", ["v5e:3x99", "v99:2x2", "v5e"])
 def test_unknown_topologies_are_refused(name):
   with pytest.raises(ValueError, match=f"no topology '{name}'.*v5e:16x16"):
-    compilation.topology_devices(name)
+    ahead_of_time.topology_devices(name)
 
 
 @needs_libtpu
@@ -558,14 +555,14 @@ def test_unknown_topologies_are_refused(name):
   "name, count", [("v5e:16x16", 256), ("v5p:4x4x8", 128), ("v4:4x4x8", 128)]
 )
 def test_topologies_count_chips(name, count):
-  devices = compilation.topology_devices(name)
+  devices = ahead_of_time.topology_devices(name)
   assert len(devices) == count
   assert devices[0].device_kind in chips.CHIPS
 
 
 def test_without_libtpu_the_extra_is_named(monkeypatch, capfd):
   monkeypatch.setattr(
-    compilation.importlib.util, "find_spec", lambda name: None
+    ahead_of_time.importlib.util, "find_spec", lambda name: None
   )
   monkeypatch.setenv("JAX_PLATFORMS", "cpu")
   monkeypatch.setenv("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -615,5 +612,5 @@ def test_pod_recipes_are_what_was_compiled(pod):
   count = sum(x.size for x in jax.tree.leaves(state.params))
   assert report.parameters == count
   lengths = run.task_feature_lengths
-  flops = compilation.model_flops(config, run.batch_size, lengths)
+  flops = ahead_of_time.model_flops(config, run.batch_size, lengths)
   assert report.model_flops == pytest.approx(flops)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
-from basemt_jax import evaluation, reporting, translation
+from basemt_jax import evaluation, translation
 
 REFERENCES = {
   "de": [
@@ -48,7 +48,7 @@ RESULTS = results(
 @pytest.mark.parametrize("language", ["de", "zh", "th"])
 @pytest.mark.parametrize("metric", ["bleu", "chrf"])
 def test_scores_equal_the_sacrebleu_command(tmp_path, language, metric):
-  reporting.write_translations(
+  evaluation.write_translations(
     tmp_path,
     [
       evaluation.DirectionTranslations(

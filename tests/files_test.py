@@ -12,7 +12,7 @@ import pytest
 import seqio
 from hypothesis import strategies as st
 
-from basemt_jax import vocabulary
+from basemt_jax.data import vocabulary
 from tasks import files
 
 GOOD = "Hello\tHallo\n"

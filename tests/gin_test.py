@@ -14,8 +14,9 @@ import toy
 from flax import traverse_util
 
 import gin
-from basemt_jax import cli, configuration, heating, routing, steps, trainer
+from basemt_jax import cli, heating, routing, steps, trainer
 from basemt_jax import model as model_lib
+from basemt_jax.commands import configuration
 
 ROOT = pathlib.Path(__file__).parent.parent
 MODELS = ["tiny", "base", "big"]

@@ -10,13 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from basemt_jax import (
-  assignment,
-  assignment_kernels,
-  base_layer,
-  layers,
-  partitioning,
-)
+from basemt_jax import assignment, base_layer, layers, partitioning
+from basemt_jax.kernels import assignment_kernels
 
 pytestmark = pytest.mark.skipif(
   jax.default_backend() != "gpu", reason="needs a GPU"

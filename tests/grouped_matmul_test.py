@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from basemt_jax import base_layer, experts, grouped_matmul
+from basemt_jax import base_layer, experts
+from basemt_jax.kernels import grouped_matmul
 
 E, K, N, M = 4, 64, 128, 16
 

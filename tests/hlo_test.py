@@ -10,7 +10,7 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from basemt_jax import hlo
+from basemt_jax.compilation import hlo
 
 MESH = {"data": 2, "expert": 2, "model": 2}
 TURNS = 5

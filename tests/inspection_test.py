@@ -22,27 +22,21 @@ import seqio
 import toy
 
 import gin
-from basemt_jax import (
-  batches,
-  cli,
-  evaluation,
-  heating,
-  inspection,
-  inspection_page,
-  inspection_plan,
-  inspection_plots,
-  inspection_run,
-  mixtures,
-  partitioning,
-  row_store,
-  sampling,
-)
+from basemt_jax import cli, evaluation, heating, partitioning, sampling
 from basemt_jax import model as model_lib
 from basemt_jax import run as run_lib
-from basemt_jax import vocabulary as vocabulary_lib
+from basemt_jax.data import batches, mixtures, row_store
+from basemt_jax.data import vocabulary as vocabulary_lib
+from basemt_jax.inspection import (
+  forecasting,
+  page,
+  plots,
+  run_report,
+  text_report,
+)
 from tasks import common
 
-MODEL = pathlib.Path(mixtures.__file__).parents[1] / "tasks" / "cldr.model"
+MODEL = pathlib.Path(mixtures.__file__).parents[2] / "tasks" / "cldr.model"
 LENGTHS = {"inputs": 20, "targets": 16}
 BANDS = evaluation.BandThresholds(high=100, low=50)
 
@@ -117,8 +111,8 @@ def planted():
 
 
 def _inspect(mixture="planted", sample=None, **options):
-  return inspection.inspect_data(
-    mixture, inspection.Options(LENGTHS, sample, bands=BANDS, **options)
+  return text_report.inspect_data(
+    mixture, text_report.Options(LENGTHS, sample, bands=BANDS, **options)
   )
 
 
@@ -173,7 +167,7 @@ def test_lengths_and_tokens_are_those_of_the_vocabulary(planted, pieces):
           for own, t in zip(ids, texts, strict=True)
         ]
       )
-      edges = [0, *inspection.BINS, max(lengths) + inspection.BINS[-1]]
+      edges = [0, *text_report.BINS, max(lengths) + text_report.BINS[-1]]
       assert list(side.histogram) == [
         sum(low < n <= high for n in lengths)
         for low, high in itertools.pairwise(edges)
@@ -358,10 +352,10 @@ def store(tmp_path_factory):
 
 
 def _forecast(store, strategy=HEATED, train_steps=60, **options):
-  return inspection_plan.forecast(
+  return forecasting.forecast(
     "it",
     strategy,
-    inspection_plan.sizes_of_store(store),
+    forecasting.sizes_of_store(store),
     train_steps,
     8,
     BANDS,
@@ -406,7 +400,7 @@ def test_milestones_are_the_first_steps_that_reach_them(store):
     own = epochs[:, store.directions.index(d.name)]
     expected = {
       k: int(np.argmax(own >= k)) + 1
-      for k in inspection_plan.MILESTONES
+      for k in forecasting.MILESTONES
       if own[-1] >= k
     }
     assert expected and d.seen.keys() == expected.keys()
@@ -433,10 +427,10 @@ def test_a_sample_gives_nearly_the_sizes_of_the_store(planted, tmp_path):
   task = _register("en-fr", {"train": train, "validation": train[:7]}, pieces)
   lengths = {"inputs": 128, "targets": 128}
   packed = mixtures.build_store(task, lengths, tmp_path, splits=("train",))
-  exact = inspection_plan.sizes_of_store(packed)
+  exact = forecasting.sizes_of_store(packed)
   for sample, tolerance in ((1000, 0.08), (None, 0.02)):
-    data = inspection.inspect_data(task, inspection.Options(lengths, sample))
-    sizes = inspection_plan.sizes_of_data(data)
+    data = text_report.inspect_data(task, text_report.Options(lengths, sample))
+    sizes = forecasting.sizes_of_data(data)
     assert sizes.is_exact is (sample is None)
     assert sizes.directions == ("en-fr",) and sizes.dev_pairs.tolist() == [7]
     assert sizes.pairs.tolist() == exact.pairs.tolist() == [3000]
@@ -521,7 +515,7 @@ def trained(tmp_path_factory):
 def report(trained):
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(run_lib.Run, "mesh", lambda self: toy.mesh())
-    return inspection_run.inspect_run(trained, _silent())
+    return run_report.inspect_run(trained, _silent())
 
 
 @pytest.fixture
@@ -597,7 +591,7 @@ def test_expert_maps_count_where_tokens_go(trained, one_device):
   """Against the model applied outside of any program, counted in Python."""
   loaded = run_lib.load(trained, _silent())
   store = loaded.store
-  maps = inspection_run.expert_maps(trained, loaded, "validation", rows=2)
+  maps = run_report.expert_maps(trained, loaded, "validation", rows=2)
   model = model_lib.Transformer(loaded.program.model.config)
   forward = jax.jit(functools.partial(model_lib.forward, model, train=False))
   counts = {}
@@ -641,31 +635,29 @@ def test_a_checkpoint_without_position_or_metrics(
   shutil.copytree(trained.model_dir, bare.model_dir)
   (tmp_path / "bare" / "metrics.jsonl").unlink()
   shutil.rmtree(tmp_path / "bare" / "checkpoint_4" / "position")
-  report = inspection_run.inspect_run(bare, _silent())
+  report = run_report.inspect_run(bare, _silent())
   assert len(report.warnings) == 2 and len(report.experts) == 2
   assert all(d.drawn_rows is None for d in report.directions)
   assert not report.curves and not report.routers
-  page = inspection_page.page("x", [inspection_page.run_section(report)])
-  assert "Directions until step 4" in page
+  document = page.page("x", [page.run_section(report)])
+  assert "Directions until step 4" in document
 
 
 @pytest.mark.slow
 def test_a_run_that_was_converted(one_device, tmp_path):
   run = _train(tmp_path, dense_steps=2)
-  report = inspection_run.inspect_run(run, _silent())
+  report = run_report.inspect_run(run, _silent())
   assert (report.phase, report.conversion_step) == ("sparse", 2)
   assert len(report.experts) == 2
   assert all(r.steps == [4] for r in report.routers)
-  text, plots = _checked(
-    inspection_page.page("x", [inspection_page.run_section(report)])
-  )
+  text, plots = _checked(page.page("x", [page.run_section(report)]))
   assert "dense until step 2, then sparse" in text
   assert sum("conversion" in plot for plot in plots) == 2
-  dense = inspection_run.inspect_run(run, _silent(), "2")
+  dense = run_report.inspect_run(run, _silent(), "2")
   assert (dense.phase, dense.experts, dense.step) == ("dense", (), 2)
   assert all(d.drawn_rows is not None for d in dense.directions)
-  page = inspection_page.page("x", [inspection_page.run_section(dense)])
-  assert "Directions until step 2" in page
+  document = page.page("x", [page.run_section(dense)])
+  assert "Directions until step 2" in document
 
 
 def test_metrics_of_a_run_that_was_killed(tmp_path):
@@ -684,12 +676,12 @@ def test_metrics_of_a_run_that_was_killed(tmp_path):
   text = "\n".join(map(json.dumps, lines)) + '\n{"step": 6, "lo'
   path = tmp_path / "metrics.jsonl"
   path.write_text(text)
-  metrics = inspection_run.read_metrics(path)
+  metrics = run_report.read_metrics(path)
   assert metrics["target_tokens/a"] == {2: 10, 4: 21}
   assert metrics["dev/loss"] == {2: 4.5}
   assert metrics["conversion/relative_error"] == {4: 0.0}
   assert set(metrics["loss"]) == {2, 4, 5} and metrics["loss"][4] == 4.1
-  assert inspection_run.read_metrics(tmp_path / "none") == {}
+  assert run_report.read_metrics(tmp_path / "none") == {}
 
 
 # ------------------------------------------------------------------- page
@@ -737,9 +729,7 @@ def _checked(page):
 def test_a_page_is_whole_and_text_stays_text(planted):
   planted["en-de"]["train"][60] = ("<script>alert(1)</script> & so", "<b>ja")
   data = _inspect(examples=120)
-  text, plots = _checked(
-    inspection_page.page("<title>", [inspection_page.data_section(data)])
-  )
+  text, plots = _checked(page.page("<title>", [page.data_section(data)]))
   assert "<script>alert(1)</script> & so" in text and "<title>" in text
   assert len(plots) == 2
 
@@ -747,11 +737,11 @@ def test_a_page_is_whole_and_text_stays_text(planted):
 def test_a_page_of_a_run_shows_all_views(report, store):
   forecasts = [_forecast(store), _forecast(store, sampling.unimax(60, 40))]
   text, plots = _checked(
-    inspection_page.page(
+    page.page(
       "x",
       [
-        inspection_page.forecast_section("toy", forecasts),
-        inspection_page.run_section(report),
+        page.forecast_section("toy", forecasts),
+        page.run_section(report),
       ],
     )
   )
@@ -764,19 +754,19 @@ def test_every_direction_has_its_name_in_plots_of_any_size(count):
   """Numbers are made up; only labels are looked at."""
   names = [f"en-x{chr(97 + i // 26)}{chr(97 + i % 26)}" for i in range(count)]
   pairs = np.geomspace(100_000, 100, count).astype(int)
-  sizes = inspection_plan.Sizes(
+  sizes = forecasting.Sizes(
     tuple(names), pairs, pairs / 5, pairs * 20.0, pairs * 22.0, pairs, True
   )
-  forecast = inspection_plan.forecast("a", HEATED, sizes, 60, 8, BANDS)
-  for draw in (inspection_plots.rates, inspection_plots.epochs):
-    plot = inspection_plots.svg(draw([forecast, forecast]))
+  forecast = forecasting.forecast("a", HEATED, sizes, 60, 8, BANDS)
+  for draw in (plots.rates, plots.epochs):
+    plot = plots.svg(draw([forecast, forecast]))
     # Lines that coincide may share a label, which then says how many more.
     shown = [name for name in names if name in plot]
     assert len(shown) == count
     # A row each of the figure's height, so that labels do not overlap.
     height = float(ElementTree.fromstring(plot).get("height")[:-2])
-    assert count <= inspection_plots.FEW or height > 10 * count
-  own = inspection_run.ExpertMap(
+    assert count <= plots.FEW or height > 10 * count
+  own = run_report.ExpertMap(
     "decoder/layers_1",
     "target",
     names,
@@ -784,11 +774,11 @@ def test_every_direction_has_its_name_in_plots_of_any_size(count):
     np.full((count, 128), 1 / 128).tolist(),
     {},
   )
-  plot = inspection_plots.svg(inspection_plots.experts(own))
+  plot = plots.svg(plots.experts(own))
   assert all(name in plot for name in names) and "even: 0.781% each" in plot
   values = [[4.0, 3.0 + i / count, None] for i in range(count)]
-  curves = inspection_run.Curves(
+  curves = run_report.Curves(
     "dev loss", "nats", [1, 2, 3], dict(zip(names, values, strict=True)), {}
   )
-  plot = inspection_plots.svg(inspection_plots.curves(curves, None))
+  plot = plots.svg(plots.curves(curves, None))
   assert sum(name in plot for name in names) == count

@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from basemt_jax import assignment, base_layer, kernel_call
+from basemt_jax import assignment, base_layer
+from basemt_jax.kernels import kernel_call
 
 ROWS, LENGTH, WIDTH = 64, 256, 256
 TRAINING = {

@@ -6,12 +6,13 @@ import scipy.stats
 import seqio
 import tensorflow as tf
 
-from basemt_jax import heating, mixtures, packing, row_store, sampling
+from basemt_jax import heating, sampling
+from basemt_jax.data import mixtures, packing, row_store
 
 LENGTHS = {"inputs": 64, "targets": 48}
 SIZES = {"en_de": 400, "en_fr": 120, "en_af": 9}
 SPLITS = {"train": 1.0, "validation": 0.1, "test": 0.1}
-MODEL = pathlib.Path(mixtures.__file__).parents[1] / "tasks" / "cldr.model"
+MODEL = pathlib.Path(mixtures.__file__).parents[2] / "tasks" / "cldr.model"
 EOS = seqio.preprocessors.append_eos_after_trim
 
 

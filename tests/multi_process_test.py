@@ -17,14 +17,8 @@ import numpy as np
 import pytest
 import toy
 
-from basemt_jax import (
-  batches,
-  checkpointing,
-  cli,
-  heating,
-  row_store,
-  sampling,
-)
+from basemt_jax import checkpointing, cli, heating, sampling
+from basemt_jax.data import batches, row_store
 
 ROOT = pathlib.Path(__file__).parent.parent
 STEPS, DENSE_STEPS = 12, 4
@@ -233,7 +227,8 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 import multi_process_test, toy
-from basemt_jax import partitioning, processes, row_store
+from basemt_jax import partitioning, processes
+from basemt_jax.data import row_store
 
 flags = dict(a.lstrip("-").split("=") for a in sys.argv[1:])
 jax.distributed.initialize(

@@ -18,7 +18,8 @@ import pytest
 from hypothesis import strategies as st
 from raw_text_test import files, sgm, tar
 
-from basemt_jax import cleaning, cli, preparation, raw_text
+from basemt_jax import cli
+from basemt_jax.corpora import cleaning, preparation, raw_text
 
 ROOT = pathlib.Path(__file__).parent.parent
 REAL = ROOT.parent / "shared/data/tatoeba-mini"
@@ -218,7 +219,7 @@ def test_beam_writes_the_same_bytes(raw, prepared, tmp_path):
   code = f"""
 import sys
 sys.path.insert(0, "tests")
-from basemt_jax import beam_preparation
+from basemt_jax.corpora import beam_preparation
 from preparation_test import NAMES, SMALL
 beam_preparation.prepare({str(raw)!r}, {str(tmp_path)!r}, NAMES, SMALL,
                          beam_options=["--runner=DirectRunner"])
@@ -366,7 +367,7 @@ def test_memory_does_not_grow_with_the_text(tmp_path):
         )
     code = f"""
 import resource
-from basemt_jax import cleaning, preparation, raw_text
+from basemt_jax.corpora import cleaning, preparation, raw_text
 preparation.prepare({str(raw)!r}, {str(raw)!r} + ".out",
   raw_text.Names((("en", "de"),)),
   cleaning.Options(shard_bytes=4_000_000), processes=0)

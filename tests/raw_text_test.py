@@ -14,7 +14,7 @@ import hypothesis
 import pytest
 from hypothesis import strategies as st
 
-from basemt_jax import raw_text
+from basemt_jax.corpora import raw_text
 from tasks import ml50, opus100, wmt15
 
 PAIRS = [("a b", "ä \u2028b"), ("c & <d>", "d"), ("e", "f")]

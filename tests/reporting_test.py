@@ -3,7 +3,8 @@ import os
 
 import pytest
 
-from basemt_jax import evaluation, reporting
+from basemt_jax import evaluation
+from basemt_jax.inspection import tables
 
 SIGNATURE = "nrefs:1|case:mixed|eff:no|tok:{}|smooth:exp|version:2.6.0"
 
@@ -31,7 +32,7 @@ RESULTS = [
 
 
 def test_table_holds_results_means_and_signatures():
-  text = reporting.render_table(RESULTS)
+  text = tables.render_table(RESULTS)
   lines = text.splitlines()
   assert max(map(len, lines)) <= 100
   assert "\x1b" not in text
@@ -55,7 +56,7 @@ def test_table_of_many_directions_fits_100_columns():
     result(f"eng_Latn-x{chr(97 + i)}y_Latn", 10**8, "high", 5.0, f"t{i % 7}")
     for i in range(26)
   ]
-  text = reporting.render_table(many)
+  text = tables.render_table(many)
   assert max(map(len, text.splitlines())) <= 100
   assert all(r.direction in text and r.bleu_signature in text for r in many)
 
@@ -63,15 +64,17 @@ def test_table_of_many_directions_fits_100_columns():
 def test_table_goes_to_a_file_as_plain_text(tmp_path, monkeypatch):
   monkeypatch.delenv("FORCE_COLOR", raising=False)
   with open(tmp_path / "table.txt", "w", encoding="utf-8") as file:
-    reporting.print_table(RESULTS, file)
+    tables.print_table(RESULTS, file)
   text = (tmp_path / "table.txt").read_text(encoding="utf-8")
-  assert text == reporting.render_table(RESULTS)
+  assert text == tables.render_table(RESULTS)
 
 
 def test_json_round_trip(tmp_path):
   path = tmp_path / "new" / "results.json"
   broken = evaluation.DirectionResult("en-is", 5, "low", 3, float("nan"))
-  reporting.write_json(path, [*RESULTS, broken], {"step": 7, "langue": "ไทย"})
+  evaluation.write_scores(
+    path, [*RESULTS, broken], {"step": 7, "langue": "ไทย"}
+  )
   contents = json.loads(path.read_text(encoding="utf-8"))
   assert contents["step"] == 7 and contents["langue"] == "ไทย"
   first = contents["directions"][0]
@@ -85,7 +88,7 @@ def test_translations_are_written_line_by_line(tmp_path):
   texts = evaluation.DirectionTranslations(
     "en-de", ["a", "b"], ["c\nd\u2028e", ""], ["é", "g\r"]
   )
-  reporting.write_translations(tmp_path / "out", [texts])
+  evaluation.write_translations(tmp_path / "out", [texts])
   contents = {
     path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()
   }
@@ -98,7 +101,7 @@ def test_translations_are_written_line_by_line(tmp_path):
 
 def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
   path = tmp_path / "results.json"
-  reporting.write_json(path, RESULTS)
+  evaluation.write_scores(path, RESULTS)
   before = path.read_bytes()
 
   def fail(*_):
@@ -106,7 +109,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
 
   monkeypatch.setattr(os, "replace", fail)
   with pytest.raises(OSError, match="disk full"):
-    reporting.write_json(path, RESULTS[:1])
+    evaluation.write_scores(path, RESULTS[:1])
   assert path.read_bytes() == before
   assert os.listdir(tmp_path) == ["results.json"]
 
@@ -116,6 +119,6 @@ def test_samples_are_spread_over_directions():
     evaluation.DirectionTranslations(f"en-x{i}", ["s"], [f"h{i}"], ["r"])
     for i in range(9)
   ] + [evaluation.DirectionTranslations("en-none", [], [], [])]
-  lines = reporting.sample_lines(texts, 3)
+  lines = tables.sample_lines(texts, 3)
   assert [line.split()[-1] for line in lines[1::3]] == ["h0", "h3", "h6"]
-  assert reporting.sample_lines([], 3) == []
+  assert tables.sample_lines([], 3) == []

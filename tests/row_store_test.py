@@ -8,8 +8,9 @@ import pytest
 import scipy.stats
 from hypothesis import strategies as st
 
-from basemt_jax import batches as batches_lib
-from basemt_jax import heating, packing, permutation, row_store, sampling
+from basemt_jax import heating, prefetch, sampling
+from basemt_jax.data import batches as batches_lib
+from basemt_jax.data import packing, permutation, row_store
 
 LAYOUT = packing.RowLayout(16, 12)
 SIZES = {"en-de": 3000, "de-en": 700, "en-fr": 150, "en-af": 23}
@@ -704,7 +705,7 @@ def test_impossible_batches_are_refused(store, options, message):
 
 def test_prefetching_changes_nothing(store):
   plain = _heated(store)
-  with batches_lib.Prefetcher(_heated(store), depth=3) as prefetched:
+  with prefetch.Prefetcher(_heated(store), depth=3) as prefetched:
     for _ in range(50):
       batch, state = next(prefetched)
       _assert_equal(batch, next(plain))
@@ -716,20 +717,20 @@ def test_prefetcher_ends_and_raises_as_its_iterator():
     yield {"x": np.zeros(1)}
     raise RuntimeError("disk on fire")
 
-  with batches_lib.Prefetcher(broken()) as ahead:
+  with prefetch.Prefetcher(broken()) as ahead:
     batch, state = next(ahead)
     assert batch["x"].shape == (1,) and state is None
     with pytest.raises(RuntimeError, match="disk on fire"):
       next(ahead)
     with pytest.raises(StopIteration):
       next(ahead)
-  assert len(list(batches_lib.Prefetcher(iter([{}, {}, {}])))) == 3
+  assert len(list(prefetch.Prefetcher(iter([{}, {}, {}])))) == 3
 
 
 def test_closed_prefetcher_leaves_no_thread():
   before = threading.active_count()
   for _ in range(3):
-    ahead = batches_lib.Prefetcher(({} for _ in itertools.count()), depth=1)
+    ahead = prefetch.Prefetcher(({} for _ in itertools.count()), depth=1)
     next(ahead)
     ahead.close()
     ahead.close()
@@ -737,4 +738,4 @@ def test_closed_prefetcher_leaves_no_thread():
       next(ahead)
   assert threading.active_count() == before
   with pytest.raises(ValueError, match="depth must be above 0"):
-    batches_lib.Prefetcher(iter([]), depth=0)
+    prefetch.Prefetcher(iter([]), depth=0)

@@ -19,7 +19,6 @@ from flax.linen import partitioning as nn_partitioning
 from jax.sharding import NamedSharding, PartitionSpec
 
 from basemt_jax import (
-  batches,
   checkpointing,
   conversion,
   heating,
@@ -32,6 +31,7 @@ from basemt_jax import (
 )
 from basemt_jax import model as model_lib
 from basemt_jax import run as run_lib
+from basemt_jax.data import batches
 
 pytest.importorskip("seqio")
 pytest.importorskip("clu")

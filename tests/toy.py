@@ -12,13 +12,11 @@ from basemt_jax import (
   checkpointing,
   model,
   optimizer,
-  packing,
   partitioning,
-  row_store,
   steps,
   trainer,
-  vocabulary,
 )
+from basemt_jax.data import packing, row_store, vocabulary
 
 DENSE = model.TransformerConfig(
   vocab_size=384,

@@ -16,18 +16,18 @@ import toy
 from jax.experimental.compilation_cache import compilation_cache
 
 from basemt_jax import (
-  batches,
   checkpointing,
   conversion,
   heating,
   optimizer,
   partitioning,
-  row_store,
+  prefetch,
   sampling,
   steps,
   trainer,
 )
 from basemt_jax import model as model_lib
+from basemt_jax.data import batches, row_store
 
 ROWS = 4
 # Often enough that there is something to find at every kind of step.
@@ -413,7 +413,7 @@ def test_batches_are_put_in_place_by_the_thread_that_reads_them():
       raise ValueError("no place for 3")
     return 2 * batch
 
-  with batches.Prefetcher(iter([1, 2, 3]), place=place) as ahead:
+  with prefetch.Prefetcher(iter([1, 2, 3]), place=place) as ahead:
     assert [next(ahead), next(ahead)] == [(2, None), (4, None)]
     with pytest.raises(ValueError, match="no place for 3"):
       next(ahead)

@@ -11,8 +11,8 @@ import sentencepiece
 import seqio
 from hypothesis import strategies as st
 
-from basemt_jax import vocabulary
-from basemt_jax.vocabulary import Vocabulary
+from basemt_jax.data import vocabulary
+from basemt_jax.data.vocabulary import Vocabulary
 from tasks import cldr, common
 
 TEXTS = [

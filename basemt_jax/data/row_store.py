@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from basemt_jax import packing, permutation
+from basemt_jax.data import packing, permutation
 
 FORMAT = "basemt_jax row store"
 VERSION = 1

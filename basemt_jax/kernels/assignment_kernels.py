@@ -19,7 +19,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
-from basemt_jax import kernel_call
+from basemt_jax.kernels import kernel_call
 
 # Matrix units take at least 16 rows and columns.
 _MIN_EXPERTS, _MAX_EXPERTS = 16, 128

@@ -2,7 +2,7 @@
 
 Axis legend: N directions, P pairs looked at.
 
-Numbers as dataclasses; `inspection_page` shows them. By default the first few
+Numbers as dataclasses; `page` shows them. By default the first few
 thousand pairs of every split are looked at, not all of them: every report says
 how many. What is counted in a part only (duplicates, overlap) is then a lower
 bound.
@@ -21,7 +21,8 @@ from typing import Any
 
 import numpy as np
 
-from basemt_jax import evaluation, packing, vocabulary
+from basemt_jax import evaluation
+from basemt_jax.data import packing, vocabulary
 
 SAMPLE = 2000
 # Upper ends of the bins of length histograms: powers of the root of 2.
@@ -249,7 +250,7 @@ def inspect_data(
     ValueError: no such mixture, a task without inputs and targets, or without
       a training split.
   """
-  from basemt_jax import mixtures  # Imports SeqIO and TensorFlow.
+  from basemt_jax.data import mixtures  # Imports SeqIO and TensorFlow.
 
   found = mixtures.get_mixture(mixture)
   tasks = _named_tasks(found)
@@ -281,7 +282,7 @@ def _named_tasks(mixture: Any) -> dict[str, Any]:
   Raises:
     ValueError: a task that is not one of translation, or cannot be trained on.
   """
-  from basemt_jax import mixtures
+  from basemt_jax.data import mixtures
 
   tasks = sorted(getattr(mixture, "tasks", [mixture]), key=lambda t: t.name)
   for task in tasks:
@@ -310,7 +311,7 @@ def _inspect_task(
   options: Options,
 ) -> Direction:
   """Looks at one direction."""
-  from basemt_jax import mixtures
+  from basemt_jax.data import mixtures
 
   layout = packing.RowLayout.of(options.lengths, 1)
   long = packing.RowLayout(_LONGER * layout.inputs, _LONGER * layout.targets)

@@ -27,7 +27,8 @@ import numpy as np
 import seqio
 import tensorflow as tf
 
-from basemt_jax import heating, packing, row_store, sampling, vocabulary
+from basemt_jax import heating, sampling
+from basemt_jax.data import packing, row_store, vocabulary
 
 # TensorFlow only reads data here; it would take JAX's accelerator memory.
 tf.config.set_visible_devices([], "GPU")

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from basemt_jax import cleaning, preparation, raw_text
+from basemt_jax.corpora import cleaning, preparation, raw_text
 
 _Key = tuple[raw_text.Pair, int]
 

@@ -15,16 +15,10 @@ from typing import Any
 
 import numpy as np
 
-from basemt_jax import (
-  batches,
-  checkpointing,
-  evaluation,
-  inspection,
-  packing,
-  partitioning,
-  row_store,
-)
+from basemt_jax import checkpointing, evaluation, partitioning
 from basemt_jax import run as run_lib
+from basemt_jax.data import batches, packing, row_store
+from basemt_jax.inspection import text_report
 
 # Rows of a direction that are routed through a checkpoint.
 ROWS = 16
@@ -430,7 +424,7 @@ def _expert_map(
 ) -> ExpertMap:
   """Adds the directions [N, E] up by the language the layer reads."""
   side = 0 if layer.startswith("encoder") else 1
-  languages = [inspection.side_languages(name)[side] for name in directions]
+  languages = [text_report.side_languages(name)[side] for name in directions]
   names = sorted(set(languages))
   sums = np.zeros((len(names), counts.shape[1]))
   for language, own in zip(languages, counts, strict=True):
@@ -466,6 +460,6 @@ def _warnings(
     deviation = max(1.0, (d.planned_rows * (1 - share)) ** 0.5)
     if abs(d.drawn_rows - d.planned_rows) > _FAR * deviation:
       far.append(f"{d.name} {d.drawn_rows:,} for {d.planned_rows:,.0f}")
-  yield from inspection.listed(
+  yield from text_report.listed(
     "other rows were drawn than planned: data or strategy were others", far
   )

@@ -1,14 +1,10 @@
 """Results of an evaluation for people and programs: table, JSON, text files."""
 
 import collections
-import dataclasses
 import io
-import json
 import math
-import os
-import tempfile
-from collections.abc import Mapping, Sequence
-from typing import Any, TextIO
+from collections.abc import Sequence
+from typing import TextIO
 
 import rich.box
 import rich.console
@@ -128,85 +124,3 @@ def sample_lines(
       f"{' ' * len(t.direction)}  reference   {t.references[i]}",
     ]
   return lines
-
-
-def write_json(
-  path: str | os.PathLike[str],
-  results: Sequence[evaluation.DirectionResult],
-  extra: Mapping[str, Any] | None = None,
-  pivot: str = "en",
-) -> None:
-  """Writes results and means, atomically; values that are not finite as null.
-
-  Args:
-    path: The file. Its folder is made.
-    results: In the order to write.
-    extra: More entries (checkpoint, step, search options).
-    pivot: See `evaluation.summarise`.
-  """
-  contents = {
-    **(extra or {}),
-    "directions": [dataclasses.asdict(r) for r in results],
-    "means": [
-      dataclasses.asdict(m) for m in evaluation.summarise(results, pivot)
-    ],
-  }
-  write_atomically(path, json_text(contents))
-
-
-def json_text(value: Any) -> str:
-  """The value as JSON, with null for numbers that JSON cannot hold."""
-  return (
-    json.dumps(_finite(value), indent=2, ensure_ascii=False, allow_nan=False)
-    + "\n"
-  )
-
-
-def _finite(value: Any) -> Any:
-  """The value with null for numbers that JSON cannot hold."""
-  if isinstance(value, Mapping):
-    return {key: _finite(item) for key, item in value.items()}
-  if isinstance(value, (list, tuple)):
-    return [_finite(item) for item in value]
-  if isinstance(value, float) and not math.isfinite(value):
-    return None
-  return value
-
-
-def write_translations(
-  directory: str | os.PathLike[str],
-  translations: Sequence[evaluation.DirectionTranslations],
-) -> None:
-  """Writes `<direction>.src`, `.hyp` and `.ref`, a sentence a line each.
-
-  `sacrebleu en-de.ref -i en-de.hyp` computes the same BLEU from them. Every
-  file is replaced atomically.
-  """
-  for t in translations:
-    for suffix, lines in (
-      ("src", t.sources),
-      ("hyp", t.hypotheses),
-      ("ref", t.references),
-    ):
-      write_atomically(
-        os.path.join(directory, f"{t.direction}.{suffix}"),
-        "".join(f"{evaluation.one_line(line)}\n" for line in lines),
-      )
-
-
-def write_atomically(path: str | os.PathLike[str], text: str) -> None:
-  """Writes a text file so that a reader sees all of it or the file before."""
-  directory = os.path.dirname(os.fspath(path)) or "."
-  os.makedirs(directory, exist_ok=True)
-  handle, temporary = tempfile.mkstemp(dir=directory, prefix=".writing-")
-  try:
-    with open(handle, "w", encoding="utf-8", newline="\n") as file:
-      file.write(text)
-    # mkstemp lets nobody else read; results are as public as other files.
-    mask = os.umask(0)
-    os.umask(mask)
-    os.chmod(temporary, 0o666 & ~mask)
-    os.replace(temporary, path)
-  except BaseException:
-    os.unlink(temporary)
-    raise

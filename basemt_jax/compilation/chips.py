@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 
-from basemt_jax import hlo
+from basemt_jax.compilation import hlo
 
 GIB = 2**30
 

@@ -23,7 +23,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
-from basemt_jax import kernel_call, layers
+from basemt_jax import layers
+from basemt_jax.kernels import kernel_call
 
 # The matrix units take at least 16 rows; more than 128 only cost registers.
 _MIN_BLOCK, _MAX_BLOCK = 16, 128

@@ -4,11 +4,11 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from basemt_jax import chips, compilation
+from basemt_jax.compilation import ahead_of_time, chips
 
 
 def lines(
-  result: compilation.Report,
+  result: ahead_of_time.Report,
 ) -> list[tuple[str, list[tuple[str, str]]]]:
   """The report as titled tables of two columns, and one of exchanges.
 
@@ -99,7 +99,7 @@ EXCHANGE_COLUMNS = (
 )
 
 
-def exchange_rows(result: compilation.Report) -> list[tuple[str, ...]]:
+def exchange_rows(result: ahead_of_time.Report) -> list[tuple[str, ...]]:
   """Cells of the table of exchanges; see `EXCHANGE_COLUMNS`."""
   return [
     (
@@ -115,7 +115,7 @@ def exchange_rows(result: compilation.Report) -> list[tuple[str, ...]]:
   ]
 
 
-def print_report(result: compilation.Report) -> None:
+def print_report(result: ahead_of_time.Report) -> None:
   """Writes the report to standard output."""
   import rich.box
   import rich.console
@@ -144,7 +144,7 @@ def print_report(result: compilation.Report) -> None:
   show("exchanges of a step", EXCHANGE_COLUMNS, exchange_rows(result))
 
 
-def markdown(result: compilation.Report) -> str:
+def markdown(result: ahead_of_time.Report) -> str:
   """The report for the docs."""
   parts = []
   for title, rows in lines(result):
@@ -156,15 +156,15 @@ def markdown(result: compilation.Report) -> str:
   return "\n".join(parts)
 
 
-def to_json(result: compilation.Report) -> dict[str, Any]:
+def to_json(result: ahead_of_time.Report) -> dict[str, Any]:
   """The report as JSON has it."""
   return dataclasses.asdict(result)
 
 
-def from_json(value: Mapping[str, Any]) -> compilation.Report:
+def from_json(value: Mapping[str, Any]) -> ahead_of_time.Report:
   """A report out of `to_json`."""
   parts = {
-    "memory": compilation.Memory(**value["memory"]),
-    "exchanges": [compilation.Exchange(**e) for e in value["exchanges"]],
+    "memory": ahead_of_time.Memory(**value["memory"]),
+    "exchanges": [ahead_of_time.Exchange(**e) for e in value["exchanges"]],
   }
-  return compilation.Report(**{**value, **parts})
+  return ahead_of_time.Report(**{**value, **parts})

@@ -14,7 +14,8 @@ import matplotlib
 import numpy as np
 from matplotlib import colors, figure, ticker
 
-from basemt_jax import evaluation, inspection, inspection_plan, inspection_run
+from basemt_jax import evaluation
+from basemt_jax.inspection import forecasting, run_report, text_report
 
 # More directions than this are shown as a heat map.
 FEW = 12
@@ -75,7 +76,7 @@ def _styled(function: Any) -> Any:
 
 
 @_styled
-def lengths(data: inspection.Data) -> Figure:
+def lengths(data: text_report.Data) -> Figure:
   """Length histograms of both sides of every direction."""
   if len(data.directions) > FEW:
     return _length_map(data)
@@ -83,7 +84,7 @@ def lengths(data: inspection.Data) -> Figure:
   rows = -(-len(data.directions) // columns)
   plot = _figure(0.6 + 1.7 * rows)
   grid = plot.subplots(rows, columns, squeeze=False, sharex=True)
-  edges = np.array([0.5, *inspection.BINS, 2 * inspection.BINS[-1]])
+  edges = np.array([0.5, *text_report.BINS, 2 * text_report.BINS[-1]])
   for axes, direction in zip(grid.flat, data.directions, strict=False):
     for side, color in zip(
       (direction.source, direction.target), _PAIR, strict=True
@@ -107,7 +108,7 @@ def lengths(data: inspection.Data) -> Figure:
   return plot
 
 
-def _limits(data: inspection.Data) -> tuple[int, int]:
+def _limits(data: text_report.Data) -> tuple[int, int]:
   return data.lengths["inputs"], data.lengths["targets"]
 
 
@@ -126,7 +127,7 @@ def _legend(plot: Figure, entries: Mapping[str, str]) -> None:
   )
 
 
-def _length_map(data: inspection.Data) -> Figure:
+def _length_map(data: text_report.Data) -> Figure:
   """Histograms as rows of two heat maps."""
   names = [d.name for d in data.directions]
   plot = _figure(1.3 + _ROW * len(names))
@@ -142,7 +143,7 @@ def _length_map(data: inspection.Data) -> Figure:
   ]
   used = np.flatnonzero(sum(t.sum(axis=0) for t in tables))
   # Up to the limit, so that the line that marks it is seen.
-  wanted = int(np.searchsorted(inspection.BINS, max(_limits(data)))) + 1
+  wanted = int(np.searchsorted(text_report.BINS, max(_limits(data)))) + 1
   last = max(int(used[-1]) if len(used) else 0, wanted) + 1
   top = max(float(t.max()) for t in tables)
   for axes, table, side, limit in zip(
@@ -150,10 +151,10 @@ def _length_map(data: inspection.Data) -> Figure:
   ):
     shown = 100 * table[:, :last]
     image = _heat(axes, shown, names, vmax=100 * top)
-    labels = [str(b) for b in inspection.BINS] + ["more"]
+    labels = [str(b) for b in text_report.BINS] + ["more"]
     axes.set_xticks(np.arange(last)[::2], labels[:last:2], fontsize=_SMALL)
     # Bin i ends at BINS[i]: the limit lies after the last bin within it.
-    within = int(np.searchsorted(inspection.BINS, limit, side="right"))
+    within = int(np.searchsorted(text_report.BINS, limit, side="right"))
     axes.axvline(within - 0.5, color="#b2182b", linestyle=":", linewidth=1.5)
     axes.set_xlabel(f"tokens of the {side}, up to (dotted: the model cuts)")
   _colorbar(plot, image, list(grid), "% of the sequences")
@@ -199,7 +200,7 @@ def _colorbar(
 
 
 @_styled
-def language_costs(data: inspection.Data) -> Figure:
+def language_costs(data: text_report.Data) -> Figure:
   """Tokens per character of every language."""
   languages = data.languages[::-1]  # The dearest on top.
   plot = _figure(1.1 + _ROW * 1.15 * len(languages))
@@ -222,7 +223,7 @@ def language_costs(data: inspection.Data) -> Figure:
 
 
 @_styled
-def temperatures(forecasts: Sequence[inspection_plan.Forecast]) -> Figure:
+def temperatures(forecasts: Sequence[forecasting.Forecast]) -> Figure:
   """Temperature over the steps, and who is drawn, by resource band."""
   plot = _figure(3.0)
   grid = plot.subplots(1, 1 + len(forecasts))
@@ -283,14 +284,14 @@ def temperatures(forecasts: Sequence[inspection_plan.Forecast]) -> Figure:
 
 def _titled(
   title: str,
-  forecast: inspection_plan.Forecast,
-  forecasts: Sequence[inspection_plan.Forecast],
+  forecast: forecasting.Forecast,
+  forecasts: Sequence[forecasting.Forecast],
 ) -> str:
   return title if len(forecasts) == 1 else f"{title}: {forecast.name}"
 
 
 @_styled
-def rates(forecasts: Sequence[inspection_plan.Forecast]) -> Figure:
+def rates(forecasts: Sequence[forecasting.Forecast]) -> Figure:
   """Rate of every direction over the steps."""
   count = len(forecasts[0].directions)
   if count <= FEW:
@@ -417,7 +418,7 @@ def _ends(
 
 
 @_styled
-def epochs(forecasts: Sequence[inspection_plan.Forecast]) -> Figure:
+def epochs(forecasts: Sequence[forecasting.Forecast]) -> Figure:
   """Epochs of every direction at the end of the run."""
   names = [d.name for d in forecasts[0].directions]
   plot = _figure(1.4 + _ROW * len(names))
@@ -453,7 +454,7 @@ def epochs(forecasts: Sequence[inspection_plan.Forecast]) -> Figure:
 
 
 @_styled
-def smallest(forecasts: Sequence[inspection_plan.Forecast]) -> Figure:
+def smallest(forecasts: Sequence[forecasting.Forecast]) -> Figure:
   """Epochs of the smallest directions over the steps."""
   plot = _figure(3.4)
   grid = plot.subplots(1, len(forecasts), squeeze=False, sharey=True)[0]
@@ -476,7 +477,7 @@ def smallest(forecasts: Sequence[inspection_plan.Forecast]) -> Figure:
 
 
 @_styled
-def drawn(report: inspection_run.RunReport) -> Figure:
+def drawn(report: run_report.RunReport) -> Figure:
   """Rows drawn against rows planned."""
   own = [d for d in report.directions if d.drawn_rows is not None]
   total = max(1.0, sum(d.planned_rows for d in own))
@@ -500,7 +501,7 @@ def drawn(report: inspection_run.RunReport) -> Figure:
 
 
 @_styled
-def curves(own: inspection_run.Curves, conversion: int | None) -> Figure:
+def curves(own: run_report.Curves, conversion: int | None) -> Figure:
   """A metric over the steps: means of the bands, and every direction."""
   few = len(own.directions) <= FEW
   height = 3.6 if few else max(3.6, 1.2 + _ROW * len(own.directions))
@@ -560,7 +561,7 @@ def curves(own: inspection_run.Curves, conversion: int | None) -> Figure:
 
 
 @_styled
-def routers(report: inspection_run.RunReport) -> Figure:
+def routers(report: run_report.RunReport) -> Figure:
   """What the routers did over the steps, a line per layer."""
   panels = {
     "load_max": "load of the most wanted expert / mean",
@@ -588,7 +589,7 @@ def _short_layer(name: str) -> str:
 
 
 @_styled
-def experts(own: inspection_run.ExpertMap) -> Figure:
+def experts(own: run_report.ExpertMap) -> Figure:
   """Share of each language's tokens at each expert."""
   shares = 100 * np.array(own.shares)
   languages, count = shares.shape

@@ -14,7 +14,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from basemt_jax import raw_text
+from basemt_jax.corpora import raw_text
 
 # Control characters, soft hyphens, zero-width spaces, direction marks,
 # byte-order marks. Joiners stay: Indic scripts and Persian need them.

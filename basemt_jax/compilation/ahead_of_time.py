@@ -40,8 +40,10 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from basemt_jax import chips, hlo, packing, partitioning, steps
 from basemt_jax import model as model_lib
+from basemt_jax import partitioning, steps
+from basemt_jax.compilation import chips, hlo
+from basemt_jax.data import packing
 
 # ------------------------------------------------------------ topologies
 

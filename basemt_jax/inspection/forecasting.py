@@ -11,7 +11,9 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from basemt_jax import evaluation, inspection, row_store, sampling
+from basemt_jax import evaluation, sampling
+from basemt_jax.data import row_store
+from basemt_jax.inspection import text_report
 
 # Epochs whose step is told.
 MILESTONES = (1, 2, 5, 10, 20, 50, 100)
@@ -62,7 +64,7 @@ def sizes_of_store(store: row_store.RowStore) -> Sizes:
   )
 
 
-def sizes_of_data(data: inspection.Data) -> Sizes:
+def sizes_of_data(data: text_report.Data) -> Sizes:
   """Estimated from the pairs looked at.
 
   Raises:
@@ -239,7 +241,7 @@ def _warnings(
   directions: Sequence[DirectionForecast], train_steps: int, max_epochs: float
 ) -> Iterator[str]:
   """A line for each kind of trouble, with the directions that have it."""
-  yield from inspection.listed(
+  yield from text_report.listed(
     f"never sampled in {train_steps:,} steps",
     [
       f"{d.name} (joins at step {d.first_step:,})"
@@ -250,14 +252,14 @@ def _warnings(
     ],
   )
   often = [d for d in directions if d.epochs > max_epochs]
-  yield from inspection.listed(
+  yield from text_report.listed(
     f"gone through more than {max_epochs:g} times, which invites overfitting",
     [
       f"{d.name} {d.epochs:,.1f} times ({d.pairs:,} pairs)"
       for d in sorted(often, key=lambda d: -d.epochs)
     ],
   )
-  yield from inspection.listed(
+  yield from text_report.listed(
     "no dev set, so that overfitting would not be seen",
     [d.name for d in directions if not d.dev_pairs],
   )

@@ -15,7 +15,7 @@ from typing import Any
 import seqio
 import tensorflow as tf
 
-from basemt_jax import mixtures, row_store
+from basemt_jax.data import mixtures, row_store
 
 _FILES = ("{split}.tfrecord-00000-of-00001", "stats.{split}.json")
 

@@ -39,7 +39,7 @@ from typing import Any
 
 import numpy as np
 
-from basemt_jax import cleaning, raw_text
+from basemt_jax.corpora import cleaning, raw_text
 
 REPORT = "prepared.json"
 _WORK = ".work"

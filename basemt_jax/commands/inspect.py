@@ -9,20 +9,67 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from basemt_jax import (
-  configuration,
-  console,
-  evaluation,
-  inspection,
-  inspection_page,
-  inspection_plan,
-  inspection_run,
-  reporting,
-  row_store,
+from basemt_jax import evaluation, files
+from basemt_jax.commands import configuration, console, flags
+from basemt_jax.data import row_store
+from basemt_jax.inspection import (
+  forecasting,
+  page,
+  run_report,
+  text_report,
 )
 
+SUMMARY = "Look at data, sampling or a run, before and after."
 
-def inspect(options: argparse.Namespace) -> None:
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+  """The flags of this command."""
+  parser.add_argument(
+    "--view",
+    action="append",
+    choices=("task", "mixture", "run"),
+    help="task: text; mixture: sampling; run: what was trained; repeatable; "
+    "default: whatever there is",
+  )
+  parser.add_argument(
+    "--mixture", help="registered mixture; default: configured"
+  )
+  parser.add_argument("--task", dest="mixture", help="a single task instead")
+  parser.add_argument(
+    "--module", action="append", default=[], help="imported first: your tasks"
+  )
+  flags.checkpoint(parser)
+  parser.add_argument(
+    "--against",
+    action="append",
+    default=[],
+    metavar="FILE_OR_NAME=VALUE",
+    help="a second sampling strategy beside the configured one: a recipe, or "
+    "a binding such as MAX_EPOCHS=4; repeatable",
+  )
+  parser.add_argument(
+    "--sample",
+    type=int,
+    metavar="PAIRS",
+    help="of a split to look at; default 2000",
+  )
+  parser.add_argument("--full", action="store_true", help="look at all pairs")
+  parser.add_argument(
+    "--lengths",
+    metavar="INPUTS,TARGETS",
+    help="where the model cuts, in tokens; default: configured, or 256,256",
+  )
+  parser.add_argument(
+    "--max_epochs",
+    type=float,
+    default=10.0,
+    help="warn of directions that are gone through more often",
+  )
+  parser.add_argument("--html", metavar="FILE", help="write a page with plots")
+  parser.add_argument("--json", metavar="FILE", help="write the numbers")
+
+
+def run(options: argparse.Namespace) -> None:
   """Prints and writes the views that the flags ask for."""
   configuration.import_modules(options.module)
   views = options.view or _views_there_are(options)
@@ -34,29 +81,27 @@ def inspect(options: argparse.Namespace) -> None:
   if "task" in views or ("mixture" in views and not _store_there_is(run)):
     data = _inspect_data(options, run, mixture)
   if data and "task" in views:
-    sections.append(inspection_page.data_section(data))
+    sections.append(page.data_section(data))
     numbers["task"] = dataclasses.asdict(data)
   if "mixture" in views:
     forecasts = _forecasts(options, run, data)
     name = getattr(mixture, "name", mixture)
-    sections.append(inspection_page.forecast_section(name, forecasts))
+    sections.append(page.forecast_section(name, forecasts))
     numbers["mixture"] = [dataclasses.asdict(f) for f in forecasts]
   if "run" in views:
-    report = inspection_run.inspect_run(
-      run, console.standard(), options.checkpoint
-    )
-    sections.append(inspection_page.run_section(report))
+    report = run_report.inspect_run(run, console.standard(), options.checkpoint)
+    sections.append(page.run_section(report))
     numbers["run"] = dataclasses.asdict(report)
-  inspection_page.print_sections(sections)
+  page.print_sections(sections)
   title = (
     f"basemt inspect: {options.model_dir or getattr(mixture, 'name', mixture)}"
   )
   for path, text in (
-    (options.json, lambda: reporting.json_text(numbers)),
-    (options.html, lambda: inspection_page.page(title, sections)),
+    (options.json, lambda: files.json_text(numbers)),
+    (options.html, lambda: page.page(title, sections)),
   ):
     if path:
-      reporting.write_atomically(path, text())
+      files.write_atomically(path, text())
       print(f"written: {path}")
 
 
@@ -126,7 +171,7 @@ def _store_there_is(run: Any) -> Any:
   """The run's row store, if it has been built; never builds one."""
   if run is None or run.store_dir:
     return run and run.store()
-  from basemt_jax import mixtures  # Imports SeqIO and TensorFlow.
+  from basemt_jax.data import mixtures  # Imports SeqIO and TensorFlow.
 
   directory = mixtures.store_directory(
     run.mixture_or_task_name,
@@ -156,7 +201,7 @@ def _inspect_data(options: argparse.Namespace, run: Any, mixture: Any) -> Any:
     raise configuration.UsageError(
       f"--sample {options.sample}: look at 1 pair at least"
     )
-  sample = None if options.full else options.sample or inspection.SAMPLE
+  sample = None if options.full else options.sample or text_report.SAMPLE
   done = 0
 
   def progress(name: str) -> None:
@@ -165,9 +210,9 @@ def _inspect_data(options: argparse.Namespace, run: Any, mixture: Any) -> Any:
     say(f"looked at {name}, {done} directions done")
 
   say = console.every_few_seconds(lambda text: print(text, file=sys.stderr))
-  return inspection.inspect_data(
+  return text_report.inspect_data(
     mixture,
-    inspection.Options(
+    text_report.Options(
       lengths,
       sample,
       bands=run.bands if run else evaluation.BandThresholds(),
@@ -180,9 +225,9 @@ def _forecasts(options: argparse.Namespace, run: Any, data: Any) -> list[Any]:
   """What the configured strategy will draw, and another one's beside it."""
   store = _store_there_is(run)
   sizes = (
-    inspection_plan.sizes_of_store(store)
+    forecasting.sizes_of_store(store)
     if store
-    else inspection_plan.sizes_of_data(data)
+    else forecasting.sizes_of_data(data)
   )
   runs = {"configured": run}
   if options.against:
@@ -191,7 +236,7 @@ def _forecasts(options: argparse.Namespace, run: Any, data: Any) -> list[Any]:
     )
     runs[name] = _run_against(options, run)
   return [
-    inspection_plan.forecast(
+    forecasting.forecast(
       name,
       own.strategy,
       sizes,

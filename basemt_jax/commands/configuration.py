@@ -17,7 +17,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-PACKAGE = pathlib.Path(__file__).parent
+PACKAGE = pathlib.Path(__file__).parent.parent
 CONFIG_FILE = "config.gin"
 OPERATIVE_FILE = "operative_config.gin"
 
@@ -84,7 +84,7 @@ def _parse(
       _check_macros(gin.config_str(), options.bindings)
       gin.finalize()
       if "seqio" in sys.modules:
-        from basemt_jax import mixtures  # noqa: F401
+        from basemt_jax.data import mixtures  # noqa: F401
   except (
     ValueError,
     LookupError,
@@ -217,7 +217,7 @@ def import_modules(names: Sequence[str]) -> None:
     for name in names:
       importlib.import_module(name)
     if "seqio" in sys.modules:
-      from basemt_jax import mixtures  # noqa: F401
+      from basemt_jax.data import mixtures  # noqa: F401
 
 
 def save_config(model_dir: str) -> None:

@@ -15,7 +15,8 @@ import rich.console
 import rich.table
 import rich.text
 
-from basemt_jax import evaluation, inspection, inspection_plan, inspection_run
+from basemt_jax import evaluation
+from basemt_jax.inspection import forecasting, run_report, text_report
 
 # More columns of experts than this are told by the strongest.
 _MANY_EXPERTS = 16
@@ -45,7 +46,7 @@ class Plot:
 
   Attributes:
     caption: what it shows.
-    draw: () -> `inspection_plots.Figure`.
+    draw: () -> `plots.Figure`.
   """
 
   caption: str
@@ -70,19 +71,19 @@ class Section:
   warnings: Sequence[str]
   tables: Sequence[Table]
   plots: Sequence[Plot]
-  examples: Sequence[tuple[str, Sequence[inspection.Example]]] = ()
+  examples: Sequence[tuple[str, Sequence[text_report.Example]]] = ()
 
 
 def _plots() -> Any:
-  from basemt_jax import inspection_plots  # Here: matplotlib loads slowly.
+  from basemt_jax.inspection import plots  # Here: matplotlib loads slowly.
 
-  return inspection_plots
+  return plots
 
 
 # --------------------------------------------------------------- sections
 
 
-def data_section(data: inspection.Data) -> Section:
+def data_section(data: text_report.Data) -> Section:
   """The view of a task's or mixture's text."""
   looked = sum(d.looked_at for d in data.directions)
   known = [d.pairs for d in data.directions if d.pairs is not None]
@@ -120,7 +121,7 @@ def data_section(data: inspection.Data) -> Section:
   )
 
 
-def _text_table(data: inspection.Data) -> Table:
+def _text_table(data: text_report.Data) -> Table:
   rows = []
   for d in data.directions:
     sides = (d.source, d.target)
@@ -171,7 +172,7 @@ def _text_table(data: inspection.Data) -> Table:
   )
 
 
-def _overlap_table(data: inspection.Data) -> Table:
+def _overlap_table(data: text_report.Data) -> Table:
   rows = []
   for d in data.directions:
     row = [d.name]
@@ -193,7 +194,7 @@ def _overlap_table(data: inspection.Data) -> Table:
   )
 
 
-def _language_table(data: inspection.Data) -> Table:
+def _language_table(data: text_report.Data) -> Table:
   middle = np.median([x.tokens_per_character for x in data.languages])
   return Table(
     "Who pays for the vocabulary",
@@ -223,7 +224,7 @@ def _language_table(data: inspection.Data) -> Table:
 
 
 def forecast_section(
-  mixture: str, forecasts: Sequence[inspection_plan.Forecast]
+  mixture: str, forecasts: Sequence[forecasting.Forecast]
 ) -> Section:
   """The view of a mixture under one strategy, or two side by side."""
   first = forecasts[0]
@@ -255,7 +256,7 @@ def forecast_section(
   )
 
 
-def _temperature_table(forecasts: Sequence[inspection_plan.Forecast]) -> Table:
+def _temperature_table(forecasts: Sequence[forecasting.Forecast]) -> Table:
   rows = []
   for f in forecasts:
     bands = [d.band for d in f.directions]
@@ -281,7 +282,7 @@ def _temperature_table(forecasts: Sequence[inspection_plan.Forecast]) -> Table:
 
 
 def _draw_table(
-  f: inspection_plan.Forecast, forecasts: Sequence[inspection_plan.Forecast]
+  f: forecasting.Forecast, forecasts: Sequence[forecasting.Forecast]
 ) -> Table:
   milestones = (1, 2, 5, 10)
   return Table(
@@ -323,7 +324,7 @@ def _draw_table(
   )
 
 
-def _comparison_table(forecasts: Sequence[inspection_plan.Forecast]) -> Table:
+def _comparison_table(forecasts: Sequence[forecasting.Forecast]) -> Table:
   first, second = forecasts[:2]
   others = {d.name: d for d in second.directions}
   rows = []
@@ -357,7 +358,7 @@ def _comparison_table(forecasts: Sequence[inspection_plan.Forecast]) -> Table:
   )
 
 
-def run_section(report: inspection_run.RunReport) -> Section:
+def run_section(report: run_report.RunReport) -> Section:
   """The view of a model directory."""
   converted = (
     f"; dense until step {report.conversion_step:,}, then sparse"
@@ -392,22 +393,20 @@ def run_section(report: inspection_run.RunReport) -> Section:
   )
 
 
-def _curve_plot(
-  own: inspection_run.Curves, report: inspection_run.RunReport
-) -> Plot:
+def _curve_plot(own: run_report.Curves, report: run_report.RunReport) -> Plot:
   return Plot(
     own.name[0].upper() + own.name[1:],
     lambda: _plots().curves(own, report.conversion_step),
   )
 
 
-def _expert_plot(own: inspection_run.ExpertMap) -> Plot:
+def _expert_plot(own: run_report.ExpertMap) -> Plot:
   return Plot(
     f"Experts and languages, {own.layer}", lambda: _plots().experts(own)
   )
 
 
-def _run_table(report: inspection_run.RunReport) -> Table:
+def _run_table(report: run_report.RunReport) -> Table:
   splits = sorted({s for d in report.directions for s in d.scores})
   rows = []
   for d in report.directions:
@@ -451,7 +450,7 @@ def _run_table(report: inspection_run.RunReport) -> Table:
   )
 
 
-def _curve_table(own: inspection_run.Curves) -> Table:
+def _curve_table(own: run_report.Curves) -> Table:
   shown = np.unique(np.linspace(0, len(own.steps) - 1, 8).astype(int)).tolist()
   digits = 1 if own.unit == "BLEU" else 3
   return Table(
@@ -468,7 +467,7 @@ def _curve_table(own: inspection_run.Curves) -> Table:
   )
 
 
-def _router_table(report: inspection_run.RunReport) -> Table:
+def _router_table(report: run_report.RunReport) -> Table:
   return Table(
     "Routers, as last reported",
     ("layer", "most wanted expert / mean", "favourite taken", "entropy, nats"),
@@ -484,7 +483,7 @@ def _router_table(report: inspection_run.RunReport) -> Table:
   )
 
 
-def _expert_table(own: inspection_run.ExpertMap, split: str) -> Table:
+def _expert_table(own: run_report.ExpertMap, split: str) -> Table:
   count = len(own.shares[0])
   shares = np.array(own.shares)
   if count <= _MANY_EXPERTS:
@@ -579,14 +578,14 @@ def _rich_table(table: Table) -> rich.table.Table:
 
 
 def _print_example(
-  console: rich.console.Console, name: str, example: inspection.Example
+  console: rich.console.Console, name: str, example: text_report.Example
 ) -> None:
   console.print(rich.text.Text(f"\n{name}", style="bold"))
   for label, text in _example_lines(example):
     console.print(rich.text.Text(f"  {label:<15} {text}"))
 
 
-def _example_lines(example: inspection.Example) -> list[tuple[str, str]]:
+def _example_lines(example: text_report.Example) -> list[tuple[str, str]]:
   return [
     ("source", example.source),
     ("tagged", example.tagged),
@@ -688,7 +687,7 @@ def _page_table(table: Table) -> str:
   )
 
 
-def _page_examples(name: str, examples: Sequence[inspection.Example]) -> str:
+def _page_examples(name: str, examples: Sequence[text_report.Example]) -> str:
   items = []
   for example in examples:
     expected = {"source": example.tagged, "target": example.target}

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from basemt_jax import configuration
+from basemt_jax.commands import configuration
 
 
 class Writer:

@@ -1,0 +1,1 @@
+"""One file for each command, and how they are configured."""

@@ -1,0 +1,34 @@
+"""`basemt convert`: turn a dense checkpoint into a sparse."""
+
+import argparse
+
+from basemt_jax.commands import configuration, console, flags
+
+SUMMARY = "Turn a dense checkpoint into a sparse."
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+  """The flags of this command."""
+  flags.several_processes(parser)
+  flags.checkpoint(parser)
+  parser.add_argument(
+    "--from", dest="source", required=True, metavar="DENSE_DIR"
+  )
+  parser.add_argument(
+    "--to", dest="target", required=True, metavar="SPARSE_DIR"
+  )
+
+
+def run(options: argparse.Namespace) -> None:
+  """Runs the command."""
+  from basemt_jax import run as run_lib
+
+  run = configuration.configured(options, MODEL_DIR=options.target)
+  step, error = run_lib.convert(
+    run, options.source, options.checkpoint, console.standard()
+  )
+  configuration.save_config(run.model_dir)
+  print(
+    f"{run.model_dir}/checkpoint_{step}: converted; largest relative "
+    f"difference of the function on a training batch {error:.1e}"
+  )

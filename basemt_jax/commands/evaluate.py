@@ -1,0 +1,73 @@
+"""`basemt evaluate`: loss, BLEU and chrF++ per direction."""
+
+import argparse
+from typing import Any
+
+from basemt_jax.commands import configuration, console, flags
+
+SUMMARY = "Loss, BLEU and chrF++ per direction."
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+  """The flags of this command."""
+  flags.several_processes(parser)
+  flags.checkpoint(parser)
+  flags.search(parser)
+  parser.add_argument("--split", default="test", help="test or validation")
+
+
+def run(options: argparse.Namespace) -> None:
+  """Runs the command."""
+  from basemt_jax import run as run_lib
+
+  run = with_search(configuration.configured(options), options)
+  print_evaluation(
+    run,
+    run_lib.evaluate(
+      run, console.standard(), options.checkpoint, options.split
+    ),
+  )
+
+
+def with_search(run: Any, options: argparse.Namespace, n_best: int = 1) -> Any:
+  """The run with the search that the flags ask for."""
+  import dataclasses
+
+  changes = {
+    name: getattr(options, name)
+    for name in ("beam_size", "alpha")
+    if getattr(options, name) is not None
+  }
+  beam_size = changes.get("beam_size", max(run.search.beam_size, n_best))
+  search = dataclasses.replace(
+    run.search, **{**changes, "beam_size": beam_size, "num_return": n_best}
+  )
+  return dataclasses.replace(run, search=search)
+
+
+def print_evaluation(run: Any, result: Any, writer: Any = None) -> None:
+  """The table, some translations, and what to do next; scores to a writer."""
+  from basemt_jax import evaluation
+  from basemt_jax.inspection import tables
+
+  tables.print_table(result.results)
+  print()
+  for line in tables.sample_lines(result.translations, 4):
+    print(line)
+  languages = [
+    evaluation.split_direction(r.direction)[1] for r in result.results
+  ]
+  target = next((x for x in languages if x != "en"), languages[0])
+  print(f"""
+{result.split} at step {result.step}; scores, translations: {result.directory}
+next: echo "..." | basemt translate --model_dir {run.model_dir} --to {target}
+      tensorboard --logdir {run.model_dir}""")
+  if writer is not None:
+    writer.write_scalars(
+      result.step,
+      {
+        f"{result.split}/bleu/{m.name}": m.bleu
+        for m in evaluation.summarise(result.results)
+        if m.bleu is not None
+      },
+    )

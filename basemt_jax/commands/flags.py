@@ -1,0 +1,74 @@
+"""Flags that several commands share."""
+
+import argparse
+
+
+def configuration(parser: argparse.ArgumentParser) -> None:
+  """What every command takes: gin files, a model directory, a traceback."""
+  parser.add_argument(
+    "--gin_file",
+    action="append",
+    default=[],
+    metavar="FILE",
+    help="configuration; repeatable, later files win",
+  )
+  parser.add_argument(
+    "--gin_search_paths",
+    default="",
+    metavar="DIR,DIR",
+    help="where else to look for gin files",
+  )
+  parser.add_argument(
+    "--model_dir",
+    metavar="DIR",
+    help="short for --gin.MODEL_DIR; for a trained model its saved "
+    "configuration is used unless --gin_file is given",
+  )
+  parser.add_argument(
+    "--traceback", action="store_true", help="show where an error came from"
+  )
+  parser.epilog = "--gin.NAME=VALUE overrides any binding, as in T5X."
+
+
+def checkpoint(parser: argparse.ArgumentParser) -> None:
+  """Which checkpoint of a run."""
+  parser.add_argument(
+    "--checkpoint",
+    default="latest",
+    metavar="STEP",
+    help="'latest', 'best' (by dev loss) or a step",
+  )
+
+
+def several_processes(parser: argparse.ArgumentParser) -> None:
+  """How processes on several hosts find each other."""
+  group = parser.add_argument_group(
+    "several processes", "the same command for each; see docs/scaling.md"
+  )
+  group.add_argument(
+    "--distributed",
+    action="store_true",
+    help="join the processes of this TPU pod, Slurm, Open MPI or Kubernetes "
+    "job",
+  )
+  group.add_argument(
+    "--coordinator_address",
+    metavar="HOST:PORT",
+    help="elsewhere: of the first process, with a free port of its host",
+  )
+  group.add_argument("--num_processes", type=int, metavar="N")
+  group.add_argument("--process_id", type=int, metavar="I", help="0 to N - 1")
+  group.add_argument(
+    "--heartbeat_timeout",
+    type=int,
+    default=30,
+    metavar="SECONDS",
+    help="a process that has not been heard of for so long is dead, and the "
+    "others stop; default 30",
+  )
+
+
+def search(parser: argparse.ArgumentParser) -> None:
+  """How to search for a translation."""
+  parser.add_argument("--beam_size", type=int, help="1: greedy")
+  parser.add_argument("--alpha", type=float, help="exponent of length penalty")

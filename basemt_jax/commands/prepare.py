@@ -1,0 +1,109 @@
+"""`basemt prepare`: turn downloaded text into training, dev, test files."""
+
+import argparse
+import pathlib
+import sys
+from typing import Any
+
+from basemt_jax.commands import configuration, console
+
+SUMMARY = "Turn downloaded text into training, dev, test files."
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+  """The flags of this command."""
+  parser.add_argument(
+    "corpus",
+    choices=("wmt15", "ml50", "opus100", "files"),
+    help="benchmark, or 'files': any with the names of docs/data.md",
+  )
+  parser.add_argument("--raw", required=True, metavar="DIR", help="downloads")
+  parser.add_argument(
+    "--out", required=True, metavar="DIR", help="for the result"
+  )
+  parser.add_argument(
+    "--languages",
+    metavar="XX,YY",
+    help="of which all pairs are wanted; default: the benchmark's with English",
+  )
+  parser.add_argument(
+    "--max_characters", type=int, help="of a side; default 1000"
+  )
+  parser.add_argument(
+    "--max_ratio", type=float, help="of the sides' lengths in bytes; default 4"
+  )
+  parser.add_argument(
+    "--processes", type=int, metavar="N", help="default: one per core"
+  )
+  parser.add_argument(
+    "--beam",
+    metavar="OPTIONS",
+    help="run on Apache Beam with these options, such as "
+    "'--runner=FlinkRunner ...'",
+  )
+
+
+def run(options: argparse.Namespace) -> None:
+  """Runs the command."""
+  import shlex
+
+  from basemt_jax.corpora import cleaning, preparation
+
+  limits = {
+    name: getattr(options, name)
+    for name in ("max_characters", "max_ratio")
+    if getattr(options, name) is not None
+  }
+  arguments = (
+    options.raw,
+    options.out,
+    _raw_names(options),
+    cleaning.Options(**limits),
+  )
+  if options.beam is not None:
+    from basemt_jax.corpora import beam_preparation
+
+    report = beam_preparation.prepare(
+      *arguments, beam_options=shlex.split(options.beam)
+    )
+  else:
+    report = preparation.prepare(
+      *arguments,
+      processes=options.processes,
+      progress=console.every_few_seconds(
+        lambda text: print(text, file=sys.stderr, flush=True)
+      ),
+    )
+  print(preparation.table(report))
+  print(
+    f"{pathlib.Path(options.out, preparation.REPORT)}: all of this, by file"
+  )
+
+
+def _raw_names(options: argparse.Namespace) -> Any:
+  """How the files of the corpus are named."""
+  import dataclasses
+  import importlib
+  import itertools
+
+  from basemt_jax.corpora import raw_text
+
+  languages = options.languages and options.languages.split(",")
+  if options.corpus == "files":
+    if not languages or len(languages) < 2:
+      raise configuration.UsageError(
+        "prepare files: say --languages, such as en,de,fr"
+      )
+    return raw_text.Names(tuple(itertools.combinations(languages, 2)))
+  with configuration.native_output_hidden():  # Imports TensorFlow.
+    module = importlib.import_module(f"tasks.{options.corpus}")
+  names = module.BENCHMARK.raw
+  if not languages:
+    return names
+  unknown = sorted({*languages} - {"en", *module.BENCHMARK.languages})
+  if unknown:
+    raise configuration.UsageError(
+      f"--languages: {options.corpus} does not have {', '.join(unknown)}"
+    )
+  pairs = tuple(pair for pair in names.pairs if pair[1] in languages)
+  return dataclasses.replace(names, pairs=pairs)

@@ -1,0 +1,38 @@
+"""`basemt train`: train, or go on, and evaluate."""
+
+import argparse
+
+from basemt_jax.commands import configuration, console, evaluate, flags
+
+SUMMARY = "Train, or go on, and evaluate."
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+  """The flags of this command."""
+  flags.several_processes(parser)
+
+
+def run(options: argparse.Namespace) -> int:
+  """Runs the command."""
+  from basemt_jax import run as run_lib
+
+  run = configuration.configured(options)
+  with console.Writer(run.model_dir) as writer:
+    outcome = run_lib.train(
+      run,
+      writer,
+      console.standard(),
+      lambda: configuration.save_config(run.model_dir),
+    )
+    if outcome == "interrupted":
+      print(
+        "stopped: the same command goes on from the checkpoint just written"
+      )
+      return 0
+    try:
+      evaluate.print_evaluation(
+        run, run_lib.evaluate(run, console.standard()), writer
+      )
+    except run_lib.NoPairsError as error:
+      print(f"trained, but not evaluated: {error}")
+  return 0

@@ -1,0 +1,85 @@
+"""`basemt translate`: translate lines of text."""
+
+import argparse
+import contextlib
+import pathlib
+import sys
+from typing import Any
+
+from basemt_jax.commands import configuration, console, evaluate, flags
+
+SUMMARY = "Translate lines of text."
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+  """The flags of this command."""
+  flags.several_processes(parser)
+  flags.checkpoint(parser)
+  flags.search(parser)
+  parser.add_argument(
+    "--to", required=True, metavar="XX", help="target language"
+  )
+  parser.add_argument("--input", metavar="FILE", help="default: standard input")
+  parser.add_argument(
+    "--output", metavar="FILE", help="default: standard output"
+  )
+  parser.add_argument(
+    "--n_best", type=int, default=1, help="hypotheses a line, with scores"
+  )
+
+
+def run(options: argparse.Namespace) -> None:
+  """Runs the command."""
+  import dataclasses
+
+  from basemt_jax import evaluation, processes
+  from basemt_jax import run as run_lib
+  from basemt_jax.data import vocabulary
+
+  run = evaluate.with_search(
+    configuration.configured(options), options, options.n_best
+  )
+  trained = run_lib.load(run, console.standard(), options.checkpoint)
+  targets = sorted(
+    {evaluation.split_direction(d)[1] for d in trained.store.directions}
+  )
+  if options.to not in targets:
+    raise configuration.UsageError(
+      f"--to {options.to}: the model was not trained to translate into that "
+      f"language; it knows {', '.join(targets)}"
+    )
+  lines = _read_lines(options.input)
+  processes.check_same("the input", "\n".join(lines))
+  # A few lines do not need the batch that an evaluation fills.
+  size = min(run.search.batch_size, max(1, len(lines)))
+  run = dataclasses.replace(
+    run, search=dataclasses.replace(run.search, batch_size=size)
+  )
+  nbest = evaluation.translate_texts(
+    run_lib.translator(run, trained),
+    vocabulary.Vocabulary.load(trained.store.vocabulary),
+    lines,
+    prefix=f"<2{options.to}> ",
+  )
+  with contextlib.ExitStack() as stack:
+    output: Any = sys.stdout
+    if options.output:
+      output = stack.enter_context(open(options.output, "w", encoding="utf-8"))
+    for hypotheses in nbest:
+      for score, text in hypotheses:
+        output.write(
+          f"{score:.4f}\t{text}\n" if options.n_best > 1 else f"{text}\n"
+        )
+
+
+def _read_lines(path: str | None) -> list[str]:
+  data = pathlib.Path(path).read_bytes() if path else sys.stdin.buffer.read()
+  name = path or "standard input"
+  try:
+    text = data.decode("utf-8")
+  except UnicodeDecodeError as error:
+    line = data[: error.start].count(b"\n") + 1
+    raise configuration.UsageError(
+      f"{name}, line {line}: not UTF-8; convert the text first"
+    ) from error
+  return text.removesuffix("\n").split("\n") if text else []

@@ -1,0 +1,40 @@
+"""`basemt vocab`: train a SentencePiece vocabulary."""
+
+import argparse
+
+from basemt_jax.commands import configuration
+
+SUMMARY = "Train a SentencePiece vocabulary."
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+  """The flags of this command."""
+  parser.add_argument("--mixture", help="default: the configured mixture")
+  parser.add_argument(
+    "--module", action="append", default=[], help="imported first: your tasks"
+  )
+  parser.add_argument("--output", required=True, metavar="FILE")
+  parser.add_argument("--size", type=int, default=8000, help="pieces")
+  parser.add_argument(
+    "--temperature",
+    type=float,
+    default=5.0,
+    help="at which directions are sampled",
+  )
+
+
+def run(options: argparse.Namespace) -> None:
+  """Runs the command."""
+  from basemt_jax.data import mixtures, vocabulary
+
+  configuration.import_modules(options.module)
+  mixture = options.mixture
+  if mixture is None:
+    mixture = configuration.configured(options).mixture_or_task_name
+  vocabulary.train_from_mixture(
+    mixtures.get_mixture(mixture),
+    options.output,
+    vocab_size=options.size,
+    temperature=options.temperature,
+  )
+  print(f"{options.output}: {options.size} pieces")

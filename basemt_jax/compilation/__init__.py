@@ -1,0 +1,1 @@
+"""A step compiled ahead of time, and what its program says."""

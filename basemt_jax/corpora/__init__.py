@@ -1,0 +1,1 @@
+"""From downloaded archives to training files."""

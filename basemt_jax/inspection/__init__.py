@@ -1,0 +1,1 @@
+"""What text, sampling and runs look like."""
