@@ -12,6 +12,7 @@ import jax
 import numpy as np
 from flax import traverse_util
 from flax.linen import partitioning as nn_partitioning
+from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 MESH_AXES = ("data", "expert", "model")
@@ -41,6 +42,9 @@ def make_mesh(
 ) -> Mesh:
   """A mesh over all devices: data x expert x model.
 
+  Any sizes whose product divides the number of devices will do, on any
+  topology.
+
   Args:
     expert: Size of the `expert` axis.
     model: Size of the `model` axis.
@@ -57,16 +61,50 @@ def make_mesh(
       "whose product divides the number of devices"
     )
   shape = (len(devices) // (expert * model), expert, model)
-  if devices[0].platform == "tpu":
-    # Orders devices along the torus, so that neighbours on the mesh are
-    # neighbours on the chip network.
-    return jax.make_mesh(
-      shape,
-      MESH_AXES,
-      axis_types=(jax.sharding.AxisType.Auto,) * 3,
-      devices=devices,
-    )
-  return Mesh(np.asarray(devices).reshape(shape), MESH_AXES)
+  return Mesh(_arranged(devices, shape), MESH_AXES)
+
+
+def _arranged(
+  devices: Sequence[jax.Device], shape: tuple[int, int, int]
+) -> np.ndarray:
+  """Devices in the shape of the mesh, near each other where they exchange much.
+
+  The chips of a TPU slice are a torus. JAX gives every axis whole dimensions of
+  it where their sizes allow it (16x16 as 16 x 16 or 256). Otherwise it splits
+  dimensions between axes (16x16 as 8 x 32), `model` and then `expert` first
+  choosing whole ones. An axis has then a line instead of a ring in a part of a
+  dimension, with about half the bandwidth, or goes through chips in between,
+  whose own exchanges share these links: `basemt compile` counts both.
+
+  Several slices follow each other along `data`, so that only sums of gradients
+  leave a slice, if `data` is a multiple of their number. What remains has no
+  arrangement that could be counted on, and keeps JAX's order, which goes host
+  by host: slices that cut through the experts, chips that are only a part of a
+  slice, and all devices other than TPUs.
+  """
+  given = np.asarray(devices)
+  if devices[0].platform != "tpu":
+    return given.reshape(shape)
+  slices: dict[int, list[jax.Device]] = {}
+  for device in devices:
+    slices.setdefault(getattr(device, "slice_index", 0), []).append(device)
+  data, *others = shape
+  if data % len(slices) or not all(map(_is_whole, slices.values())):
+    return given.reshape(shape)
+  part = (data // len(slices), *others)
+  return np.concatenate(
+    [
+      mesh_utils.create_device_mesh(part, own, allow_split_physical_axes=True)
+      for own in slices.values()
+    ]
+  )
+
+
+def _is_whole(devices: Sequence[jax.Device]) -> bool:
+  """Whether chips of a slice fill the box between the outermost of them."""
+  places = np.array([(*d.coords, d.core_on_chip) for d in devices])
+  sizes = np.ptp(places, axis=0) + 1
+  return bool(np.prod(sizes) == len(np.unique(places, axis=0)) == len(devices))
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
