@@ -19,6 +19,7 @@ from basemt_jax import (
   checkpointing,
   evaluation,
   partitioning,
+  phases,
   processes,
   sampling,
   steps,
@@ -314,10 +315,10 @@ def program(
     from basemt_jax.data import mixtures  # Imports SeqIO and TensorFlow.
 
     vocab_size, num_directions = mixtures.sizes(run.mixture_or_task_name)
-  return steps.Program(
-    trainer.phase_config(run.config_of(vocab_size), run.settings, phase),
+  return phases.program(
+    run.config_of(vocab_size),
     run.settings,
-    run.settings.learning_rate,
+    phase,
     partitioning.make_mesh(run.expert_devices, run.model_devices, devices),
     num_directions,
   )
@@ -361,19 +362,17 @@ def load(run: Run, console: Console, which: str | int = "latest") -> Trained:
   ) as checkpoints:
     step = _step(checkpoints, which)
     store = run.store(console.building)
-    config = trainer.phase_config(
-      run.config(store), run.settings, checkpoints.phase(step)
-    )
-    program = steps.Program(
-      config,
+    program = phases.program(
+      run.config(store),
       run.settings,
-      run.settings.learning_rate,
+      checkpoints.phase(step),
       run.mesh(),
       len(store.directions),
     )
     like = program.abstract_tree()
     del like["state"]
-    like["target"] = model_lib.rounded(like["target"], config.dtype)
+    dtype = program.model.config.dtype
+    like["target"] = model_lib.rounded(like["target"], dtype)
     tree = checkpoints.restore(step, like, "the run")
   variables = {"params": tree["target"], **tree.get("flax_mutables", {})}
   return Trained(step, program, variables, store)
@@ -521,7 +520,7 @@ def convert(
   """
   store, mesh = run.store(console.building), run.mesh()
   processes.check_shared(run.model_dir)
-  config = run.config(store)
+  config = dataclasses.replace(run.config(store), converted=True)
   if config.feed_forward != "experts":
     raise ValueError(
       f"the configured network has feed_forward {config.feed_forward!r}; "
@@ -542,17 +541,8 @@ def convert(
         "choose an empty directory"
       )
     dense, sparse = (
-      steps.Program(
-        network,
-        run.settings,
-        run.settings.learning_rate,
-        mesh,
-        len(store.directions),
-      )
-      for network in (
-        config.dense(),
-        dataclasses.replace(config, converted=True),
-      )
+      phases.program(config, run.settings, phase, mesh, len(store.directions))
+      for phase in ("dense", "sparse")
     )
     state = dense.shapes.from_tree(
       source.restore(step, dense.abstract_tree(), "the dense model")

@@ -34,9 +34,9 @@ from basemt_jax import (
   losses,
   optimizer,
   partitioning,
+  phases,
   prefetch,
   steps,
-  trainer,
   translation,
 )
 from basemt_jax import model as model_lib
@@ -197,9 +197,7 @@ class Model:
     size = vocabulary.Vocabulary.from_seqio(pieces).vocab_size
     mesh = run.mesh()
     self.module = model_lib.Transformer(
-      trainer.phase_config(
-        run.network(vocab_size=-(-size // 128) * 128), run.settings, "sparse"
-      ),
+      phases.network(run.config_of(size), run.settings, "sparse"),
       mesh if mesh.size > 1 else None,
     )
     self.directions = tuple(mixtures.tasks_by_direction(found))
@@ -376,13 +374,9 @@ def _router_metrics(
 
 
 def learning_rate(run: run_lib.Run) -> optimizer.Schedule:
-  """Rate by step, as `trainer.Trainer` has it in the run's last phase."""
-  settings = run.settings
-  if not settings.dense_steps or not settings.rewarm_steps:
-    return settings.learning_rate
-  return optimizer.rewarm(
-    settings.learning_rate, settings.dense_steps, settings.rewarm_steps
-  )
+  """Rate by step of the run's last phase, which is the one that T5X trains."""
+  is_sparse = run.network(vocab_size=1).feed_forward == "experts"
+  return phases.learning_rate(run.settings, "sparse" if is_sparse else "dense")
 
 
 # --------------------------------------------------------------- devices

@@ -31,8 +31,8 @@ from flax import traverse_util
 from basemt_jax import (
   checkpointing,
   conversion,
-  optimizer,
   partitioning,
+  phases,
   prefetch,
   processes,
   steps,
@@ -179,14 +179,8 @@ class Trainer:
   def _program(self, phase: str) -> steps.Program:
     """The program of phase 'dense' or 'sparse', made when first needed."""
     if phase not in self._programs:
-      config = phase_config(self._config, self._settings, phase)
-      rate = self._settings.learning_rate
-      if phase == "sparse" and self._settings.rewarm_steps:
-        rate = optimizer.rewarm(
-          rate, self._settings.dense_steps, self._settings.rewarm_steps
-        )
-      self._programs[phase] = steps.Program(
-        config, self._settings, rate, self._mesh, len(self._directions)
+      self._programs[phase] = phases.program(
+        self._config, self._settings, phase, self._mesh, len(self._directions)
       )
     return self._programs[phase]
 
@@ -537,19 +531,6 @@ class Trainer:
       f"function on a training batch: {error:.1e}"
     )
     self._write(self._step, {"conversion/relative_error": error})
-
-
-def phase_config(
-  config: model_lib.TransformerConfig, settings: steps.Settings, phase: str
-) -> model_lib.TransformerConfig:
-  """The network of phase 'dense' or 'sparse' of a run."""
-  if config.feed_forward != "experts":
-    return config
-  if phase == "dense":
-    return config.dense()
-  return dataclasses.replace(
-    config, converted=config.converted or settings.dense_steps > 0
-  )
 
 
 def convert_state(

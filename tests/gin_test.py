@@ -14,7 +14,7 @@ import toy
 from flax import traverse_util
 
 import gin
-from basemt_jax import cli, heating, routing, steps, trainer
+from basemt_jax import cli, heating, phases, routing, steps
 from basemt_jax import model as model_lib
 from basemt_jax.commands import configuration
 
@@ -76,7 +76,7 @@ def system(name, model="tiny"):
 def parameters(name, model="tiny"):
   """Shapes by path of a system's last phase, traced with its loss."""
   run, config = system(name, model)
-  config = trainer.phase_config(config, run.settings, "sparse")
+  config = phases.network(config, run.settings, "sparse")
   network = model_lib.Transformer(config)
   state, _ = jax.eval_shape(
     lambda key: steps.init_state(network, run.settings.optimizer, key),
@@ -236,7 +236,7 @@ def test_phases_router_and_temperature_are_the_system_s(name):
   else:
     assert (values == 1).all()
   # Gates are 1 after a conversion, sigmoids from scratch.
-  last = trainer.phase_config(config, run.settings, "sparse")
+  last = phases.network(config, run.settings, "sparse")
   assert last.converted == pretrained
 
 

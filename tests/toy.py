@@ -13,8 +13,8 @@ from basemt_jax import (
   model,
   optimizer,
   partitioning,
+  phases,
   steps,
-  trainer,
 )
 from basemt_jax.data import packing, row_store, vocabulary
 
@@ -160,13 +160,7 @@ def saved(model_dir):
 
 
 def abstract_tree(config, settings, phase):
-  return steps.Program(
-    trainer.phase_config(config, settings, phase),
-    settings,
-    settings.learning_rate,
-    mesh(),
-    3,
-  ).abstract_tree()
+  return phases.program(config, settings, phase, mesh(), 3).abstract_tree()
 
 
 def assert_same_run(left, right, step, config, settings, phase):
