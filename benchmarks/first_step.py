@@ -1,0 +1,298 @@
+"""Seconds from the start of a process to its first training step.
+
+    PYTHONPATH=. python benchmarks/first_step.py --shapes study big_sparse
+    PYTHONPATH=. python benchmarks/first_step.py --shapes study --conversion
+
+Every shape runs in two processes of its own, one after the other: `cold`, with
+an empty compilation cache, and `warm`, with what the first one left there. A
+line of the table is one process:
+
+  import: from its start to the end of imports; device: until JAX has devices;
+  build: the program's shapes and shardings; init: the initial state, all of it;
+  trace, compile: of the training step; first: its first run;
+  total: from the start of the process to the end of the first step;
+  eval: the first evaluation step, compiled and run; step: milliseconds of a
+  step, the median of `--steps` single ones; instructions: of the step's
+  program after XLA's passes, a measure of its size that no machine disturbs.
+
+With --conversion a run with a dense phase is trained by `trainer.Trainer`, and
+the pause is the time between the last dense and the first sparse step, less the
+median of a step. --profile tells where the compiler spends its time.
+"""
+
+import argparse
+import collections
+import dataclasses
+import itertools
+import json
+import os
+import pathlib
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from typing import Any
+
+import jax
+import numpy as np
+
+from basemt_jax import model, optimizer, partitioning, steps, trainer
+from benchmarks import training_step
+
+DIRECTIONS = training_step.DIRECTIONS
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+  """A network and its batch.
+
+  Attributes:
+    width: D; heads are of 64, feed-forwards of 4 D.
+    blocks: Of each side; every third has experts, if any has.
+    experts: E; 0: dense.
+    rows: B.
+    length: L of both sides.
+    vocabulary: V.
+    remat: See `model.TransformerConfig`.
+    dtype: Of the computation.
+  """
+
+  width: int = 384
+  blocks: int = 6
+  experts: int = 16
+  rows: int = 256
+  length: int = 64
+  vocabulary: int = 16000
+  remat: bool = False
+  dtype: str = "bfloat16"
+
+  def config(self) -> model.TransformerConfig:
+    """The network."""
+    chosen = tuple(range(2, self.blocks, 3))
+    return model.TransformerConfig(
+      vocab_size=self.vocabulary,
+      emb_dim=self.width,
+      num_heads=self.width // 64,
+      head_dim=64,
+      mlp_dim=4 * self.width,
+      num_encoder_layers=self.blocks,
+      num_decoder_layers=self.blocks,
+      dropout_rate=0.1,
+      dtype=self.dtype,
+      remat=self.remat,
+      feed_forward="experts" if self.experts else "dense",
+      encoder_expert_blocks=chosen,
+      decoder_expert_blocks=chosen,
+      num_experts=self.experts or 1,
+    )
+
+
+_BIG: dict[str, Any] = {
+  "width": 1024,
+  "rows": 64,
+  "length": 256,
+  "vocabulary": 32000,
+}
+SHAPES = {
+  "study": Shape(),
+  "study_dense": Shape(experts=0),
+  "deep": Shape(blocks=24),
+  "deep_dense": Shape(blocks=24, experts=0),
+  "shallow": Shape(blocks=3),
+  "big": Shape(**_BIG, experts=0),
+  "big_sparse": Shape(**_BIG, experts=32),
+  "big_remat": Shape(**_BIG, experts=32, remat=True),
+  # For looking at the script itself.
+  "tiny": Shape(64, 6, 4, 16, 16, 384, dtype="float32"),
+}
+
+
+def settings(train_steps: int, dense_steps: int = 0) -> steps.Settings:
+  """As the study's."""
+  return steps.Settings(
+    train_steps=train_steps,
+    dense_steps=dense_steps,
+    learning_rate=optimizer.inverse_square_root(1e-3, 1000),
+    optimizer=optimizer.adamw(),
+    log_every=1,
+    eval_every=10**6,
+    save_every=10**6,
+    keep_checkpoints=1,
+  )
+
+
+def batches(shape: Shape) -> list[dict[str, np.ndarray]]:
+  """Four different ones."""
+  return [
+    training_step.batch(shape.rows, shape.length, seed, shape.vocabulary)
+    for seed in range(4)
+  ]
+
+
+class Clock:
+  """Seconds between calls, by name."""
+
+  def __init__(self, start: float):
+    self.seconds: dict[str, float] = {}
+    self._start = self._last = start
+
+  def lap(self, name: str) -> None:
+    """Ends what `name` says."""
+    now = time.time()
+    self.seconds[name] = round(now - self._last, 2)
+    self._last = now
+
+  def total(self) -> float:
+    """From the start to the last lap's end."""
+    return round(self._last - self._start, 2)
+
+
+def measure(shape: Shape, count: int, profile: bool) -> dict[str, Any]:
+  """A line of the table, in this process."""
+  clock = Clock(float(os.environ["FIRST_STEP_STARTED"]))
+  clock.lap("import")
+  mesh = partitioning.make_mesh()
+  clock.lap("device")
+  described = settings(10**6)
+  program = steps.Program(
+    shape.config(), described, described.learning_rate, mesh, DIRECTIONS
+  )
+  clock.lap("build")
+  state = jax.block_until_ready(program.init())
+  clock.lap("init")
+  data = [partitioning.put_batch(b, mesh) for b in batches(shape)]
+  clock.lap("data")
+  lowered = program.lower(data[0])
+  clock.lap("trace")
+  with tempfile.TemporaryDirectory() as folder:
+    if profile:
+      with jax.profiler.trace(folder):
+        step = lowered.compile()
+      print_profile(folder)
+    else:
+      step = lowered.compile()
+  clock.lap("compile")
+  state, sums = jax.block_until_ready(step(state, data[0]))
+  clock.lap("first")
+  total = clock.total()
+  training_step.check_finite("the first step", sums)
+  jax.block_until_ready(program.eval_step(program.variables(state), data[0]))
+  clock.lap("eval")
+  times = []
+  for each in itertools.islice(itertools.cycle(data), count + 2):
+    start = time.perf_counter()
+    state, sums = jax.block_until_ready(step(state, each))
+    times.append(time.perf_counter() - start)
+  return {
+    **clock.seconds,
+    "total": total,
+    "step": round(1e3 * statistics.median(times[2:]), 2),
+    "instructions": str(step.as_text()).count(" = "),
+    "loss": round(float(np.sum(sums["nll"]) / np.sum(sums["weight"])), 4),
+  }
+
+
+def print_profile(folder: str) -> None:
+  """What the host did, by name, longest first; names nest."""
+  spent: collections.Counter[str] = collections.Counter()
+  for path in pathlib.Path(folder).rglob("*.xplane.pb"):
+    for plane in jax.profiler.ProfileData.from_file(str(path)).planes:
+      if plane.name.startswith("/host"):
+        for line in plane.lines:
+          for event in line.events:
+            spent[event.name.split("#")[0][:60]] += event.duration_ns
+  for name, nanoseconds in spent.most_common(40):
+    print(f"    {nanoseconds / 1e9:8.2f} s  {name}", flush=True)
+
+
+class _NoWriter:
+  def write_scalars(self, step: int, scalars: Any) -> None:
+    del step, scalars
+
+  def flush(self) -> None:
+    pass
+
+
+def measure_conversion(shape: Shape, count: int) -> dict[str, Any]:
+  """Seconds of the pause at a conversion after `count` dense steps."""
+  clock: dict[int, float] = {}
+
+  def report(progress: trainer.Progress) -> None:
+    clock[progress.step] = time.perf_counter()
+
+  with tempfile.TemporaryDirectory() as folder:
+    loop = trainer.Trainer(
+      shape.config(),
+      settings(2 * count, dense_steps=count),
+      partitioning.make_mesh(),
+      [f"en-x{i:02}" for i in range(DIRECTIONS)],
+      itertools.cycle(batches(shape)),
+      folder,
+      _NoWriter(),
+      hooks=trainer.Hooks(
+        report=report, message=lambda text: print(f"    {text}", flush=True)
+      ),
+    )
+    start = time.perf_counter()
+    loop.run()
+    loop.close()
+  gaps = {i: clock[i] - clock[i - 1] for i in range(2, 2 * count + 1)}
+  usual = statistics.median(gaps.values())
+  return {
+    "first": round(clock[1] - start, 2),
+    "pause": round(gaps[count + 1] - usual, 2),
+    "step": round(1e3 * usual, 2),
+    "longest other": round(
+      max(gap for i, gap in gaps.items() if i != count + 1), 2
+    ),
+  }
+
+
+def run_child(arguments: list[str], cache: str) -> None:
+  """A process of its own, with the cache in a folder."""
+  subprocess.run(
+    [sys.executable, __file__, *arguments],
+    env={
+      **os.environ,
+      "FIRST_STEP_STARTED": str(time.time()),
+      "JAX_COMPILATION_CACHE_DIR": cache,
+      "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    },
+    check=True,
+  )
+
+
+def main() -> None:
+  """Prints a line for every shape and cache."""
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=["study"])
+  parser.add_argument("--steps", type=int, default=20)
+  parser.add_argument("--conversion", action="store_true")
+  parser.add_argument("--profile", action="store_true")
+  parser.add_argument("--cold_only", action="store_true")
+  parser.add_argument("--in_process", default="", help=argparse.SUPPRESS)
+  args = parser.parse_args()
+  if args.in_process:
+    shape = SHAPES[args.shapes[0]]
+    device = jax.devices()[0]
+    found = (
+      measure_conversion(shape, args.steps)
+      if args.conversion
+      else measure(shape, args.steps, args.profile)
+    )
+    head = [args.shapes[0], args.in_process, device.device_kind]
+    print(" ".join([*head, json.dumps(found)]), flush=True)
+    return
+  flags = ["--steps", str(args.steps)]
+  flags += ["--conversion"] * args.conversion + ["--profile"] * args.profile
+  for name in args.shapes:
+    with tempfile.TemporaryDirectory() as cache:
+      for kind in ("cold", "warm")[: 1 if args.cold_only else 2]:
+        run_child(["--shapes", name, "--in_process", kind, *flags], cache)
+
+
+if __name__ == "__main__":
+  main()
