@@ -468,6 +468,27 @@ def summarise(
   ]
 
 
+def scalars(
+  split: str,
+  results: Sequence[DirectionResult],
+  means: Sequence[Mean],
+) -> dict[str, float]:
+  """BLEU and chrF++ of means and directions by a metric's full name.
+
+  Args:
+    split: 'dev' or 'test'.
+    results: of the directions.
+    means: of the groups.
+  """
+  rows = [(m.name, m) for m in means] + [(r.direction, r) for r in results]
+  return {
+    f"{split}/{name}/{of}": getattr(row, name)
+    for name in ("bleu", "chrf")
+    for of, row in rows
+    if getattr(row, name) is not None
+  }
+
+
 def _mean(values: Sequence[float | None]) -> float | None:
   known = [value for value in values if value is not None]
   return sum(known) / len(known) if known else None

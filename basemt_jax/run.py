@@ -232,15 +232,12 @@ def _hooks(
       direction_texts(store, "validation", run.bleu_sentences),
       thresholds=run.bands,
     )
-    means = {
-      m.name: m.bleu
-      for m in evaluation.summarise(results)
-      if m.bleu is not None
-    }
-    line = ", ".join(f"{name} {value:.1f}" for name, value in means.items())
+    means = evaluation.summarise(results)
+    line = ", ".join(
+      f"{m.name} {m.bleu:.1f}" for m in means if m.bleu is not None
+    )
     console.message(f"step {step}: dev BLEU {line}")
-    scores = {r.direction: r.bleu for r in results if r.bleu is not None}
-    return {f"dev/bleu/{k}": v for k, v in (means | scores).items()}
+    return evaluation.scalars("dev", results, means)
 
   has_dev = _has_pairs(store, "validation")
   return trainer.Hooks(
@@ -249,6 +246,12 @@ def _hooks(
     scalars=scalars,
     evaluate=bleu if has_dev and run.bleu_every else None,
     evaluate_every=run.bleu_every,
+    bands={
+      name: evaluation.band(int(pairs), run.bands)
+      for name, pairs in zip(
+        store.directions, store.pairs("train"), strict=True
+      )
+    },
   )
 
 

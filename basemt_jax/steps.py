@@ -26,6 +26,7 @@ from basemt_jax import (
   optimizer,
   partitioning,
 )
+from basemt_jax import metrics as metrics_lib
 from basemt_jax import model as model_lib
 
 Array = jax.Array
@@ -64,6 +65,7 @@ class Settings:
     patience: Evaluations without a better dev loss before stopping early;
       None: never.
     seed: Of initialisation and dropout.
+    metrics: More of them than `metrics.METRICS`.
   """
 
   train_steps: int
@@ -81,6 +83,7 @@ class Settings:
   keep_checkpoints: int = 3
   patience: int | None = None
   seed: int = 0
+  metrics: tuple[metrics_lib.Metric, ...] = ()
 
   def __post_init__(self):
     """Checks what would otherwise fail late."""
@@ -234,6 +237,7 @@ def microbatch_loss(
     settings.label_smoothing,
     settings.z_loss,
   )
+  rows |= _own_rows(settings, logits, batch)
   auxiliary = losses.auxiliary_loss(intermediates) / settings.microbatches
   loss = jnp.sum(rows["loss"]) / total_weight + auxiliary
   direction = batch["direction"]
@@ -252,6 +256,13 @@ def microbatch_loss(
       layer[mean] /= settings.microbatches
   sums["router"] = router
   return loss, (updates, sums)
+
+
+def _own_rows(
+  settings: Settings, logits: Array, batch: Batch
+) -> dict[str, Array]:
+  """Sums over rows [B] of the metrics that bring their own."""
+  return {m.name: m.row(logits, batch) for m in settings.metrics if m.row}
 
 
 def gradients(

@@ -14,7 +14,7 @@ import functools
 import itertools
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -39,6 +39,7 @@ from basemt_jax import (
   steps,
   translation,
 )
+from basemt_jax import metrics as metrics_lib
 from basemt_jax import model as model_lib
 from basemt_jax import run as run_lib
 from basemt_jax.data import batches, mixtures, packing, vocabulary
@@ -148,28 +149,20 @@ class OptimizerDef:
 
 
 @struct.dataclass
-class Sum(clu_metrics.Metric):
-  """The sum of what steps report."""
+class Added(clu_metrics.Metric):
+  """A metric of `metrics.METRICS`: arrays that add up, and their value."""
 
-  total: Array
+  arrays: tuple[Array, ...]
+  value: Callable[..., Array] = struct.field(pytree_node=False)
 
-  def merge(self, other: "Sum") -> "Sum":
+  def merge(self, other: "Added") -> "Added":
     """Adds another's."""
-    return type(self)(self.total + other.total)
+    arrays = tuple(map(jnp.add, self.arrays, other.arrays))
+    return Added(arrays, self.value)
 
   def compute(self) -> Array:
-    """The sum."""
-    return self.total
-
-
-@struct.dataclass
-class LoadMax(Sum):
-  """Share of the most wanted expert, times E, of tokens by expert [E]."""
-
-  def compute(self) -> Array:
-    """1 is even."""
-    count = jnp.maximum(1.0, jnp.sum(self.total))
-    return jnp.max(self.total) * self.total.shape[0] / count
+    """The value of what was added up."""
+    return self.value(*self.arrays)
 
 
 class Model:
@@ -253,11 +246,7 @@ class Model:
       self._run.settings,
       len(self.directions),
     )
-    metrics = {
-      "objective": _ratio(sums["loss"], sums["weight"]),
-      **self._metrics(sums),
-      **_router_metrics(sums["router"], self.directions),
-    }
+    metrics = self._metrics({**sums, "steps": jnp.ones(())})
     return loss, (metrics, freeze(mutables)) if flax_mutables else metrics
 
   def eval_fn(
@@ -284,16 +273,14 @@ class Model:
     return jnp.sum(sums["nll"]) / jnp.sum(sums["weight"]), metrics
 
   def _metrics(self, sums: Mapping[str, Any]) -> dict[str, Any]:
-    """Of sums by direction [N], named as `trainer.scalar_metrics` does."""
-    weight = sums["weight"]
-    metrics: dict[str, Any] = {
-      "loss": _ratio(sums["nll"], weight),
-      "accuracy": _ratio(sums["correct"], weight),
+    """Of a step's sums, named as `trainer.Trainer` writes them."""
+    known = (*metrics_lib.METRICS, *self._run.settings.metrics)
+    return {
+      name: Added(arrays, metric.value)
+      for name, metric, arrays in metrics_lib.computed(
+        sums, self.directions, known
+      )
     }
-    for i, name in enumerate(self.directions):
-      metrics[f"loss/{name}"] = _ratio(sums["nll"][i], weight[i])
-      metrics[f"target_tokens/{name}"] = Sum(weight[i])
-    return metrics
 
   def predict_batch(
     self,
@@ -347,30 +334,6 @@ def _variables(params: Tree, mutables: Tree | None) -> Tree:
     "params": jax.tree.map(lambda p: p.astype(jnp.float32), params),
     **(unfreeze(mutables) if mutables else {}),
   }
-
-
-def _ratio(total: Array, count: Array) -> clu_metrics.Average:
-  return clu_metrics.Average(jnp.sum(total), jnp.sum(count))
-
-
-def _router_metrics(
-  router: Mapping[str, Mapping[str, Array]], directions: Sequence[str]
-) -> dict[str, Any]:
-  """Of `losses.router_sums`, named as `trainer.scalar_metrics` does."""
-  metrics: dict[str, Any] = {}
-  one = jnp.ones(())
-  for layer, sums in router.items():
-    prefix = f"router/{layer}"
-    tokens = jnp.sum(sums["favourite"], axis=1)
-    metrics[f"{prefix}/load_max"] = LoadMax(jnp.sum(sums["favourite"], axis=0))
-    metrics[f"{prefix}/agreement"] = _ratio(sums["agreement"], tokens)
-    for i, name in enumerate(directions):
-      metrics[f"{prefix}/agreement/{name}"] = _ratio(
-        sums["agreement"][i], tokens[i]
-      )
-    for mean in ("entropy", "auxiliary_loss"):
-      metrics[f"{prefix}/{mean}"] = _ratio(sums[mean], one)
-  return metrics
 
 
 def learning_rate(run: run_lib.Run) -> optimizer.Schedule:

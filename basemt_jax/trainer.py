@@ -31,6 +31,7 @@ from flax import traverse_util
 from basemt_jax import (
   checkpointing,
   conversion,
+  metrics,
   partitioning,
   phases,
   prefetch,
@@ -94,6 +95,7 @@ class Hooks:
     evaluate: (model, variables, step) -> metrics such as BLEU; every
       `evaluate_every` steps.
     evaluate_every: 0: never.
+    bands: resource band of each direction; means by band are written too.
   """
 
   report: Callable[[Progress], None] = lambda progress: None
@@ -103,6 +105,7 @@ class Hooks:
     Callable[[model_lib.Transformer, Tree, int], Mapping[str, float]] | None
   ) = None
   evaluate_every: int = 0
+  bands: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -408,7 +411,11 @@ class Trainer:
     self._write(
       done.step,
       {
-        **scalar_metrics(sums, self._directions),
+        **metrics.scalars(
+          sums,
+          self._directions,
+          (*metrics.METRICS, *self._settings.metrics),
+        ),
         "tokens_per_second": speed,
         "steps_per_second": count / seconds,
         "learning_rate": float(done.learning_rate),
@@ -428,7 +435,8 @@ class Trainer:
 
   def _write(self, step: int, scalars: Mapping[str, float]) -> None:
     if jax.process_index() == 0:
-      self._writer.write_scalars(step, scalars)
+      means = metrics.band_means(scalars, self._hooks.bands)
+      self._writer.write_scalars(step, {**scalars, **means})
 
   def _check_finite(self, sums: dict[str, Any], phase: str) -> None:
     bad = int(sums["bad_step"])
@@ -667,48 +675,6 @@ def direction_losses(
     for i, name in enumerate(directions)
     if total is not None and total["weight"][i] > 0
   }
-
-
-def scalar_metrics(
-  sums: dict[str, Any], directions: Sequence[str]
-) -> dict[str, float]:
-  """Named scalars out of the sums of `steps.train_step`, on the host.
-
-  Per layer of experts: `load_max`, the share of tokens whose favourite is the
-  most wanted expert, times E (1 is even) before balancing; `agreement`, the
-  share of tokens routed to their favourite, also per direction; `entropy`.
-  """
-  weight, count = sums["weight"], float(sums["steps"])
-  scalars = {
-    "loss": float(sums["nll"].sum() / weight.sum()),
-    "objective": float(sums["loss"].sum() / weight.sum()),
-    "accuracy": float(sums["correct"].sum() / weight.sum()),
-    "gradient_norm": float(sums["grad_norm"]) / count,
-  }
-  for i, name in enumerate(directions):
-    if weight[i] > 0:
-      scalars[f"loss/{name}"] = float(sums["nll"][i] / weight[i])
-    scalars[f"target_tokens/{name}"] = float(weight[i])
-  for layer, router in sums["router"].items():
-    wanted = router["favourite"].sum(axis=0)
-    tokens = router["favourite"].sum(axis=1)
-    prefix = f"router/{layer}"
-    scalars[f"{prefix}/load_max"] = float(
-      wanted.max() * len(wanted) / max(1.0, wanted.sum())
-    )
-    scalars[f"{prefix}/agreement"] = float(
-      router["agreement"].sum() / max(1.0, tokens.sum())
-    )
-    for i, name in enumerate(directions):
-      if tokens[i] > 0:
-        scalars[f"{prefix}/agreement/{name}"] = float(
-          router["agreement"][i] / tokens[i]
-        )
-    scalars[f"{prefix}/entropy"] = float(router["entropy"]) / count
-    scalars[f"{prefix}/auxiliary_loss"] = (
-      float(router["auxiliary_loss"]) / count
-    )
-  return scalars
 
 
 class _on_sigterm:  # noqa: N801

@@ -39,6 +39,7 @@ from basemt_jax import (
   conversion,
   evaluation,
   heating,
+  metrics,
   optimizer,
   partitioning,
   routing,
@@ -245,7 +246,7 @@ class Log:
     kept = {
       name: round(float(value), 5)
       for name, value in scalars.items()
-      if name.startswith("dev/loss")
+      if _is_dev_loss(name)
       or name in ("loss", "steps_per_second", "gradient_norm", *_DEV_BLEU)
     }
     if kept:
@@ -258,6 +259,16 @@ class Log:
   def close(self) -> None:
     """Closes the file."""
     self._file.close()
+
+
+def _is_dev_loss(name: str) -> bool:
+  """Of the whole or a direction; means by band follow from those."""
+  found = metrics.parse(name)
+  return bool(
+    found
+    and (found.split, found.metric.name) == ("dev", "loss")
+    and not found.is_group
+  )
 
 
 CONSOLE = run.Console(

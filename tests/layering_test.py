@@ -24,7 +24,7 @@ LIGHT = {
     "checkpointing",
     "processes",
   ),
-  *("steps", "prefetch", "trainer"),
+  *("steps", "metrics", "prefetch", "trainer"),
   *("decoding", "translation"),
   "files",
 }

@@ -468,7 +468,7 @@ def test_evaluates_and_translates_as_we_do(sparse):
     k: jnp.asarray(v) for k, v in toy.batch(rows=4).items() if k != "direction"
   }
   _, plain = jax.eval_shape(model.eval_fn, params, features, mutables)
-  assert plain.keys() == {"loss", "accuracy"}
+  assert plain.keys() == {"loss", "accuracy", "target_tokens"}
   tokens = np.asarray(features["encoder_input_tokens"])
   sources = [row[row > 0].tolist() for row in tokens]
   tokens = np.pad(tokens, ((0, 0), (0, 8)))

@@ -19,6 +19,7 @@ from basemt_jax import (
   checkpointing,
   conversion,
   heating,
+  metrics,
   optimizer,
   partitioning,
   prefetch,
@@ -330,7 +331,7 @@ def eager_records(store):
     fetched = jax.device_get(sums)
     if step in REPORTED:
       scalars = {
-        **trainer.scalar_metrics(fetched, toy.DIRECTIONS),
+        **metrics.scalars(fetched, toy.DIRECTIONS),
         "learning_rate": float(settings.learning_rate(step - 1)),
         "temperature": float(step),
       }

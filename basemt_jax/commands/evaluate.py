@@ -63,11 +63,7 @@ def print_evaluation(run: Any, result: Any, writer: Any = None) -> None:
 next: echo "..." | basemt translate --model_dir {run.model_dir} --to {target}
       tensorboard --logdir {run.model_dir}""")
   if writer is not None:
+    means = evaluation.summarise(result.results)
     writer.write_scalars(
-      result.step,
-      {
-        f"{result.split}/bleu/{m.name}": m.bleu
-        for m in evaluation.summarise(result.results)
-        if m.bleu is not None
-      },
+      result.step, evaluation.scalars(result.split, result.results, means)
     )
