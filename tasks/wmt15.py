@@ -66,22 +66,21 @@ TEST_YEARS = {
 _NEW = {"et", "lv", "lt", "ro", "hi", "kk", "gu"}
 
 
-def split_of(name: str, pair: raw_text.Pair) -> str | None:
-  """Which split a raw file is of; None for other years' dev and test sets.
+def evaluation(name: str, pair: raw_text.Pair) -> str | None:
+  """Which split a dev or test set is of; None for sets of other years.
 
   The dev set is the newstest of the year before the test set's, or the newsdev
   of the same year for languages that were new.
   """
-  found = re.search(r"(news[a-z]*)(20\d\d)|newssyscomb", name.lower())
-  if not found or found[1] not in ("newstest", "newsdev"):
-    other = found or re.search(r"(?<![a-z])(dev|test|valid)", name.lower())
-    return None if other else "train"
-  language = pair[1]
-  year = TEST_YEARS[language]
-  if (found[1], int(found[2])) == ("newstest", year):
+  found = re.search(r"(newstest|newsdev)(20\d\d)", name.lower())
+  if not found:
+    return None
+  year = TEST_YEARS[pair[1]]
+  if found.groups() == ("newstest", str(year)):
     return "test"
-  dev = ("newsdev", year) if language in _NEW else ("newstest", year - 1)
-  return "validation" if (found[1], int(found[2])) == dev else None
+  is_new = pair[1] in _NEW
+  dev = ("newsdev", str(year)) if is_new else ("newstest", str(year - 1))
+  return "validation" if found.groups() == dev else None
 
 
 BENCHMARK = benchmark.Benchmark(
@@ -90,7 +89,7 @@ BENCHMARK = benchmark.Benchmark(
   raw_text.Names(
     pairs=tuple(("en", language) for language in PAIRS),
     spellings={"cz": "cs", "cn": "zh", "ch": "zh"},
-    split_of=split_of,
+    evaluation=evaluation,
     tables={
       r"plaintext-format|czeng": ("cs", "en"),
       r"hindencorp": ("en", "hi"),

@@ -6,6 +6,7 @@ import json
 import os
 import pathlib
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -104,7 +105,8 @@ def train_pairs(folder, pair):
 
 
 def letters(text):
-  return "".join(c for c in text.casefold() if c.isalnum()) or text
+  kept = (c for c in text.casefold() if unicodedata.category(c)[0] not in "PZ")
+  return "".join(kept) or text
 
 
 def test_what_is_kept_is_what_the_definition_says(raw, prepared):
@@ -257,6 +259,149 @@ def test_another_preparation_of_the_folder_is_refused(raw, prepared):
   other = cleaning.Options(shard_bytes=20_000, max_characters=61)
   with pytest.raises(ValueError, match=r"something else \(other options\)"):
     preparation.prepare(raw, out, NAMES, other, processes=0)
+
+
+# Ordinary words whose letters have more than one form.
+FORMS = {
+  "vi": ["Tiếng Việt bạn học", "mưa nắng sữa phố"],
+  "bn": ["আমি বাড়ি যাই না।", "সে সময় পায় না।"],
+  "ko": ["안녕하세요 여러분", "한국어 문장"],
+  "hi": ["ज़रूर पढ़ना", "फल और फूल"],
+  "el": ["Άνθρωπος και θάλασσα", "ῥέω ᾳ"],
+}
+
+
+@pytest.mark.parametrize("form", ["NFC", "NFD", "NFKC", "NFKD"])
+@pytest.mark.parametrize("language", FORMS)
+def test_held_out_text_leaves_in_every_form(tmp_path, language, form):
+  held_out = FORMS[language]
+  in_form = [unicodedata.normalize(form, text) for text in held_out]
+  table = "".join(f"train {i}\t{text}\n" for i, text in enumerate(in_form))
+  raw = files(
+    tmp_path / "raw",
+    {
+      f"web.en-{language}.tsv": table.encode() + b"kept\tkept\n",
+      f"test.en-{language}.tsv": "".join(
+        f"test {i}\t{text}\n" for i, text in enumerate(held_out)
+      ).encode(),
+    },
+  )
+  names = raw_text.Names((("en", language),))
+  preparation.prepare(raw, tmp_path / "out", names, processes=0)
+  assert train_pairs(tmp_path / "out", f"en-{language}") == [[("kept", "kept")]]
+  tests = (tmp_path / "out" / f"en-{language}.test.tsv").read_text()
+  assert [line.split("\t")[1] for line in tests.splitlines()] == [
+    unicodedata.normalize("NFC", text) for text in held_out
+  ]
+
+
+@hypothesis.given(st.text(max_size=12), st.text(max_size=12))
+def test_what_is_compared_keeps_letters_marks_and_digits(first, second):
+  """Texts are the same only if all their letters, marks and digits are."""
+
+  def kept(text):
+    text = unicodedata.normalize("NFC", cleaning.normalise(text).casefold())
+    kinds = [(c, unicodedata.category(c)[0]) for c in text]
+    return unicodedata.normalize(
+      "NFC", "".join(c for c, k in kinds if k in "LMNS")
+    )
+
+  if cleaning.compared(first) == cleaning.compared(second):
+    assert kept(first) == kept(second)
+  for text in (first, second):
+    spaced = " " + " ".join(cleaning.normalise(text)) + "!"
+    if kept(text) and unicodedata.is_normalized("NFC", spaced):
+      assert kept(spaced) == kept(cleaning.compared(spaced))
+
+
+@pytest.mark.parametrize(
+  "first, second",
+  [
+    ("फल", "फूल"),  # Fruit, flower.
+    ("má", "mà"),
+    ("mạ", "ma"),
+    ("كَتَبَ", "كُتِبَ"),
+    ("שָׁלוֹם", "שלום"),
+    ("কল", "কলা"),
+    ("ไม่", "ไม้"),
+    ("ကား", "ကာ"),
+    ("5 €", "5 $"),
+  ],
+)
+def test_a_mark_makes_another_sentence(first, second):
+  assert cleaning.compared(first) != cleaning.compared(second)
+
+
+def test_sets_that_are_not_used_stay_out_of_training(tmp_path):
+  """Second test sets, and one side whose other one is not there."""
+  sets = ["newstest2013", "newstest2014", "flores200.devtest", "wmttest2022"]
+  contents = {
+    "web.en-de.tsv": "".join(
+      f"{name} en\tanders {i}\nother {i}\t{name} de\n"
+      for i, name in enumerate([*sets, "newsdev2019", "kept"])
+    ).encode()
+  }
+  for name in sets:
+    contents[f"{name}.en-de.en"] = f"{name.upper()}, EN!\n".encode()
+    contents[f"{name}.en-de.de"] = f"{name} de\n".encode()
+  contents["newsdev2019-ende-ref.de.sgm"] = sgm(["newsdev2019 de"])
+  raw = files(tmp_path / "raw", contents)
+  names = raw_text.Names((("en", "de"),))
+  report = preparation.prepare(raw, tmp_path / "out", names, processes=0)
+  found = {
+    x for pair in train_pairs(tmp_path / "out", "en-de")[0] for x in pair
+  }
+  left = {"anders 5", "kept en", "other 5", "kept de"}
+  assert found == left | {"newsdev2019 en", "anders 4"}
+  assert len(report["held_out"]) == 4
+  assert report["evaluation"]["en-de.test.tsv"]["made_of"].startswith("flores")
+  # Asked for by name, another is the test set.
+  names = raw_text.Names((("en", "de"),), decided={"test": ("newstest2014*",)})
+  report = preparation.prepare(raw, tmp_path / "2", names, processes=0)
+  assert {
+    x for p in train_pairs(tmp_path / "2", "en-de")[0] for x in p
+  } == found
+  made_of = report["evaluation"]["en-de.test.tsv"]["made_of"]
+  assert made_of.startswith("newstest2014")
+
+
+@pytest.mark.parametrize("flag", ["train", "dev", "test", "held_out"])
+def test_doubts_are_asked_about(tmp_path, capsys, flag):
+  raw = files(
+    tmp_path / "raw",
+    {
+      "web.en-de.tsv": b"a test drive\tx\nb\tc\n",
+      "Test_Drive.en-de.en": b"A test drive\n",
+      "Test_Drive.en-de.de": b"Probefahrt\n",
+    },
+  )
+  command = ["prepare", "files", "--languages=en,de", "--processes=0"]
+  command += [f"--raw={raw}", f"--out={tmp_path / 'out'}"]
+  assert cli.main(command) == 1
+  told = capsys.readouterr().err
+  assert "Test_Drive.en-de.en" in told and "web" not in told
+  for each in ("train", "dev", "test", "held_out"):
+    assert f"--{each} " in told
+  assert cli.main([*command, f"--{flag}=Test_Drive*"]) == 0
+  train = train_pairs(tmp_path / "out", "en-de")[0]
+  drive, seen = ("A test drive", "Probefahrt"), ("a test drive", "x")
+  expected = {drive, seen, ("b", "c")} if flag == "train" else {("b", "c")}
+  assert set(train) == expected
+  made = {path.name for path in (tmp_path / "out").glob("*.tsv")}
+  evaluated = flag in ("dev", "test")
+  assert made == ({f"en-de.{flag}.tsv"} if evaluated else set())
+
+
+def test_globs_must_fit(tmp_path):
+  raw = files(tmp_path / "raw", {"a.en-de.tsv": b"x\ty\n"})
+  for decided, message in (
+    ({"test": ("b*",)}, r"no parallel text matches 'b\*', .* a\.en-de\.tsv"),
+    ({"test": ("a*",), "train": ("*",)}, "globs of test and train"),
+  ):
+    names = raw_text.Names((("en", "de"),), decided=decided)
+    with pytest.raises(ValueError, match=message):
+      preparation.prepare(raw, tmp_path / "out", names, processes=0)
+    shutil.rmtree(tmp_path / "out")
 
 
 def test_nothing_to_prepare(tmp_path):

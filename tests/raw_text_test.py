@@ -113,14 +113,15 @@ def test_every_layout_is_read(tmp_path):
       "LICENSE": b"",
     },
   )
-  texts, unused = found(raw, wmt15.BENCHMARK.raw, tmp_path / "work")
+  everything = found(raw, wmt15.BENCHMARK.raw, tmp_path / "work")
+  texts = everything.texts
   assert list(texts) == [("en", "cs")] and list(texts["en", "cs"]) == ["train"]
   kinds = {text.kind for text in texts["en", "cs"]["train"]}
   assert kinds == {"moses", "table", "bars", "jsonl", "tmx"}
   assert len(texts["en", "cs"]["train"]) == 9
   for text in texts["en", "cs"]["train"]:
     assert [(a.strip(), b.strip()) for a, b in lines(text)] == PAIRS, text.name
-  assert unused == ["LICENSE"]
+  assert everything.unused == ["LICENSE", "c/x_ch.txt (one side)"]
   # Useless files are not unpacked at all.
   assert not list((tmp_path / "work").rglob("readme"))
 
@@ -144,8 +145,8 @@ def test_test_sets_are_known_by_year_and_direction(tmp_path):
       "plain/newstest2018.en": ENGLISH,
     },
   )
-  texts, unused = found(raw, wmt15.BENCHMARK.raw, tmp_path / "work")
-  splits = texts["en", "cs"]
+  everything = found(raw, wmt15.BENCHMARK.raw, tmp_path / "work")
+  splits = everything.texts["en", "cs"]
   assert [t.name for t in splits["validation"]] == [
     "dev/newstest2017.en and newstest2017.cs"
   ]
@@ -153,8 +154,11 @@ def test_test_sets_are_known_by_year_and_direction(tmp_path):
   assert all(t.directed for t in splits["test"])
   into_english = next(t for t in splits["test"] if t.languages[0] == "cs")
   assert [a for a, _ in lines(into_english)] == ["x", "y & z", "w"]
-  assert "dev/newstest2016.en and newstest2016.cs" in unused
-  assert "plain/newstest2018.en and newstest2018.cs" in unused
+  assert {text.name for text in everything.held_out} == {
+    "dev/newstest2016.en and newstest2016.cs",
+    "plain/newstest2018.en and newstest2018.cs",
+    "sgm/newstest2018-ende-ref.de.sgm (one side)",
+  }
 
 
 # Names as the benchmarks' own archives have them.
@@ -194,10 +198,11 @@ def test_names_of_the_benchmarks(tmp_path, benchmark, path, language, split):
   data = sgm(["a"]) if "sgm" in path else b"a\tb\n"
   names = [ends[0] + ends[i] + ends[3] for i in (1, 2)]
   folder = files(tmp_path, dict.fromkeys(names, data))
-  texts, unused = raw_text.find([folder], benchmark.BENCHMARK.raw)
+  found = raw_text.find([folder], benchmark.BENCHMARK.raw)
   expected = {("en", language): [split]} if split else {}
-  assert {key: list(value) for key, value in texts.items()} == expected
-  assert bool(unused) == (split is None)
+  assert {key: list(value) for key, value in found.texts.items()} == expected
+  assert bool(found.held_out) == (split is None)
+  assert not found.unused and not found.doubtful
 
 
 @hypothesis.given(
@@ -282,11 +287,11 @@ def test_broken_downloads_are_refused(tmp_path):
     raw_text.unpack(raw, tmp_path / "work", names)
   # Nothing half is taken for whole: mended, it is unpacked from the start.
   (raw / "x.tgz").write_bytes(archive)
-  texts, _ = found(raw, names, tmp_path / "work")
+  texts = found(raw, names, tmp_path / "work").texts
   assert len(lines(texts["en", "de"]["train"][0])) == 9999
   whole = gzip.compress(b"a\tb\n" * 9999)
   (tmp_path / "x.en-de.tsv.gz").write_bytes(whole[:-9])
-  texts, _ = raw_text.find([tmp_path], names)
+  texts = raw_text.find([tmp_path], names).texts
   broken = next(t for t in texts["en", "de"]["train"] if t.kind == "table")
   with pytest.raises(ValueError, match=r"x\.en-de\.tsv\.gz cannot be read to"):
     lines(broken)
@@ -299,7 +304,7 @@ def test_archives_cannot_write_elsewhere(tmp_path):
     tmp_path / "a/raw",
     {"x.tgz": tar({member: b"a\tb\n"}), "y.zip": zipped({member: b"a\tb\n"})},
   )
-  texts, _ = found(raw, names, tmp_path / "a/work")
+  texts = found(raw, names, tmp_path / "a/work").texts
   assert len(texts["en", "de"]["train"]) == 2
   outside = [p for p in tmp_path.rglob("*.tsv") if "work" not in p.parts]
   assert not outside

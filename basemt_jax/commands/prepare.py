@@ -26,6 +26,19 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     metavar="XX,YY",
     help="of which all pairs are wanted; default: the benchmark's with English",
   )
+  for flag, what in (
+    ("train", "training text"),
+    ("dev", "the dev set"),
+    ("test", "the test set"),
+    ("held_out", "neither trained nor evaluated on"),
+  ):
+    parser.add_argument(
+      f"--{flag}",
+      action="append",
+      default=[],
+      metavar="GLOB",
+      help=f"files that are {what}, whatever their names say; repeatable",
+    )
   parser.add_argument(
     "--max_characters", type=int, help="of a side; default 1000"
   )
@@ -45,10 +58,16 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
   """Runs the command."""
+  import dataclasses
   import shlex
 
   from basemt_jax.corpora import cleaning, preparation
 
+  decided = {
+    "validation" if flag == "dev" else flag: tuple(getattr(options, flag))
+    for flag in ("train", "dev", "test", "held_out")
+    if getattr(options, flag)
+  }
   limits = {
     name: getattr(options, name)
     for name in ("max_characters", "max_ratio")
@@ -57,7 +76,7 @@ def run(options: argparse.Namespace) -> None:
   arguments = (
     options.raw,
     options.out,
-    _raw_names(options),
+    dataclasses.replace(_raw_names(options), decided=decided),
     cleaning.Options(**limits),
   )
   if options.beam is not None:

@@ -55,15 +55,11 @@ class Options:
         )
 
 
-def plain(text: str) -> str:
-  """Single plain spaces, no control characters; otherwise as it is."""
-  return " ".join(_CONTROL.sub("", text).split())
-
-
 def normalise(text: str) -> str:
-  """The plain text in NFC."""
+  """Unicode NFC, single plain spaces, no control characters."""
   # After control characters, which may stand between a letter and its mark.
-  return plain(unicodedata.normalize("NFC", _CONTROL.sub("", text)))
+  text = unicodedata.normalize("NFC", _CONTROL.sub("", text))
+  return " ".join(text.split())
 
 
 def fault(first: str, second: str, options: Options) -> str | None:
@@ -85,7 +81,7 @@ def sentence_keys(language: str, texts: Iterable[str]) -> np.ndarray:
     [
       int.from_bytes(
         hashlib.blake2b(
-          f"{language} {_letters(text)}".encode(), digest_size=8
+          f"{language} {compared(text)}".encode(), digest_size=8
         ).digest(),
         "little",
       )
@@ -95,12 +91,15 @@ def sentence_keys(language: str, texts: Iterable[str]) -> np.ndarray:
   )
 
 
-_NO_LETTERS = re.compile(r"[\W_]+")
+def compared(text: str) -> str:
+  """What of a text is compared: all but case, punctuation and spacing.
 
-
-def _letters(text: str) -> str:
-  """Letters and digits without case; the text itself if it has none."""
-  return _NO_LETTERS.sub("", text.casefold()) or text
+  Letters, digits, symbols, and the marks of every script stay; a text without
+  any is compared as it is.
+  """
+  folded = unicodedata.normalize("NFC", normalise(text).casefold())
+  kept = "".join(c for c in folded if unicodedata.category(c)[0] not in "PZC")
+  return unicodedata.normalize("NFC", kept) or folded
 
 
 def digest(line: bytes) -> bytes:

@@ -2,13 +2,12 @@
 
 The steps, for every pair of languages:
 
-1. Dev and test sets are taken as they are, but for spaces and control
-   characters.
-2. Every line of the training texts is normalised (Unicode NFC, single spaces,
-   no control characters), and dropped if a side is empty or too long, if the
-   sides' lengths in bytes are too different, or if either side is a sentence of
-   a dev or test set of its language, of whatever pair (letters and digits
-   compared, without case).
+1. Every line is normalised: Unicode NFC, single spaces, no control characters.
+2. Dev and test sets are kept whole. A line of the training texts is dropped if
+   a side is empty or too long, if the sides' lengths in bytes are too
+   different, or if either side is a sentence of a dev or test set of its
+   language, of whatever pair, used or not (compared without case, punctuation
+   and spaces).
 3. Equal pairs are dropped but one. A pair's digest tells the shard it goes to,
    and the order in it, so that shards are samples of the whole text.
 
@@ -43,7 +42,7 @@ from basemt_jax.corpora import cleaning, raw_text
 
 REPORT = "prepared.json"
 _WORK = ".work"
-_FILE_NAMES = {"train": "train", "validation": "dev", "test": "test"}
+_EVALUATION = {"validation": "dev", "test": "test"}
 _MAX_SHARDS = 512
 _SHOWN = 20  # Names of unused files in a table.
 
@@ -80,14 +79,20 @@ class Plan:
     jobs: One per pair of languages.
     held_out: Sorted `cleaning.sentence_keys` of all dev and test sets.
     evaluation: File name to lines, of dev and test sets.
-    unused: Names of raw files that are of no use.
+    sources: File name to the name of the text that it is made of.
+    kept_out: Names of dev and test sets that are not used.
+    unused: Names of raw files that are not parallel text of the corpus.
+    unread: Those among them that are dev or test sets by their names.
     missing: Pairs of languages without training text.
   """
 
   jobs: tuple[Job, ...]
   held_out: np.ndarray
   evaluation: Mapping[str, Sequence[bytes]]
+  sources: Mapping[str, str]
+  kept_out: tuple[str, ...]
   unused: tuple[str, ...]
+  unread: tuple[str, ...]
   missing: tuple[raw_text.Pair, ...]
 
 
@@ -100,66 +105,101 @@ def plan(
   """Unpacks archives, and finds what there is to do.
 
   Raises:
-    ValueError: no folder, no training text, or files that cannot be read.
+    ValueError: no folder, no training text, files that cannot be read, or texts
+      of which it is in doubt whether they are for training.
   """
   if not raw.is_dir():
     raise ValueError(f"The folder of raw text {str(raw)!r} does not exist.")
   unpacked = work / "unpacked"
   unpacked.mkdir(parents=True, exist_ok=True)
   raw_text.unpack(raw, unpacked, names)
-  found, unused = raw_text.find([raw, unpacked], names)
-  jobs, evaluation, keys = [], {}, [np.zeros(1, np.uint64)]
+  found = raw_text.find([raw, unpacked], names)
+  _check_doubts(found.doubtful)
+  jobs = []
   for pair in names.pairs:
-    splits = found.get(pair, {})
-    for split in ("validation", "test"):
-      for text in splits.get(split, ()):
-        pairs = _evaluation_pairs(text)
-        name = "-".join(text.languages if text.directed else pair)
-        if not text.directed and text.languages != pair:
-          pairs = [(b, a) for a, b in pairs]
-        lines = [f"{a}\t{b}".encode() for a, b in pairs]
-        evaluation[f"{name}.{_FILE_NAMES[split]}.tsv"] = lines
-        languages = text.languages if text.directed else pair
-        for i, language in enumerate(languages):
-          keys.append(
-            cleaning.sentence_keys(language, (sides[i] for sides in pairs))
-          )
-    if "train" in splits:
-      size = sum(text.text_bytes for text in splits["train"])
+    if texts := found.texts.get(pair, {}).get("train"):
+      size = sum(text.text_bytes for text in texts)
       shards = min(_MAX_SHARDS, -(-size // options.shard_bytes)) or 1
-      jobs.append(Job(pair, tuple(splits["train"]), shards))
+      jobs.append(Job(pair, tuple(texts), shards))
   if not jobs:
     raise ValueError(
       f"There is no training text of this benchmark in {str(raw)!r}: its files "
       "are known by their names; docs/data.md lists them."
     )
   trained = {job.pair for job in jobs}
-  lost = [
-    name
-    for name in evaluation
-    if not any(set(name.split(".")[0].split("-")) == set(p) for p in trained)
-  ]
-  for name in lost:
-    del evaluation[name]
+  keys, evaluation, sources = [np.zeros(1, np.uint64)], {}, {}
+  kept_out = list(found.held_out)
+  for pair, of_pair in found.texts.items():
+    for split in _EVALUATION.keys() & of_pair.keys():
+      for text in of_pair[split]:
+        if pair not in trained:
+          kept_out.append(text)
+          continue
+        name, pairs = _evaluation_set(text, pair, split)
+        evaluation[name] = [f"{a}\t{b}".encode() for a, b in pairs]
+        sources[name] = text.name
+        languages = text.languages if text.directed else pair
+        keys += _keys(languages, pairs)
+  for text in kept_out:
+    keys += _keys(text.languages, _pairs(text))
   return Plan(
     tuple(jobs),
     np.unique(np.concatenate(keys)),
-    evaluation,
-    (*unused, *lost),
+    dict(sorted(evaluation.items())),
+    sources,
+    tuple(sorted(text.name for text in kept_out)),
+    tuple(sorted(found.unused)),
+    tuple(sorted(found.unread)),
     tuple(pair for pair in names.pairs if pair not in trained),
   )
 
 
-def _evaluation_pairs(text: raw_text.Text) -> list[raw_text.Pair]:
-  """All pairs of a dev or test set that have two sides."""
+def _check_doubts(doubtful: Sequence[str]) -> None:
+  """Asks what only the user can know."""
+  if doubtful:
+    raise ValueError(
+      "by their names, these may be training text, or a dev or test set that "
+      f"must stay out of it: {_listed(doubtful)}; decide with --train GLOB, "
+      "--dev GLOB, --test GLOB or --held_out GLOB (neither trained nor "
+      f"evaluated on), such as --train '{doubtful[0].split(' and ')[0]}'"
+    )
+
+
+def _evaluation_set(
+  text: raw_text.Text, pair: raw_text.Pair, split: str
+) -> tuple[str, list[raw_text.Pair]]:
+  """The name and the pairs of a dev or test file."""
+  pairs = list(_pairs(text, strict=True))
+  if not text.directed and text.languages != pair:
+    pairs = [(b, a) for a, b in pairs]
+  name = "-".join(text.languages if text.directed else pair)
+  return f"{name}.{_EVALUATION[split]}.tsv", pairs
+
+
+def _keys(
+  languages: raw_text.Pair, pairs: Sequence[raw_text.Pair]
+) -> list[np.ndarray]:
+  return [
+    cleaning.sentence_keys(language, (sides[i] for sides in pairs))
+    for i, language in enumerate(languages)
+  ]
+
+
+def _pairs(text: raw_text.Text, strict: bool = False) -> list[raw_text.Pair]:
+  """The normalised pairs of a dev or test set that have two sides.
+
+  Raises:
+    ValueError: `strict`, and a line that cannot be read.
+  """
   pairs = []
   for block in raw_text.blocks(text):
     for sides in raw_text.pairs_of(text, block):
-      if isinstance(sides, str):
+      if not isinstance(sides, str):
+        first, second = map(cleaning.normalise, sides)
+        if first and second:
+          pairs.append((first, second))
+      elif strict:
         raise ValueError(f"{text.name} is a test set with a bad line: {sides}.")
-      first, second = map(cleaning.plain, sides)
-      if first and second:
-        pairs.append((first, second))
   return pairs
 
 
@@ -229,12 +269,24 @@ def begun(
     return
   work = out / _WORK
   work.mkdir(exist_ok=True)
-  note = work / "made_of.json"
-  if note.exists():
-    _check_identity(_read_json(note), identity, out)
-  else:
-    _write_json(note, identity)
+  _go_on(work, identity, out)
   yield work, None
+
+
+def _go_on(work: pathlib.Path, identity: Any, out: pathlib.Path) -> None:
+  """Takes over what an earlier run left in the work folder, if it fits."""
+  note = work / "made_of.json"
+  old = _read_json(note) if note.exists() else None
+  if old is not None and old != identity:
+    if any(
+      path.is_dir() and path.name != "unpacked" for path in work.iterdir()
+    ):
+      _check_identity(old, identity, out)
+    # Only archives were unpacked: that depends on these.
+    if any(old.get(key) != identity[key] for key in ("pairs", "files")):
+      shutil.rmtree(work / "unpacked", ignore_errors=True)
+  if old != identity:
+    _write_json(note, identity)
 
 
 def _check_identity(old: Any, new: Any, out: pathlib.Path) -> None:
@@ -255,6 +307,7 @@ def _identity(
   return {
     "pairs": [list(pair) for pair in names.pairs],
     "options": dataclasses.asdict(options),
+    "decisions": {split: list(x) for split, x in sorted(names.decided.items())},
     "files": [
       [str(path.relative_to(raw)), path.stat().st_size]
       for path in sorted(raw.rglob("*"))
@@ -476,9 +529,14 @@ def finish(
     (out / name).write_bytes(b"".join(line + b"\n" for line in lines))
   report: dict[str, Any] = {
     "pairs": {},
-    "evaluation": {name: len(x) for name, x in todo.evaluation.items()},
+    "evaluation": {
+      name: {"pairs": len(lines), "made_of": todo.sources[name]}
+      for name, lines in todo.evaluation.items()
+    },
+    "held_out": list(todo.kept_out),
     "missing": ["-".join(pair) for pair in todo.missing],
     "unused": list(todo.unused),
+    "unread": list(todo.unread),
     "max_characters": options.max_characters,
     "train_files": {},
     "made_of": _read_json(work / "made_of.json"),
@@ -533,14 +591,22 @@ def table(report: Mapping[str, Any]) -> str:
     )
     total.update(read=pair["read"], kept=pair["kept"])
   lines.append(f"{'all':<12} {total['read']:>14,} {total['kept']:>14,}")
-  if report["evaluation"]:
-    sets = ", ".join(f"{k} {n:,}" for k, n in report["evaluation"].items())
-    lines.append(f"dev and test: {sets}")
-  if report["missing"]:
-    lines.append(f"no training text: {', '.join(report['missing'])}")
-  if report["unused"]:
-    shown = report["unused"][:_SHOWN]
-    more = len(report["unused"]) - len(shown)
-    end = f", and {more:,} more" if more else ""
-    lines.append(f"not used: {', '.join(shown)}{end}")
+  for name, made in report["evaluation"].items():
+    lines.append(f"{name}: {made['pairs']:,} pairs of {made['made_of']}")
+  for title, what in (
+    ("held out of training, not used", "held_out"),
+    ("no training text", "missing"),
+    ("not used", "unused"),
+    ("dev or test sets that cannot be read, NOT held out", "unread"),
+  ):
+    if report[what]:
+      lines.append(f"{title}: {_listed(report[what])}")
   return "\n".join(lines)
+
+
+def _listed(names: Sequence[str]) -> str:
+  """The first of some names, and how many more there are."""
+  more = len(names) - _SHOWN
+  return ", ".join(names[:_SHOWN]) + (
+    f", and {more:,} more" if more > 0 else ""
+  )

@@ -11,15 +11,20 @@ bzip2 or xz, in folders and in (nested) tar and zip archives:
   `translation`;
 - TMX, `en-cs.bicleaner07.tmx`;
 - SGM test sets, `newstest2014-fren-{src.fr,ref.en}.sgm`, which are of one
-  direction.
+  direction; IWSLT's in XML, `IWSLT17.TED.tst2015.en-de.{en,de}.xml`.
 
-Where the languages are not in a file's name, they are looked for in the names
-of its folders. Text is read as a stream of *blocks*: a tuple of one `bytes`
-(tables) or two (one per side), with the same number of whole lines.
+The sides of a text may be called `src` and `ref`, `newstest2019-src.eng.txt`,
+and may be named by the split alone, `eng_Latn.dev` beside `deu_Latn.dev`. Which
+split a file is of is told by `splits`. Where the languages are not in a file's
+name, they are looked for in the names of its folders. Text is read as a stream
+of *blocks*: a tuple of one `bytes` (tables) or two (one per side), with the
+same number of whole lines.
 """
 
 import bz2
 import dataclasses
+import fnmatch
+import functools
 import gzip
 import html
 import itertools
@@ -31,12 +36,15 @@ import re
 import shutil
 import tarfile
 import zipfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import IO, Any
 from xml.etree import ElementTree
 
+from basemt_jax.corpora import splits
+
 _ARCHIVES = (".tar", ".tgz", ".tar.gz", ".tar.bz2", ".tar.xz", ".zip")
 _OPEN: dict[str, Any] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+_UNPACKED = ".files"  # Ends the name of a folder that was an archive.
 _BLOCK = 1 << 22
 _XML_LANGUAGE = "{http://www.w3.org/XML/1998/namespace}lang"
 
@@ -51,23 +59,37 @@ class Names:
   Attributes:
     pairs: Pairs of languages that are wanted.
     spellings: Other spellings to languages, 'cz' to 'cs'.
-    split_of: (Name of a file, its languages) to 'train', 'validation', 'test',
-      or None for a file that is not used.
+    evaluation: (Name of a dev or test set, its languages) to 'validation',
+      'test', or None for one that is not used; None: as `splits.split_of` says.
     tables: Regular expressions for paths of tables whose languages are in no
       name, to the languages of their last two columns.
+    decided: Split to globs of files that are of it, whatever their names say;
+      'held_out' is neither trained nor evaluated on. A glob is compared with a
+      file's path in the folder, and with its name alone.
   """
 
   pairs: tuple[Pair, ...]
   spellings: Mapping[str, str] = dataclasses.field(default_factory=dict)
-  split_of: Callable[[str, Pair], str | None] = lambda name, _: split_of(name)
+  evaluation: Callable[[str, Pair], str | None] | None = None
   tables: Mapping[str, Pair] = dataclasses.field(default_factory=dict)
+  decided: Mapping[str, tuple[str, ...]] = dataclasses.field(
+    default_factory=dict
+  )
 
   def language(self, spelled: str) -> str | None:
     """The language that is spelled so, or None."""
-    known = {language for pair in self.pairs for language in pair}
     if spelled in self.spellings:
       return self.spellings[spelled]
-    return spelled if spelled in known else None
+    return spelled if spelled in self.languages else None
+
+  @functools.cached_property
+  def languages(self) -> frozenset[str]:
+    """All languages of the pairs."""
+    return frozenset(language for pair in self.pairs for language in pair)
+
+  def said(self, path: str) -> str:
+    """The split that a path tells; see `splits.split_of`."""
+    return splits.split_of(path, self.languages | self.spellings.keys())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,22 +119,6 @@ class Text:
       os.path.getsize(p) * (4 if pathlib.Path(p).suffix in _OPEN else 1)
       for p in self.paths
     )
-
-
-def split_of(name: str) -> str:
-  """The split that a path tells: 'test', 'dev' or 'valid', or else training.
-
-  What stands in the file's name counts before what its folders are called.
-  """
-  for part in reversed(pathlib.PurePosixPath(name.lower()).parts):
-    for pattern, split in (
-      ("train", "train"),
-      ("test", "test"),
-      ("dev|valid", "validation"),
-    ):
-      if re.search(rf"(?<![a-z])({pattern})", part):
-        return split
-  return "train"
 
 
 # ---------------------------------------------------------------- finding
@@ -145,7 +151,7 @@ def unpack(raw: pathlib.Path, work: pathlib.Path, names: Names) -> None:
     path, name = todo.pop()
     if not path.name.lower().endswith(_ARCHIVES):
       continue
-    target = work / f"{name}.files"
+    target = work / f"{name}{_UNPACKED}"
     if not target.exists():
       partial = work / f"{name}.partial"
       shutil.rmtree(partial, ignore_errors=True)
@@ -196,66 +202,174 @@ def _files(folder: pathlib.Path) -> list[pathlib.Path]:
   return sorted(p for p in folder.rglob("*") if p.is_file())
 
 
-def find(
-  folders: Sequence[pathlib.Path], names: Names
-) -> tuple[dict[Pair, dict[str, list[Text]]], list[str]]:
-  """The parallel texts in folders, known by their names.
+@dataclasses.dataclass
+class Found:
+  """The parallel texts of a corpus.
+
+  Attributes:
+    texts: By pair of languages (as in `Names.pairs`) and split, in the order of
+      their names.
+    held_out: Dev and test sets that are not used. One side alone stands for
+      both.
+    unused: Names of files that are not parallel text of the corpus.
+    unread: Those among them that are dev or test sets by their names.
+    doubtful: Names of texts whose split cannot be told.
+  """
+
+  texts: dict[Pair, dict[str, list[Text]]]
+  held_out: list[Text]
+  unused: list[str]
+  unread: list[str]
+  doubtful: list[str]
+
+
+def find(folders: Sequence[pathlib.Path], names: Names) -> Found:
+  """Finds the parallel texts in folders, by their names.
+
+  Of several texts for 'validation' or 'test', those that were decided on are
+  taken, of these those that are directed, else the first; the others are held
+  out.
 
   Args:
     folders: of raw and unpacked files.
     names: of the corpus.
 
-  Returns:
-    Texts by pair of languages (as in `names.pairs`) and split, in the order of
-    their names; and the names of files that are not used. Of several texts
-    for 'validation' or 'test' those that are directed are taken, else the
-    first.
+  Raises:
+    ValueError: a glob of `names.decided` that no text has.
   """
-  found: dict[Pair, dict[str, list[Text]]] = {}
-  unused: list[str] = []
+  found = Found({}, [], [], [], [])
+  decided: dict[str, str] = {}
+  texts = _texts(folders, names, found)
+  _check_globs(names.decided, [name for _, files in texts for name in files])
+  for text, files in texts:
+    pair = next((p for p in names.pairs if set(p) == set(text.languages)), None)
+    split = _decision(files, names.decided)
+    if split:
+      decided[text.name] = split
+    else:
+      split = names.said(files[0])
+      if text.kind == "sgm" and split not in (splits.VALIDATION, splits.TEST):
+        split = splits.TEST
+      if pair and names.evaluation and split in _EVALUATION:
+        split = names.evaluation(files[0], pair) or splits.HELD_OUT
+    alone = len(set(text.languages)) == 1
+    if split == splits.HELD_OUT or (alone and split in _EVALUATION):
+      found.held_out.append(text)
+    elif pair is None:
+      found.unused.append(text.name)
+    elif split == splits.DOUBTFUL:
+      found.doubtful.append(text.name)
+    else:
+      found.texts.setdefault(pair, {}).setdefault(split, []).append(text)
+  for of_pair in found.texts.values():
+    for split in _EVALUATION & of_pair.keys():
+      of_pair[split], others = _best(of_pair[split], decided)
+      found.held_out += others
+  found.unread = [n for n in found.unused if names.said(n) in _EVALUATION]
+  return found
+
+
+_EVALUATION = frozenset((splits.VALIDATION, splits.TEST))
+
+
+def _decision(
+  files: Sequence[str], decided: Mapping[str, Sequence[str]]
+) -> str | None:
+  """The split that the user has decided on for a text's files."""
+  found = {
+    split
+    for split, globs in decided.items()
+    for glob in globs
+    for file in files
+    if _matches(file, glob)
+  }
+  if len(found) > 1:
+    raise ValueError(
+      f"{files[0]} is matched by the globs of {' and '.join(sorted(found))}: "
+      "let one of them decide"
+    )
+  return found.pop() if found else None
+
+
+def _matches(file: str, glob: str) -> bool:
+  both = (file, pathlib.PurePosixPath(file).name)
+  return any(fnmatch.fnmatchcase(name, glob) for name in both)
+
+
+def _check_globs(
+  decided: Mapping[str, Sequence[str]], files: Sequence[str]
+) -> None:
+  for split, globs in decided.items():
+    for glob in globs:
+      if not any(_matches(file, glob) for file in files):
+        raise ValueError(
+          f"no parallel text matches {glob!r}, which is to be {split}: name "
+          f"files as they are found, such as {', '.join(files[:3]) or 'none'}"
+        )
+
+
+def _texts(
+  folders: Sequence[pathlib.Path], names: Names, found: Found
+) -> list[tuple[Text, list[str]]]:
+  """Texts with the names of their files; notes the files that are none."""
   sides: dict[tuple[pathlib.Path, str], dict[str, tuple[str, str, _File]]] = {}
+  texts: list[tuple[Text, list[str]]] = []
   for folder in folders:
     for path in _files(folder):
-      relative = pathlib.PurePosixPath(path.relative_to(folder))
+      name = str(path.relative_to(folder)).replace(f"{_UNPACKED}/", "/")
       if path.name.lower().endswith(_ARCHIVES):
         continue
-      file = _parse(relative, names)
+      file = _parse(pathlib.PurePosixPath(name), names)
       if file is None:
-        unused.append(str(relative))
+        found.unused.append(name)
       elif file.side is not None:
         language = str(names.language(file.side))
         group = sides.setdefault((path.parent, f"{file.kind}:{file.key}"), {})
-        group.setdefault(language, (str(path), str(relative), file))
+        if language in group:  # Such as a second reference.
+          texts.append(_alone(str(path), name, file, language))
+        else:
+          group[language] = (str(path), name, file)
       else:
         assert file.spelled is not None
-        text = _text(str(relative), file.kind, file.spelled, (path,), names)
-        _add(found, unused, text, names)
+        texts.append(
+          (_text(name, file.kind, file.spelled, (path,), names), [name])
+        )
   for group in sides.values():
-    for text in _side_by_side(group, names):
-      _add(found, unused, text, names)
-  for splits in found.values():
-    for split in ("validation", "test"):
-      if split in splits:
-        splits[split], others = _best(splits[split])
-        unused += others
-  return found, sorted(unused)
+    texts += _side_by_side(group, names)
+  return sorted(texts, key=lambda t: (t[0].name, t[0].paths))
+
+
+def _alone(
+  path: str, name: str, file: _File, language: str
+) -> tuple[Text, list[str]]:
+  """A side whose other one is not there, as a text of one language."""
+  both, spelled = (language, language), (str(file.side), str(file.side))
+  text = Text(
+    f"{name} (one side)", file.kind, both, False, (path, path), spelled
+  )
+  return text, [name]
 
 
 def _side_by_side(
   group: Mapping[str, tuple[str, str, _File]], names: Names
-) -> Iterator[Text]:
+) -> Iterator[tuple[Text, list[str]]]:
   """The texts that the sides in one folder with one stem make."""
+  together = set()
   for first, second in names.pairs:
     if first not in group or second not in group:
       continue
-    (path_a, name, a), (path_b, _, b) = group[first], group[second]
+    together |= {first, second}
+    (path_a, name_a, a), (path_b, name_b, b) = group[first], group[second]
     spelled: Pair = (str(a.side), str(b.side))
     paths: tuple[str, ...] = (path_a, path_b)
     if a.directed and a.spelled and names.language(a.spelled[0]) == second:
       spelled, paths = spelled[::-1], paths[::-1]
-    name = f"{name} and {pathlib.Path(path_b).name}"
+    name = f"{name_a} and {pathlib.Path(path_b).name}"
     text = _text(name, a.kind, spelled, paths, names)
-    yield dataclasses.replace(text, directed=a.directed)
+    yield dataclasses.replace(text, directed=a.directed), [name_a, name_b]
+  for language in group.keys() - together:
+    path, name, file = group[language]
+    yield _alone(path, name, file, language)
 
 
 def _text(
@@ -267,32 +381,18 @@ def _text(
   )
 
 
-def _add(
-  found: dict[Pair, dict[str, list[Text]]],
-  unused: list[str],
-  text: Text,
-  names: Names,
-) -> None:
-  pair = next(
-    (p for p in names.pairs if p in (text.languages, text.languages[::-1])),
-    None,
-  )
-  split = names.split_of(text.name, pair) if pair else None
-  if pair is None or split is None:
-    unused.append(text.name)
-  else:
-    found.setdefault(pair, {}).setdefault(split, []).append(text)
-
-
-def _best(texts: list[Text]) -> tuple[list[Text], list[str]]:
-  """The texts to evaluate on, at most one per direction, and other names."""
-  ranked = sorted(texts, key=lambda t: (not t.directed, t.name, t.paths))
+def _best(
+  texts: list[Text], decided: Iterable[str]
+) -> tuple[list[Text], list[Text]]:
+  """The texts to evaluate on, at most one per direction, and the others."""
+  first_choice = [t for t in texts if t.name in decided] or texts
+  ranked = sorted(first_choice, key=lambda t: (not t.directed, t.name, t.paths))
   if ranked[0].directed:
     by_direction = {t.languages: t for t in reversed(ranked) if t.directed}
     best = [by_direction[key] for key in sorted(by_direction)]
   else:
     best = ranked[:1]
-  return best, [t.name for t in ranked if t not in best]
+  return best, [t for t in texts if t not in best]
 
 
 def _parse(path: pathlib.PurePosixPath, names: Names) -> _File | None:
@@ -310,16 +410,23 @@ def _parse(path: pathlib.PurePosixPath, names: Names) -> _File | None:
   stem, suffix = os.path.splitext(name)
   if suffix in kinds:
     return _File(kinds[suffix], stem, spelled) if spelled else None
-  if suffix == ".sgm":
-    return _parse_sgm(stem, names)
+  is_markup = suffix in (".sgm", ".sgml") or (
+    suffix == ".xml" and names.said(str(path)) in _EVALUATION
+  )
+  if is_markup:
+    return _parse_sgm(stem, names) or _side(stem, names, spelled, "sgm")
   if suffix and _pair_in(suffix, names) and spelled:
     return _File("bars", stem, spelled)
-  return _moses(name, names, spelled)
+  language, _, split = name.partition(".")
+  if names.language(language) and split in ("dev", "devtest", "test"):
+    return _File("moses", split, spelled, language)
+  return _side(name.removesuffix(".txt"), names, spelled, "moses")
 
 
-def _moses(name: str, names: Names, spelled: Pair | None) -> _File | None:
-  """One side of a Moses pair: what stands before a language at the end."""
-  name = name.removesuffix(".txt")
+def _side(
+  name: str, names: Names, spelled: Pair | None, kind: str
+) -> _File | None:
+  """One side of a pair: what stands before a language at the end."""
   # The longest ending that is a language: 'pt_XX' before 'XX'.
   for match in re.finditer(r"[._]", name):
     side = name[match.end() :]
@@ -328,19 +435,16 @@ def _moses(name: str, names: Names, spelled: Pair | None) -> _File | None:
       continue
     if spelled and language not in map(names.language, spelled):
       return None
-    return _File("moses", name[: match.start()], spelled, side)
+    key = re.sub(r"[-.](src|ref([-.](ref)?[A-Z])?)$", "", name[: match.start()])
+    return _File(kind, key, spelled, side)
   return None
 
 
 def _parse_sgm(stem: str, names: Names) -> _File | None:
-  """A side of a test set, 'newstest2014-fren-src.fr', 'newstest2013-src.en'."""
-  match = re.fullmatch(
-    r"(.+?)(?:-([a-z]{2})([a-z]{2}))?-(?:src|ref)\.(\w+)", stem
-  )
+  """A side of a test set, 'newstest2014-fren-src.fr'."""
+  match = re.fullmatch(r"(.+?)-([a-z]{2})([a-z]{2})-(?:src|ref)\.(\w+)", stem)
   if not match or names.language(match[4]) is None:
     return None
-  if match[2] is None:
-    return _File("sgm", match[1], None, match[4])
   spelled = (match[2], match[3])
   if None in map(names.language, spelled):
     return None
@@ -480,7 +584,7 @@ def _bars(line: str, unused_text: Text) -> Pair | str:
 def _json(line: str, text: Text) -> Pair | str:
   try:
     value = json.loads(line)
-  except ValueError:
+  except (ValueError, RecursionError):
     return "bad JSON"
   if isinstance(value, dict) and isinstance(value.get("translation"), dict):
     value = value["translation"]
@@ -489,6 +593,8 @@ def _json(line: str, text: Text) -> Pair | str:
   ]
   if not all(isinstance(side, str) for side in sides):
     return "texts missing in JSON"
+  if any("\ud800" <= c <= "\udfff" for side in sides for c in str(side)):
+    return "lone surrogate"
   return str(sides[0]), str(sides[1])
 
 
