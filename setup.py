@@ -62,6 +62,7 @@ setuptools.setup(
     "sentencepiece>=0.2",
     "seqio>=0.0.20",
     "tensorboard",
+    "xxhash>=3",
   ],
   extras_require={
     "gpu": ["jax[cuda13]"],

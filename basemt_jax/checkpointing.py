@@ -96,6 +96,7 @@ class Checkpoints:
     directory: MODEL_DIR; created if need be.
     keep: Most recent checkpoints to keep; the best by dev loss is kept too.
     read_only: Neither create nor clean anything.
+    verify: Compare what is restored with its checksums.
   """
 
   def __init__(
@@ -103,8 +104,10 @@ class Checkpoints:
     directory: str | pathlib.Path,
     keep: int = 3,
     read_only: bool = False,
+    verify: bool = True,
   ):
     self.directory = epath.Path(directory)
+    self._verify = verify
     if read_only and not self.directory.is_dir():
       raise ValueError(
         f"no checkpoints: {directory} is not a directory; give the MODEL_DIR "
@@ -157,6 +160,32 @@ class Checkpoints:
   def steps(self) -> list[int]:
     """Steps of all complete checkpoints, ascending."""
     return sorted(self._manager.all_steps())
+
+  def step_of(self, which: str | int) -> int:
+    """The step of 'latest', 'best' (lowest dev loss) or a number.
+
+    Raises:
+      ValueError: There is no such checkpoint.
+    """
+    available = self.steps()
+    if not available:
+      raise ValueError(f"{self.directory} holds no checkpoints; train first")
+    if which == "latest":
+      return available[-1]
+    if which == "best":
+      best = self.best_step()
+      if best is None:
+        raise ValueError(
+          f"no checkpoint in {self.directory} has a dev loss; ask for 'latest' "
+          f"or one of the steps {available}"
+        )
+      return best
+    if not str(which).isdigit() or int(which) not in available:
+      raise ValueError(
+        f"no checkpoint of step {which!r} in {self.directory}; there are steps "
+        f"{available}, 'latest' and 'best'"
+      )
+    return int(which)
 
   def save(
     self,

@@ -319,7 +319,7 @@ def translate_texts(
   translator: translation.Translator,
   vocabulary: Vocabulary,
   texts: Sequence[str],
-  prefix: str = "",
+  tag: Callable[[str], str] = str,
   progress: Callable[[int, int], None] | None = None,
 ) -> list[list[tuple[float, str]]]:
   """Translates lines of text.
@@ -328,15 +328,14 @@ def translate_texts(
     translator: The model.
     vocabulary: Of the model.
     texts: Lines. Blank ones translate to blank ones.
-    prefix: Put before every line, such as the tag '<2de> '.
+    tag: Puts around a line what asks for the language wanted; nothing unless
+      given.
     progress: See `Translator.translate`.
 
   Returns:
     For each line its hypotheses as (score, one line of text), best first.
   """
-  ids = [
-    vocabulary.encode(prefix + text) if text.strip() else [] for text in texts
-  ]
+  ids = [vocabulary.encode(tag(text)) if text.strip() else [] for text in texts]
   return [
     [
       (hypothesis.score, one_line(vocabulary.decode(list(hypothesis.ids))))

@@ -8,14 +8,21 @@ from collections.abc import Mapping
 from typing import Any
 
 
-def write_atomically(path: str | os.PathLike[str], text: str) -> None:
-  """Writes a text file so that a reader sees all of it or the file before."""
+def write_atomically(
+  path: str | os.PathLike[str], content: str | bytes
+) -> None:
+  """Writes a file so that a reader sees all of it or the file before.
+
+  Args:
+    path: the file; its folder is made.
+    content: text is written in UTF-8.
+  """
   directory = os.path.dirname(os.fspath(path)) or "."
   os.makedirs(directory, exist_ok=True)
   handle, temporary = tempfile.mkstemp(dir=directory, prefix=".writing-")
   try:
-    with open(handle, "w", encoding="utf-8", newline="\n") as file:
-      file.write(text)
+    with open(handle, "wb") as file:
+      file.write(content.encode() if isinstance(content, str) else content)
     # mkstemp lets nobody else read; results are as public as other files.
     mask = os.umask(0)
     os.umask(mask)

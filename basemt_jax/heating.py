@@ -160,6 +160,51 @@ class _Interpolated:
     return f"{self.curve}({self.start}, {self.end}, {self.steps})"
 
 
+@dataclasses.dataclass(frozen=True)
+class Tabulated:
+  """A schedule by its values at some steps, even between them, flat after.
+
+  What is kept of a schedule that is somebody's function.
+
+  Attributes:
+    name: Of the function.
+    steps: Rising.
+    temperatures: At the steps.
+  """
+
+  name: str
+  steps: tuple[int, ...]
+  temperatures: tuple[float, ...]
+
+  def __call__(self, step: Any) -> Any:
+    """Temperatures of steps."""
+    # Of its reciprocal, which is finite for uniform sampling too.
+    cold = 1 / np.asarray(self.temperatures, np.float64)
+    with np.errstate(divide="ignore"):
+      return 1 / np.interp(step, self.steps, cold)
+
+  def __repr__(self) -> str:
+    return self.name
+
+
+_TABULATED = 512
+
+
+def tabulated(schedule: Schedule, steps: int) -> Schedule:
+  """The same schedule as plain data, over a run of so many steps.
+
+  One of this module is data already; of any other 513 values are kept.
+  """
+  if isinstance(schedule, (_Stepwise, _Interpolated, Tabulated)):
+    return schedule
+  at = np.unique(np.linspace(0, steps, _TABULATED + 1).astype(int))
+  return Tabulated(
+    describe(schedule),
+    tuple(at.tolist()),
+    tuple(temperatures(schedule, at).tolist()),
+  )
+
+
 def constant(temperature: float) -> Schedule:
   """The same temperature at every step (`inf`: uniform sampling)."""
   return stepwise((), (temperature,))

@@ -4,7 +4,7 @@
 
 Forward and backward (gradients of input and parameters) in training; forward
 with greedy routing at test time, also with every token at one expert, on
-weights rounded as `run.load` rounds them. All are timed in one process, in
+weights rounded as `trained.load` rounds them. All are timed in one process, in
 turn, on several input sets; the median is printed, and JSON written on request.
 T tokens, D model width, F feed-forward width, E experts.
 """

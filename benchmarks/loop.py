@@ -63,7 +63,7 @@ def write_store(directory: str, length: int, rows: int) -> row_store.RowStore:
     fingerprint={},
     splits={"train": stats},
   )
-  return row_store.RowStore.open(directory)
+  return row_store.RowStore(directory)
 
 
 class NoWriter:

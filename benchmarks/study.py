@@ -46,11 +46,13 @@ from basemt_jax import (
   run,
   sampling,
   steps,
+  trained,
   trainer,
+  training,
   translation,
 )
 from basemt_jax import model as model_lib
-from basemt_jax.data import batches, row_store, vocabulary
+from basemt_jax.data import batches, row_store
 from basemt_jax.inspection import run_report
 
 
@@ -319,23 +321,23 @@ def make_run(
     device = jax.devices()[0].device_kind
     log.write(**header, device=device, jax=jax.__version__)
     start = time.perf_counter()
-    outcome = run.train(described, log, CONSOLE)
+    outcome = training.train(described, log, CONSOLE)
     if outcome != "done":
       raise SystemExit(f"{name}: {outcome}, to be made again")
     log.write(trained_after=round(time.perf_counter() - start, 1))
-    trained = run.load(described, CONSOLE)
-    for layer in run_report.expert_maps(described, trained, "validation"):
+    model = trained.load(described, CONSOLE)
+    for layer in run_report.expert_maps(model, "validation"):
       shares = np.round(layer.shares, 4).tolist()
       log.write(
         layer=layer.layer, languages=layer.languages, expert_shares=shares
       )
     if header["network"] == "BalancedRouter":
-      log.write(dev_losses_by_affinity=losses_by_affinity(described, trained))
+      log.write(dev_losses_by_affinity=losses_by_affinity(described, model))
     if affinities:
-      found: Any = training_affinities(described, trained)
+      found: Any = training_affinities(described, model)
       np.savez(work / f"{name}_affinities.npz", **found)
     for beam in beams:
-      _translate(described, trained, beam, log, work / "translations")
+      _translate(described, model, beam, log, work / "translations")
     log.write(finished=round(time.perf_counter() - start, 1))
     path.with_suffix(".part").rename(path)
   shutil.rmtree(model_dir)
@@ -343,7 +345,7 @@ def make_run(
 
 def _translate(
   described: run.Run,
-  trained: run.Trained,
+  model: trained.Trained,
   beam: int,
   log: Log,
   folder: pathlib.Path,
@@ -351,9 +353,9 @@ def _translate(
   """Scores the test set; translations go to a file of their own."""
   search = dataclasses.replace(described.search, beam_size=beam)
   results, translations = evaluation.evaluate(
-    run.translator(dataclasses.replace(described, search=search), trained),
-    vocabulary.Vocabulary.load(trained.store.vocabulary),
-    run.direction_texts(trained.store, "test"),
+    model.translator(search),
+    model.pieces,
+    trained.direction_texts(model.store, "test"),
     thresholds=described.bands,
   )
   for result in results:
@@ -381,10 +383,10 @@ def pairs_of(store: row_store.RowStore) -> dict[str, int]:
 
 
 def losses_by_affinity(
-  described: run.Run, trained: run.Trained
+  described: run.Run, loaded: trained.Trained
 ) -> dict[str, float]:
   """Dev losses if prices do not count at test time."""
-  program, store = trained.program, trained.store
+  program, store = loaded.program, loaded.store
   config = dataclasses.replace(
     program.model.config, router=routing.BalancedRouter(prices_at_test=False)
   )
@@ -398,7 +400,7 @@ def losses_by_affinity(
   split = batches.eval_batches(store, "validation", described.batch_size)
   losses = trainer.direction_losses(
     unpriced.eval_step,
-    trained.variables,
+    loaded.variables,
     (partitioning.put_batch(batch, program.mesh) for batch in split),
     store.directions,
   )
@@ -406,7 +408,7 @@ def losses_by_affinity(
 
 
 def training_affinities(
-  described: run.Run, trained: run.Trained, count: int = 6
+  described: run.Run, loaded: trained.Trained, count: int = 6
 ) -> dict[str, np.ndarray]:
   """What the assignment is asked to solve, for benchmarks/assignment.py.
 
@@ -414,7 +416,7 @@ def training_affinities(
     By layer of experts: affinities [count, T, E] float32 of the first T tokens
     of `count` successive training batches, T a multiple of 128.
   """
-  model = trained.program.model
+  model = loaded.program.model
 
   @jax.jit
   def inputs(variables, batch):
@@ -431,12 +433,12 @@ def training_affinities(
       model_lib.forward(model, variables, batch, train=False)
     return found
 
-  source = described.train_batches(trained.store)
-  params = traverse_util.flatten_dict(trained.variables["params"], sep="/")
+  source = described.train_batches(loaded.store)
+  params = traverse_util.flatten_dict(loaded.variables["params"], sep="/")
   result: dict[str, list[np.ndarray]] = {}
   for _ in range(count):
-    batch = partitioning.put_batch(next(source), trained.program.mesh)
-    for layer, (h, mask) in inputs(trained.variables, batch).items():
+    batch = partitioning.put_batch(next(source), loaded.program.mesh)
+    for layer, (h, mask) in inputs(loaded.variables, batch).items():
       centroids = np.asarray(params[f"{layer}/expert_centroids"])
       tokens = np.asarray(h, np.float32)[np.asarray(mask)]
       result.setdefault(layer, []).append(tokens @ centroids.T)
@@ -462,7 +464,7 @@ def prepare(data: str, store: str, vocab_size: int, length: int) -> None:
   vocabulary_path = files.vocabulary_file(data, vocab_size)
   mixture = files.mixture(data, vocabulary_path)
   mixtures.build_store(mixture, {"inputs": length, "targets": length}, store)
-  found = row_store.RowStore.open(store)
+  found = row_store.RowStore(store)
   for name, pairs, rows in zip(
     found.directions, found.pairs("train"), found.rows("train"), strict=True
   ):
@@ -556,7 +558,7 @@ def main() -> None:
         "settings": settings_of(system),
         "network": network_of(system),
         "size": dataclasses.asdict(size),
-        "pairs": pairs_of(row_store.RowStore.open(options.store)),
+        "pairs": pairs_of(row_store.RowStore(options.store)),
       }
       model_dir = str(options.work / f"{name}_{seed}")
       described = run_of(system, size, seed, options.store, model_dir)

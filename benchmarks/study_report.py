@@ -29,7 +29,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 
-from basemt_jax import evaluation, run, steps
+from basemt_jax import evaluation, steps, trained
 from basemt_jax.data import row_store
 from benchmarks import study
 
@@ -472,10 +472,10 @@ def bootstrap(
   seed, p < 0.05; counts are over the seeds whose translations are there. `bleu`
   holds their means of all directions, the baseline's and the system's.
   """
-  store = row_store.RowStore.open(store_dir)
+  store = row_store.RowStore(store_dir)
   references = {
     text.direction: text.references
-    for text in run.direction_texts(store, "test")
+    for text in trained.direction_texts(store, "test")
   }
 
   def hypotheses(one: Finished) -> dict[str, list[str]] | None:

@@ -375,7 +375,7 @@ def test_model_operations_are_three_times_the_forward_pass_s(change):
 def test_batch_has_the_shapes_of_real_ones(tmp_path):
   from basemt_jax.data import row_store
 
-  store = row_store.RowStore.open(toy.write_store(tmp_path))
+  store = row_store.RowStore(toy.write_store(tmp_path))
   real = store.read("train", "en-de", np.arange(2))
   shapes = ahead_of_time.abstract_batch(2, store.lengths, toy.mesh())
   assert {k: (v.shape, v.dtype) for k, v in shapes.items()} == {

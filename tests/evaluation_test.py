@@ -297,7 +297,7 @@ def test_hypotheses_are_one_line_each():
 def test_translate_texts_keeps_blank_lines():
   echo = Echo()
   found = evaluation.translate_texts(
-    echo, Letters(), ["ab", "", "  ", "c"], prefix="z"
+    echo, Letters(), ["ab", "", "  ", "c"], tag="z{}".format
   )
   assert [nbest[0][1] for nbest in found] == ["zab", "", "", "zc"]
 

@@ -22,9 +22,17 @@ import seqio
 import toy
 
 import gin
-from basemt_jax import cli, evaluation, heating, partitioning, sampling
+from basemt_jax import (
+  cli,
+  evaluation,
+  heating,
+  partitioning,
+  sampling,
+  training,
+)
 from basemt_jax import model as model_lib
 from basemt_jax import run as run_lib
+from basemt_jax import trained as trained_lib
 from basemt_jax.data import batches, mixtures, row_store
 from basemt_jax.data import vocabulary as vocabulary_lib
 from basemt_jax.inspection import (
@@ -482,7 +490,7 @@ class _Jsonl:
 
 
 def _silent():
-  return run_lib.Console(*[lambda *_: None] * 4)
+  return run_lib.SILENT
 
 
 def _train(directory, dense_steps=0):
@@ -502,7 +510,7 @@ def _train(directory, dense_steps=0):
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(run_lib.Run, "mesh", lambda self: toy.mesh())
     writer = _Jsonl(directory / "model" / "metrics.jsonl")
-    assert run_lib.train(run, writer, _silent()) == "done"
+    assert training.train(run, writer, _silent()) == "done"
   return run
 
 
@@ -566,9 +574,11 @@ def test_a_model_is_loaded_in_the_type_it_multiplies_in(
   """The rounded parameters of float32, and the same dev losses."""
   mesh = toy.mesh(expert=expert)
   monkeypatch.setattr(run_lib.Run, "mesh", lambda self: mesh)
-  full = run_lib.load(trained, _silent())
+  full = trained_lib.load(trained, _silent())
   half = functools.partial(dataclasses.replace, toy.SPARSE, dtype="bfloat16")
-  loaded = run_lib.load(dataclasses.replace(trained, network=half), _silent())
+  loaded = trained_lib.load(
+    dataclasses.replace(trained, network=half), _silent()
+  )
   expected = model_lib.rounded(full.variables["params"], "bfloat16")
 
   def check(path, x, y):
@@ -589,9 +599,9 @@ def test_a_model_is_loaded_in_the_type_it_multiplies_in(
 
 def test_expert_maps_count_where_tokens_go(trained, one_device):
   """Against the model applied outside of any program, counted in Python."""
-  loaded = run_lib.load(trained, _silent())
+  loaded = trained_lib.load(trained, _silent())
   store = loaded.store
-  maps = run_report.expert_maps(trained, loaded, "validation", rows=2)
+  maps = run_report.expert_maps(loaded, "validation", rows=2)
   model = model_lib.Transformer(loaded.program.model.config)
   forward = jax.jit(functools.partial(model_lib.forward, model, train=False))
   counts = {}

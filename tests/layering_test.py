@@ -26,7 +26,7 @@ LIGHT = {
   ),
   *("steps", "metrics", "prefetch", "trainer"),
   *("decoding", "translation"),
-  "files",
+  *("files", "checksums", "plain_data"),
 }
 # What a room may import besides itself and the rooms of `BELOW`. The rest of
 # the root (`run`, `evaluation`) counts as the room "".

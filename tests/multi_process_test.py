@@ -238,7 +238,7 @@ jax.distributed.initialize(
 )
 def say(text):
   print(f"said: {text}", flush=True)
-store = row_store.RowStore.open(flags["store"])
+store = row_store.RowStore(flags["store"])
 first, second = np.asarray(jax.devices()).reshape(2, 4)
 assert first[0].process_index != second[0].process_index
 zipped = np.stack([first, second], axis=1).reshape(-1)
@@ -296,7 +296,7 @@ def test_global_batches_and_refusals_are_those_of_one_process(store, tmp_path):
   )
   # Gloo's own lines may break off anywhere between these.
   lines = re.findall("said: (.*)", output)
-  rows = reader(row_store.RowStore.open(store))
+  rows = reader(row_store.RowStore(store))
   assert lines[:4] == [digest(next(rows) for _ in range(3))] * 4
   assert lines[4:6] == ["fine"] * 2
   assert "the text of process 1 differs from that of process 0" in lines[6]

@@ -68,7 +68,7 @@ def store(tmp_path_factory):
     "validation": {"en-de": _write(directory, "validation", "en-de", 40)},
   }
   _header(directory, splits)
-  return row_store.RowStore.open(directory)
+  return row_store.RowStore(directory)
 
 
 def _heated(store, batch_size=32, seed=5, **options):

@@ -58,9 +58,7 @@ def compiled_once(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory):
-  return row_store.RowStore.open(
-    toy.write_store(tmp_path_factory.mktemp("store"))
-  )
+  return row_store.RowStore(toy.write_store(tmp_path_factory.mktemp("store")))
 
 
 class Log:

@@ -44,7 +44,7 @@ def run(options: argparse.Namespace) -> int:
   macros = {}
   if options.vocab_size:
     macros = {"MODEL_DIR": "unused", "MIXTURE_OR_TASK_NAME": "unused"}
-  run = configuration.configured(options, **macros)
+  run = configuration.configured(options, None, **macros)
   from basemt_jax import run as run_lib
   from basemt_jax.compilation import ahead_of_time, compile_report
 

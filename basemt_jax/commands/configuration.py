@@ -9,6 +9,7 @@ sentence.
 import argparse
 import contextlib
 import difflib
+import functools
 import logging
 import os
 import pathlib
@@ -26,18 +27,82 @@ class UsageError(ValueError):
   """The command line or the configuration is wrong."""
 
 
-def configured(options: argparse.Namespace, **macros: Any) -> Any:
-  """Parses the configuration and returns its `run.Run`."""
+def configured(
+  options: argparse.Namespace,
+  arguments: Mapping[str, Any] | None = None,
+  **macros: Any,
+) -> Any:
+  """Parses the configuration and returns its `run.Run`.
+
+  Args:
+    options: Flags.
+    arguments: Of `run.Run`, instead of what is configured for them, which is
+      then not evaluated.
+    **macros: Win over those of files.
+  """
   import gin
   from basemt_jax import processes
 
-  run_class = _parse(options, macros)
+  run_class = functools.partial(_parse(options, macros), **(arguments or {}))
   processes.check_same("the configuration", gin.config_str())
   try:
     # May make a vocabulary.
     return processes.in_turn(run_class)
   except TypeError as error:  # A value is missing, or of a wrong type.
     raise UsageError(f"configuration: {str(error).splitlines()[0]}") from error
+
+
+# What may be set for a model that is used as it was trained, by the fields of
+# `run.Run`.
+_USES = {
+  "BATCH_SIZE": "batch_size",
+  "EXPERT_DEVICES": "expert_devices",
+  "MODEL_DEVICES": "model_devices",
+  "translation.SearchOptions": "search",
+  "evaluation.BandThresholds": "bands",
+  "run.Run.verify": "verify",
+}
+
+
+def trained(options: argparse.Namespace) -> Any:
+  """The `run.Run` of a trained model.
+
+  What its directory says of it is data (`description`); its `config.gin` is
+  not read. Only a gin file that the user names is.
+  """
+  import_modules(options.module)
+  if options.gin_file or not options.model_dir:
+    return configured(options)
+  from basemt_jax import run
+
+  found = run.described(options.model_dir, options.module)
+  for binding in _as_gin(options.bindings):
+    found = _use(found, binding)
+  return found
+
+
+def _use(run: Any, binding: str) -> Any:
+  """The run with `NAME = VALUE`, if it is about how a model is used."""
+  import dataclasses
+
+  import gin
+
+  name, _, text = binding.partition(" = ")
+  owner, _, field = name.rpartition(".")
+  group = _USES.get(name) or _USES.get(owner)
+  try:
+    value = gin.config.parse_value(text)
+    if name in _USES:
+      return dataclasses.replace(run, **{_USES[name]: value})
+    if group:
+      part = dataclasses.replace(getattr(run, group), **{field: value})
+      return dataclasses.replace(run, **{group: part})
+  except TypeError as error:
+    raise UsageError(f"--gin.{name}: {error}") from error
+  raise UsageError(
+    f"--gin.{name}: a model is used as it was trained; give the --gin_file it "
+    f"was trained with to set more than {', '.join(_USES)}"
+  )
 
 
 def _parse(

@@ -11,6 +11,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
   """The flags of this command."""
   flags.several_processes(parser)
   flags.checkpoint(parser)
+  flags.modules(parser)
   parser.add_argument(
     "--from", dest="source", required=True, metavar="DENSE_DIR"
   )
@@ -21,10 +22,15 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
   """Runs the command."""
-  from basemt_jax import run as run_lib
+  from basemt_jax import description, training
 
-  run = configuration.configured(options, MODEL_DIR=options.target)
-  step, error = run_lib.convert(
+  configuration.import_modules(options.module)
+  arguments = {}
+  if description.exists(options.source):
+    # The dense model's own data counts; the configured need not be there.
+    arguments = {"mixture_or_task_name": options.source}
+  run = configuration.configured(options, arguments, MODEL_DIR=options.target)
+  step, error = training.convert(
     run, options.source, options.checkpoint, console.standard()
   )
   configuration.save_config(run.model_dir)

@@ -13,17 +13,18 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
   flags.several_processes(parser)
   flags.checkpoint(parser)
   flags.search(parser)
+  flags.modules(parser)
   parser.add_argument("--split", default="test", help="test or validation")
 
 
 def run(options: argparse.Namespace) -> None:
   """Runs the command."""
-  from basemt_jax import run as run_lib
+  from basemt_jax import trained
 
-  run = with_search(configuration.configured(options), options)
+  run = with_search(configuration.trained(options), options)
   print_evaluation(
     run,
-    run_lib.evaluate(
+    trained.evaluate(
       run, console.standard(), options.checkpoint, options.split
     ),
   )

@@ -40,6 +40,17 @@ def checkpoint(parser: argparse.ArgumentParser) -> None:
   )
 
 
+def modules(parser: argparse.ArgumentParser) -> None:
+  """The user's own modules."""
+  parser.add_argument(
+    "--module",
+    action="append",
+    default=[],
+    metavar="NAME",
+    help="imported first: your tasks, or classes of your network; repeatable",
+  )
+
+
 def several_processes(parser: argparse.ArgumentParser) -> None:
   """How processes on several hosts find each other."""
   group = parser.add_argument_group(

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from basemt_jax import evaluation, files
+from basemt_jax import description, evaluation, files
 from basemt_jax.commands import configuration, console, flags
 from basemt_jax.data import row_store
 from basemt_jax.inspection import (
@@ -128,6 +128,8 @@ def _inspected_run(options: argparse.Namespace, views: Sequence[str]) -> Any:
         "--model_dir"
       )
     return None
+  if not options.gin_file and not options.mixture:
+    return configuration.trained(options)
   macros = {"MIXTURE_OR_TASK_NAME": options.mixture} if options.mixture else {}
   if "run" not in views:
     # Neither a model nor a directory matters to data.
@@ -150,6 +152,10 @@ def _run_against(options: argparse.Namespace, run: Any) -> Any:
   bindings = [x.removeprefix("--gin.") for x in options.against if "=" in x]
   files = [x for x in options.against if "=" not in x]
   options = copy.copy(options)
+  if not files and not options.gin_file:
+    raise configuration.UsageError(
+      f"--against {bindings[0]} changes a recipe: give the run's --gin_file too"
+    )
   if not files:
     options.bindings = [*options.bindings, *bindings]
     return _inspected_run(options, ["mixture"])
@@ -168,9 +174,13 @@ def _run_against(options: argparse.Namespace, run: Any) -> Any:
 
 
 def _store_there_is(run: Any) -> Any:
-  """The run's row store, if it has been built; never builds one."""
-  if run is None or run.store_dir:
-    return run and run.store()
+  """The run's row store, if it has been built, or what is known of it."""
+  if run is None:
+    return None
+  if run.store_dir and not pathlib.Path(run.store_dir).exists():
+    return description.read(run.model_dir).header
+  if run.store_dir:
+    return run.store()
   from basemt_jax.data import mixtures  # Imports SeqIO and TensorFlow.
 
   directory = mixtures.store_directory(

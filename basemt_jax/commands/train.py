@@ -14,11 +14,11 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
   """Runs the command."""
-  from basemt_jax import run as run_lib
+  from basemt_jax import trained, training
 
   run = configuration.configured(options)
   with console.Writer(run.model_dir) as writer:
-    outcome = run_lib.train(
+    outcome = training.train(
       run,
       writer,
       console.standard(),
@@ -31,8 +31,8 @@ def run(options: argparse.Namespace) -> int:
       return 0
     try:
       evaluate.print_evaluation(
-        run, run_lib.evaluate(run, console.standard()), writer
+        run, trained.evaluate(run, console.standard()), writer
       )
-    except run_lib.NoPairsError as error:
+    except trained.NoPairsError as error:
       print(f"trained, but not evaluated: {error}")
   return 0

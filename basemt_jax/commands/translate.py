@@ -16,8 +16,15 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
   flags.several_processes(parser)
   flags.checkpoint(parser)
   flags.search(parser)
+  flags.modules(parser)
   parser.add_argument(
     "--to", required=True, metavar="XX", help="target language"
+  )
+  parser.add_argument(
+    "--from",
+    dest="source",
+    metavar="XX",
+    help="language of the text; asked for where the model needs it",
   )
   parser.add_argument("--input", metavar="FILE", help="default: standard input")
   parser.add_argument(
@@ -33,33 +40,23 @@ def run(options: argparse.Namespace) -> None:
   import dataclasses
 
   from basemt_jax import evaluation, processes
-  from basemt_jax import run as run_lib
-  from basemt_jax.data import vocabulary
+  from basemt_jax import trained as trained_lib
 
   run = evaluate.with_search(
-    configuration.configured(options), options, options.n_best
+    configuration.trained(options), options, options.n_best
   )
-  trained = run_lib.load(run, console.standard(), options.checkpoint)
-  targets = sorted(
-    {evaluation.split_direction(d)[1] for d in trained.store.directions}
-  )
-  if options.to not in targets:
-    raise configuration.UsageError(
-      f"--to {options.to}: the model was not trained to translate into that "
-      f"language; it knows {', '.join(targets)}"
-    )
+  trained = trained_lib.load(run, console.standard(), options.checkpoint)
+  try:
+    tag = trained.tag(options.to, options.source)
+  except trained_lib.UnknownTagError as error:
+    raise configuration.UsageError(f"--to {options.to}: {error}") from error
   lines = _read_lines(options.input)
   processes.check_same("the input", "\n".join(lines))
   # A few lines do not need the batch that an evaluation fills.
   size = min(run.search.batch_size, max(1, len(lines)))
-  run = dataclasses.replace(
-    run, search=dataclasses.replace(run.search, batch_size=size)
-  )
+  search = dataclasses.replace(run.search, batch_size=size)
   nbest = evaluation.translate_texts(
-    run_lib.translator(run, trained),
-    vocabulary.Vocabulary.load(trained.store.vocabulary),
-    lines,
-    prefix=f"<2{options.to}> ",
+    trained.translator(search), trained.pieces, lines, tag
   )
   with contextlib.ExitStack() as stack:
     output: Any = sys.stdout

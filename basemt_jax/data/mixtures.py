@@ -321,6 +321,7 @@ def ensure_store(
   *,
   splits: Sequence[str] = SPLITS,
   progress: Progress | None = None,
+  verify: bool = True,
 ) -> row_store.RowStore:
   """The store of a mixture, built at first use.
 
@@ -331,6 +332,7 @@ def ensure_store(
       fingerprint, so that changed data gets a store of its own.
     splits: to build.
     progress: see `build_store`.
+    verify: compare the files of a store that is there with their checksums.
 
   Returns:
     The open store.
@@ -341,6 +343,7 @@ def ensure_store(
     store_directory(mixture, task_feature_lengths, cache_dir, splits),
     splits=splits,
     progress=progress,
+    verify=verify,
   )
 
 
@@ -366,6 +369,7 @@ def build_store(
   splits: Sequence[str] = SPLITS,
   progress: Progress | None = None,
   overwrite: bool = False,
+  verify: bool = False,
 ) -> row_store.RowStore:
   """Tokenises and packs every task of a mixture, direction by direction.
 
@@ -383,6 +387,7 @@ def build_store(
     progress: called after every block with split, direction, pairs that are
       done, and pairs in all (None when not known).
     overwrite: replace a store that was built from something else.
+    verify: see `ensure_store`.
 
   Returns:
     The open store.
@@ -402,7 +407,7 @@ def build_store(
       header = row_store.read_header(directory)
       stale = _differences(header["fingerprint"], parts)
       if not stale and header["complete"]:
-        return row_store.RowStore(directory)
+        return row_store.RowStore(directory, verify)
       if stale and not overwrite:
         raise ValueError(
           f"The row store in {directory} was built from something else (other "

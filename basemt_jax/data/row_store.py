@@ -19,8 +19,10 @@ from typing import Any
 
 import numpy as np
 
+from basemt_jax import checksums
 from basemt_jax.data import packing, permutation
 
+HEADER = "store.json"
 FORMAT = "basemt_jax row store"
 VERSION = 1
 
@@ -254,7 +256,7 @@ def write_header(
     splits: statistics per split and direction; None while the store is built.
   """
   _write_json(
-    pathlib.Path(directory) / "store.json",
+    pathlib.Path(directory) / HEADER,
     {
       "format": FORMAT,
       "version": VERSION,
@@ -268,6 +270,8 @@ def write_header(
       },
     },
   )
+  if splits is not None:
+    checksums.seal(directory)
 
 
 def read_header(directory: PathLike) -> dict[str, Any]:
@@ -276,7 +280,7 @@ def read_header(directory: PathLike) -> dict[str, Any]:
   Raises:
     ValueError: no store there, or one of another version.
   """
-  path = pathlib.Path(directory) / "store.json"
+  path = pathlib.Path(directory) / HEADER
   try:
     header = json.loads(path.read_text("utf-8"))
   except FileNotFoundError:
@@ -285,6 +289,11 @@ def read_header(directory: PathLike) -> dict[str, Any]:
     ) from None
   except ValueError as error:
     raise ValueError(f"{path} is not valid JSON: {error}.") from None
+  if not isinstance(header, dict):
+    raise ValueError(
+      f"{path} is not the description of a row store: delete the directory, and"
+      " it is built again."
+    )
   if header.get("format") != FORMAT or header.get("version") != VERSION:
     raise ValueError(
       f"{path} is of format {header.get('format')!r} version "
@@ -294,83 +303,73 @@ def read_header(directory: PathLike) -> dict[str, Any]:
   return header
 
 
-class RowStore:
-  """A finished store, open for reading.
+class Header:
+  """What a store holds, without its rows: sizes, lengths, vocabulary.
 
   Attributes:
-    directory: where it lies.
+    place: where it was read, for errors.
     directions: names, sorted; a batch's `direction` is an index into them.
     splits: names of the splits.
     layout: of the rows.
     vocab_size: pieces of the vocabulary.
-    fingerprint: what it was built from.
+    vocabulary_kind: 'sentencepiece' or 'bytes'.
+    fingerprint: what the store was built from.
   """
 
-  def __init__(self, directory: PathLike):
-    """Opens a store.
+  def __init__(self, place: PathLike, values: Mapping[str, Any]):
+    """Takes the values of `store.json`, or of `to_json`.
 
     Raises:
-      ValueError: none there, of another version, unfinished, or damaged.
+      ValueError: they are not those of a header.
     """
-    self.directory = pathlib.Path(directory)
-    header = read_header(directory)
-    if not header["complete"]:
+    self.place = str(place)
+    try:
+      self.layout = packing.RowLayout(**values["layout"])
+      self.fingerprint: dict[str, Any] = values["fingerprint"]
+      self._vocabulary = values["vocabulary"]
+      self.vocab_size: int = int(self._vocabulary["size"])
+      self.vocabulary_kind: str = self._vocabulary["kind"]
+      self._vocabulary["file"]
+      self._stats = {
+        split: {name: RowStats(**s) for name, s in stats.items()}
+        for split, stats in values["splits"].items()
+      }
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
       raise ValueError(
-        f"The row store in {directory} is not finished: build it again, it "
-        "goes on where it stopped."
-      )
-    self.layout = packing.RowLayout(**header["layout"])
-    self.fingerprint: dict[str, Any] = header["fingerprint"]
-    self._vocabulary = header["vocabulary"]
-    self.vocab_size: int = self._vocabulary["size"]
-    self._stats = {
-      split: {name: RowStats(**s) for name, s in stats.items()}
-      for split, stats in header["splits"].items()
-    }
+        f"{self.place} does not describe a row store ({error}): it is damaged"
+        " or of another version; delete the store and build it again."
+      ) from error
     self.splits = tuple(self._stats)
     names = {name for stats in self._stats.values() for name in stats}
     self.directions: tuple[str, ...] = tuple(sorted(names))
-    self._arrays: dict[tuple[str, int], np.ndarray] = {}
-    for split, stats in self._stats.items():
-      for name, direction in stats.items():
-        self._check_size(split, name, direction.rows)
 
-  def _check_size(self, split: str, name: str, rows: int) -> None:
-    path = self.directory / split / f"{name}.rows"
-    size = path.stat().st_size if path.exists() else 0
-    if size != rows * self.layout.row_bytes:
-      raise ValueError(
-        f"{path} has {size} bytes, {rows * self.layout.row_bytes} were "
-        "written: delete the store and build it again."
-      )
-
-  @classmethod
-  def open(cls, directory: PathLike) -> "RowStore":
-    """The same as the constructor."""
-    return cls(directory)
+  def to_json(self) -> dict[str, Any]:
+    """The values that make an equal header."""
+    return {
+      "layout": dataclasses.asdict(self.layout),
+      "vocabulary": dict(self._vocabulary),
+      "fingerprint": dict(self.fingerprint),
+      "splits": {
+        split: {name: dataclasses.asdict(s) for name, s in stats.items()}
+        for split, stats in self._stats.items()
+      },
+    }
 
   @property
   def lengths(self) -> dict[str, int]:
     """Feature lengths, {'inputs': Li, 'targets': Lt}."""
     return {"inputs": self.layout.inputs, "targets": self.layout.targets}
 
-  @property
-  def vocabulary(self) -> str:
-    """Path of the SentencePiece model in the store, or 'bytes'."""
-    file = self._vocabulary["file"]
-    return str(self.directory / file) if file else "bytes"
-
   def stats(self, split: str, direction: str) -> RowStats:
     """Statistics of a direction; all 0 where it lacks the split."""
     if split not in self._stats:
       raise ValueError(
-        f"The row store in {self.directory} has no split {split!r}, it has "
-        f"{', '.join(self.splits)}."
+        f"{self.place} has no split {split!r}, it has {', '.join(self.splits)}."
       )
     if direction not in self.directions:
       raise ValueError(
-        f"The row store in {self.directory} has no direction {direction!r}, "
-        f"it has {', '.join(self.directions)}."
+        f"{self.place} has no direction {direction!r}, it has "
+        f"{', '.join(self.directions)}."
       )
     return self._stats[split].get(direction, RowStats(finished=True))
 
@@ -381,6 +380,67 @@ class RowStore:
   def rows(self, split: str) -> np.ndarray:
     """Packed rows per direction; int64 [N]."""
     return np.array([self.stats(split, d).rows for d in self.directions])
+
+  def has_pairs(self, split: str) -> bool:
+    """Whether any direction has pairs in a split."""
+    return split in self.splits and bool(self.pairs(split).any())
+
+
+class RowStore(Header):
+  """A finished store, open for reading.
+
+  Attributes:
+    directory: where it lies.
+  """
+
+  def __init__(self, directory: PathLike, verify: bool = False):
+    """Opens a store.
+
+    Args:
+      directory: where it lies.
+      verify: read all files, in parallel, and compare their checksums.
+
+    Raises:
+      ValueError: none there, of another version, unfinished, or damaged.
+    """
+    self.directory = pathlib.Path(directory)
+    values = read_header(directory)
+    super().__init__(self.directory / HEADER, values)
+    if not values.get("complete"):
+      raise ValueError(
+        f"The row store in {directory} is not finished: build it again, it "
+        "goes on where it stopped."
+      )
+    self._arrays: dict[tuple[str, int], np.ndarray] = {}
+    for split, stats in self._stats.items():
+      for name, direction in stats.items():
+        self._check_size(split, name, direction)
+    found = checksums.damage(self.directory) if verify else []
+    if found:
+      raise ValueError(
+        f"the row store in {directory} is damaged: {'; '.join(found)}; delete "
+        "the directory, and it is built again"
+      )
+
+  def _check_size(self, split: str, name: str, stats: RowStats) -> None:
+    stem = self.directory / split
+    for file, expected in (
+      (f"{name}.rows", stats.rows * self.layout.row_bytes),
+      (f"{name}.jsonl", stats.text_bytes),
+    ):
+      path = stem / file
+      size = path.stat().st_size if path.exists() else 0
+      if size != expected:
+        raise ValueError(
+          f"{path} has {size} bytes, {expected} were written: delete the store"
+          f" in {self.directory}, and it is built again."
+        )
+
+  @property
+  def vocabulary(self) -> str:
+    """Path of the SentencePiece model in the store, or 'bytes'."""
+    file = self._vocabulary["file"]
+    return str(self.directory / file) if file else "bytes"
 
   def texts(self, split: str, direction: str) -> list[dict[str, str]]:
     """Raw texts, one per pair in the source's order.
@@ -430,6 +490,31 @@ class RowStore:
       packed[at] = self._array(split, int(direction))[rows[at]]
     features = self.layout.unpack(packed)
     return features | {"direction": directions.astype(np.int32)}
+
+  def some_sources(
+    self, split: str, direction: str, count: int
+  ) -> list[list[int]]:
+    """Token ids of some sources, spread over a direction's rows.
+
+    Args:
+      split: a split of the store.
+      direction: a direction of the store.
+      count: at most so many.
+
+    Returns:
+      Sequences as they were packed, EOS included.
+    """
+    total = self.stats(split, direction).rows
+    rows = np.unique(np.linspace(0, total - 1, min(count, total)).astype(int))
+    batch = self.read(split, direction, rows)
+    tokens = batch["encoder_input_tokens"]
+    segments = batch["encoder_segment_ids"]
+    found: list[list[int]] = []
+    for number in range(1, 1 + int(segments.max(initial=0))):
+      for row, segment in zip(tokens, segments, strict=True):
+        if len(found) < count and (segment == number).any():
+          found.append(row[segment == number].tolist())
+    return found
 
   def _array(self, split: str, direction: int) -> np.ndarray:
     """All rows of a direction, mapped; [rows, width]."""

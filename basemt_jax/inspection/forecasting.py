@@ -47,7 +47,7 @@ class Sizes:
   is_exact: bool
 
 
-def sizes_of_store(store: row_store.RowStore) -> Sizes:
+def sizes_of_store(store: row_store.Header) -> Sizes:
   """Counted when the rows were packed."""
   stats = [store.stats("train", name) for name in store.directions]
   dev = np.zeros(len(stats), np.int64)

@@ -17,6 +17,7 @@ import numpy as np
 
 from basemt_jax import checkpointing, evaluation, partitioning
 from basemt_jax import run as run_lib
+from basemt_jax import trained as trained_lib
 from basemt_jax.data import batches, packing, row_store
 from basemt_jax.inspection import text_report
 
@@ -172,8 +173,8 @@ def inspect_run(
   Raises:
     ValueError: no checkpoints, no such one, or they are of another model.
   """
-  trained = run_lib.load(run, console, which)
-  store, step = trained.store, trained.step
+  trained = trained_lib.load(run, console, which)
+  header, step = trained.description.header, trained.step
   with contextlib.closing(
     checkpointing.Checkpoints(run.model_dir, read_only=True)
   ) as checkpoints:
@@ -181,8 +182,12 @@ def inspect_run(
     position = checkpoints.position(step)
   model_dir = pathlib.Path(run.model_dir)
   metrics = read_metrics(model_dir / "metrics.jsonl")
-  split = "validation" if _has_rows(store, "validation") else "train"
-  directions = _directions(run, store, step, position, metrics)
+  split = "validation" if header.has_pairs("validation") else "train"
+  try:
+    experts, gone = expert_maps(trained, split, rows), ""
+  except ValueError as error:
+    experts, gone = (), str(error)
+  directions = _directions(run, header, step, position, metrics)
   bands = {d.name: d.band for d in directions}
   return RunReport(
     model_dir=str(run.model_dir),
@@ -195,14 +200,13 @@ def inspect_run(
     directions=tuple(directions),
     curves=tuple(_curves(metrics, bands)),
     routers=tuple(_routers(metrics)),
-    experts=expert_maps(run, trained, split, rows),
+    experts=experts,
     routed_split=split,
-    warnings=tuple(_warnings(directions, bool(position), bool(metrics))),
+    warnings=(
+      *_warnings(directions, bool(position), bool(metrics)),
+      *([f"not known which experts take what: {gone}"] if gone else []),
+    ),
   )
-
-
-def _has_rows(store: row_store.RowStore, split: str) -> bool:
-  return split in store.splits and bool(store.rows(split).any())
 
 
 # ---------------------------------------------------------------- metrics
@@ -253,7 +257,7 @@ def _conversion_step(
 
 def _directions(
   run: run_lib.Run,
-  store: row_store.RowStore,
+  store: row_store.Header,
   step: int,
   position: Mapping[str, Any],
   metrics: Mapping[str, Series],
@@ -369,12 +373,11 @@ def _routers(metrics: Mapping[str, Series]) -> Iterator[RouterCurves]:
 
 
 def expert_maps(
-  run: run_lib.Run, trained: run_lib.Trained, split: str, rows: int = ROWS
+  trained: trained_lib.Trained, split: str, rows: int = ROWS
 ) -> tuple[ExpertMap, ...]:
   """Routes some rows of every direction through a checkpoint.
 
   Args:
-    run: the run.
     trained: the checkpoint.
     split: of the rows.
     rows: of each direction, at most; spread over the split.
@@ -386,7 +389,8 @@ def expert_maps(
     return ()
   store, mesh = trained.store, trained.program.mesh
   total: dict[str, np.ndarray] = {}
-  for batch in _some_batches(store, split, rows, run.batch_size, mesh.size):
+  size = trained.run.batch_size
+  for batch in _some_batches(store, split, rows, size, mesh.size):
     sums = trained.program.routing_step(
       trained.variables, partitioning.put_batch(batch, mesh)
     )

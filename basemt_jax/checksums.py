@@ -1,0 +1,92 @@
+"""Checksums of a directory's files, and what has become of them since.
+
+A sealed directory holds `checksums.json`: the XXH3 of every file in it, as
+hexadecimal digits by relative path. Files are read in parallel, as fast as the
+disk gives them.
+"""
+
+import concurrent.futures
+import json
+import os
+import pathlib
+from collections.abc import Iterable
+
+import xxhash
+
+from basemt_jax import files
+
+FILE = "checksums.json"
+_METHOD = "xxh3_128"
+_BLOCK = 1 << 24
+_THREADS = 8
+
+
+def file_checksum(path: str | os.PathLike[str]) -> str:
+  """The XXH3 of a file's bytes; 32 hexadecimal digits."""
+  digest = xxhash.xxh3_128()
+  with open(path, "rb") as file:
+    while block := file.read(_BLOCK):
+      digest.update(block)
+  return digest.hexdigest()
+
+
+def text_checksum(text: str) -> str:
+  """The same of a text in UTF-8."""
+  return xxhash.xxh3_128(text.encode()).hexdigest()
+
+
+def seal(directory: str | os.PathLike[str]) -> None:
+  """Writes the checksums of all files that a finished directory holds.
+
+  Files whose names begin with a dot (locks, half-written ones) do not count.
+  """
+  root = pathlib.Path(directory)
+  names = sorted(
+    path.relative_to(root).as_posix()
+    for path in root.rglob("*")
+    if path.is_file() and not _is_left_out(path.relative_to(root))
+  )
+  sums = _all(root, names)
+  files.write_atomically(
+    root / FILE, files.json_text({"method": _METHOD, "files": sums})
+  )
+
+
+def _is_left_out(path: pathlib.Path) -> bool:
+  return path.as_posix() == FILE or any(p.startswith(".") for p in path.parts)
+
+
+def _all(root: pathlib.Path, names: Iterable[str]) -> dict[str, str]:
+  names = list(names)
+  with concurrent.futures.ThreadPoolExecutor(_THREADS) as threads:
+    sums = threads.map(lambda name: file_checksum(root / name), names)
+    return dict(zip(names, sums, strict=True))
+
+
+def is_sealed(directory: str | os.PathLike[str]) -> bool:
+  """Whether there is anything to compare files with."""
+  return (pathlib.Path(directory) / FILE).exists()
+
+
+def damage(directory: str | os.PathLike[str]) -> list[str]:
+  """What of a sealed directory is missing or differs, a phrase for each file.
+
+  Returns:
+    None at all for a directory that is whole, or was never sealed.
+  """
+  root = pathlib.Path(directory)
+  try:
+    values = json.loads((root / FILE).read_text("utf-8"))
+    recorded = dict(values["files"])
+    if values["method"] != _METHOD:
+      raise ValueError(values["method"])
+  except FileNotFoundError:
+    return []
+  except (ValueError, KeyError, TypeError):
+    return [f"{FILE} cannot be read"]
+  missing = [name for name in recorded if not (root / name).is_file()]
+  found = _all(root, (name for name in recorded if name not in missing))
+  differing = [name for name, value in found.items() if recorded[name] != value]
+  return [f"{name} is missing" for name in missing] + [
+    f"{name} holds other bytes than were written" for name in differing
+  ]

@@ -1,0 +1,104 @@
+"""Configurations as plain data, and back, without running what they name.
+
+Numbers, texts, lists and dictionaries are JSON's own; a dataclass becomes
+{"class": "module.Name", "fields": {...}}. Read back, a class must be a
+dataclass of this package or of a module that the reader names: data from
+somebody else imports nothing and calls nothing else.
+"""
+
+import dataclasses
+import importlib
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+_PACKAGE = __name__.partition(".")[0]
+
+
+def to_plain(value: Any) -> Any:
+  """The value as JSON has it.
+
+  What is no plain data, such as a function, leaves its name: enough to compare
+  and to tell, not to be made again.
+  """
+  if dataclasses.is_dataclass(value) and not isinstance(value, type):
+    fields = {
+      field.name: to_plain(getattr(value, field.name))
+      for field in dataclasses.fields(value)
+      if field.init
+    }
+    # Flax's modules have these two besides their own.
+    for name in ("parent", "name"):
+      if hasattr(value, "scope"):
+        fields.pop(name, None)
+    return {"class": _name(type(value)), "fields": fields}
+  if isinstance(value, Mapping):
+    if all(isinstance(k, str) for k in value) and "class" not in value:
+      return {key: to_plain(item) for key, item in value.items()}
+    return {"class": "dict", "items": [to_plain(i) for i in value.items()]}
+  if isinstance(value, (list, tuple)):
+    return [to_plain(item) for item in value]
+  if isinstance(value, float) and not math.isfinite(value):
+    return {"class": "float", "value": repr(value)}
+  if value is None or isinstance(value, (bool, int, float, str)):
+    return value
+  if hasattr(value, "item") and getattr(value, "shape", None) == ():
+    return to_plain(value.item())
+  return {"class": "other", "name": _name(value)}
+
+
+def _name(value: Any) -> str:
+  kind = value if hasattr(value, "__qualname__") else type(value)
+  return f"{kind.__module__}.{kind.__qualname__}"
+
+
+def from_plain(value: Any, modules: Sequence[str] = ()) -> Any:
+  """What `to_plain` was given; lists come back as tuples.
+
+  Args:
+    value: of JSON.
+    modules: names of modules, besides this package's, of which dataclasses may
+      be made; they are imported.
+
+  Raises:
+    ValueError: it names a class of another module, or none that fits.
+  """
+  if isinstance(value, list):
+    return tuple(from_plain(item, modules) for item in value)
+  if not isinstance(value, dict):
+    return value
+  kind = value.get("class")
+  if kind is None:
+    return {key: from_plain(item, modules) for key, item in value.items()}
+  try:
+    if kind == "dict":
+      return dict(from_plain(item, modules) for item in value["items"])
+    if kind == "float":
+      return float(value["value"])
+    if kind == "other":
+      raise ValueError(
+        f"{value['name']} is neither a value nor a dataclass, and cannot be "
+        "made again from a description; make it a frozen dataclass"
+      )
+    fields = value["fields"].items()
+    made = {name: from_plain(item, modules) for name, item in fields}
+    return _dataclass(kind, modules)(**made)
+  except (KeyError, TypeError, AttributeError) as error:
+    raise ValueError(f"{kind!r} cannot be made: {error}") from error
+
+
+def _dataclass(name: str, modules: Sequence[str]) -> type:
+  """The class of that name, if it may be made."""
+  module, _, attribute = name.rpartition(".")
+  if module not in modules and module.partition(".")[0] != _PACKAGE:
+    raise ValueError(
+      f"it needs {name}, which is not of this package; if you trust that "
+      f"module, name it with --module {module}"
+    )
+  try:
+    found = getattr(importlib.import_module(module), attribute)
+  except (ImportError, AttributeError) as error:
+    raise ValueError(f"there is no {name} ({error})") from error
+  if not isinstance(found, type) or not dataclasses.is_dataclass(found):
+    raise ValueError(f"{name} is not a dataclass")
+  return found

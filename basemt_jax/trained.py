@@ -1,0 +1,328 @@
+"""A trained model, loaded: to translate with, to evaluate, to look into.
+
+    model = trained.load("runs/quickstart")
+    texts = model.tagged(["in 3 weeks"], to="de")
+    best = evaluation.translate_texts(model.translator(), model.pieces, texts)
+
+The model directory is enough (`description`); neither SeqIO nor TensorFlow nor
+the data it was trained on is needed.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import pathlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+
+from basemt_jax import (
+  checkpointing,
+  description,
+  evaluation,
+  partitioning,
+  phases,
+  plain_data,
+  processes,
+  steps,
+  trainer,
+  translation,
+)
+from basemt_jax import model as model_lib
+from basemt_jax import run as run_lib
+from basemt_jax.data import batches, packing, row_store, source_tags, vocabulary
+
+
+class NoPairsError(ValueError):
+  """There is nothing to evaluate on."""
+
+
+class UnknownTagError(ValueError):
+  """Sources cannot be tagged as they were in training."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Trained:
+  """A checkpoint's model, ready for use.
+
+  Attributes:
+    run: How it is used: devices, search, batch size.
+    step: Of the checkpoint.
+    program: Its phase's program.
+    variables: What `program.model.apply` takes.
+    description: What it was trained as.
+    pieces: The vocabulary it was trained with.
+    console: Takes progress, if rows have to be built.
+  """
+
+  run: run_lib.Run
+  step: int
+  program: steps.Program
+  variables: Any
+  description: description.Description
+  pieces: vocabulary.Vocabulary
+  console: run_lib.Console = run_lib.SILENT
+
+  @functools.cached_property
+  def store(self) -> row_store.RowStore:
+    """The rows it was trained on, where they still are, or can be built again.
+
+    Raises:
+      ValueError: They are not there, or are of other data.
+    """
+    return _rows(self.run, self.description, self.console)
+
+  def translator(
+    self, search: translation.SearchOptions | None = None
+  ) -> translation.Translator:
+    """Translates with this model; as the run says unless `search` is given."""
+    return translator(
+      self.program.model,
+      self.variables,
+      self.program.mesh,
+      search or self.run.search,
+    )
+
+  def tag(self, to: str, source: str | None = None) -> source_tags.SourceTag:
+    """What sources had around them in training for a language to be given.
+
+    Args:
+      to: The language wanted.
+      source: The language of the text; needed only where the tag depends on it.
+
+    Raises:
+      UnknownTagError: No such direction, or its tag is not known.
+    """
+    return choose_tag(self.description.tags, to, source)
+
+
+def choose_tag(
+  tags: Mapping[str, source_tags.SourceTag | None],
+  to: str,
+  source: str | None = None,
+) -> source_tags.SourceTag:
+  """The tag that asks for a language; see `Trained.tag`."""
+  languages = {name: evaluation.split_direction(name) for name in tags}
+  into = {name: a for name, (a, b) in languages.items() if b == to}
+  if not into:
+    known = ", ".join(sorted({b for _, b in languages.values()}))
+    raise UnknownTagError(
+      "the model was not trained to translate into that language; it knows "
+      f"{known}"
+    )
+  names = [name for name, a in into.items() if source in (None, a)]
+  if not names:
+    raise UnknownTagError(
+      f"the model was not trained to translate from {source} into it, but from "
+      f"{', '.join(sorted(into.values()))}"
+    )
+  unknown = [name for name in names if tags[name] is None]
+  if unknown:
+    raise UnknownTagError(
+      f"the sources of {unknown[0]} were not all tagged alike in training, so "
+      "that there is no one tag which asks for that language"
+    )
+  found = {tag for name in names if (tag := tags[name]) is not None}
+  if len(found) > 1:
+    raise UnknownTagError(
+      "how it is asked for depends on the language of the text; say which it "
+      f"is: {', '.join(sorted(into.values()))} (--from)"
+    )
+  return found.pop()
+
+
+def load(
+  run: run_lib.Run | str | pathlib.Path,
+  console: run_lib.Console = run_lib.SILENT,
+  which: str | int = "latest",
+) -> Trained:
+  """Restores parameters and prices, not the optimizer.
+
+  Matrices have the type they are multiplied in; see `model.rounded`.
+
+  Args:
+    run: A model directory; or a run that says how to use what is in its
+      directory. Its network must be the one that was trained.
+    console: Takes progress, if rows have to be built.
+    which: 'latest', 'best' (lowest dev loss) or a step.
+
+  Raises:
+    ValueError: No such checkpoint, or it is damaged or of another model.
+  """
+  if not isinstance(run, run_lib.Run):
+    run = run_lib.described(run)
+  with contextlib.closing(
+    checkpointing.Checkpoints(run.model_dir, read_only=True, verify=run.verify)
+  ) as checkpoints:
+    step = checkpoints.step_of(which)
+    known, pieces = _known(run, console)
+    program = phases.program(
+      run.config_of(known.header.vocab_size),
+      run.settings,
+      checkpoints.phase(step),
+      run.mesh(),
+      len(known.directions),
+    )
+    like = program.abstract_tree()
+    del like["state"]
+    dtype = program.model.config.dtype
+    like["target"] = model_lib.rounded(like["target"], dtype)
+    tree = checkpoints.restore(step, like, "the run")
+  variables = {"params": tree["target"], **tree.get("flax_mutables", {})}
+  return Trained(run, step, program, variables, known, pieces, console)
+
+
+def _known(
+  run: run_lib.Run, console: run_lib.Console
+) -> tuple[description.Description, vocabulary.Vocabulary]:
+  """The description and vocabulary of a run's model.
+
+  Of the directory; of the run and its data only where the directory has none,
+  because T5X trained the model.
+  """
+  if not description.exists(run.model_dir):
+    store = run.store(console.building)
+    return run_lib.describe(run, store), description.pieces_of(store)
+  known = description.read(run.model_dir)
+  network = plain_data.to_plain(run.config_of(known.header.vocab_size))
+  description.check_network(known, network, run.model_dir)
+  return known, description.read_vocabulary(run.model_dir, known)
+
+
+def _rows(
+  run: run_lib.Run,
+  known: description.Description,
+  console: run_lib.Console,
+) -> row_store.RowStore:
+  if run.store_dir and not pathlib.Path(run.store_dir).exists():
+    raise ValueError(
+      f"the rows of {run.mixture_or_task_name!r} that {run.model_dir} was "
+      f"trained on are no longer in {run.store_dir}; give --gin_file of its "
+      "recipe, which packs them again"
+    )
+  store = run.store(console.building)
+  description.check_rows(known, store)
+  return store
+
+
+def translator(
+  model: model_lib.Transformer,
+  variables: Any,
+  mesh: jax.sharding.Mesh,
+  search: translation.SearchOptions,
+) -> translation.Translator:
+  """A translator whose batches are spread over a mesh of several devices."""
+  return translation.Translator(
+    model,
+    variables,
+    search,
+    partitioning.batch_sharding(mesh) if mesh.size > 1 else None,
+  )
+
+
+# ------------------------------------------------------------- evaluation
+
+
+def direction_texts(
+  store: row_store.RowStore, split: str, limit: int | None = None
+) -> list[evaluation.DirectionTexts]:
+  """The sentences of a split, by direction; at most `limit` of each."""
+  texts = []
+  train_pairs = store.pairs("train")
+  for name, pairs in zip(store.directions, train_pairs, strict=True):
+    records = store.texts(split, name)[:limit]
+    texts.append(
+      evaluation.DirectionTexts(
+        name,
+        [record["tagged_source"] for record in records],
+        [record["target"] for record in records],
+        int(pairs),
+      )
+    )
+  return texts
+
+
+def dev_batches(
+  run: run_lib.Run, store: row_store.RowStore, split: str
+) -> Callable[[], Iterator[packing.Batch]] | None:
+  """A function that starts over on a split's batches; None without pairs."""
+  if not store.has_pairs(split):
+    return None
+  return lambda: batches.eval_batches(
+    store,
+    split,
+    run.batch_size,
+    host_rows=run.host_rows(),
+  )
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+  """The outcome of `evaluate`.
+
+  Attributes:
+    step: Of the checkpoint.
+    split: Evaluated.
+    results: By direction, most training pairs first.
+    translations: In the same order.
+    directory: Where both were written.
+  """
+
+  step: int
+  split: str
+  results: list[evaluation.DirectionResult]
+  translations: list[evaluation.DirectionTranslations]
+  directory: pathlib.Path
+
+
+def evaluate(
+  run: run_lib.Run,
+  console: run_lib.Console,
+  which: str | int = "latest",
+  split: str | None = None,
+) -> Evaluation:
+  """Loss, BLEU and chrF++ of every direction; written to the model directory.
+
+  Args:
+    run: The run; its `search` says how to translate.
+    console: Takes progress.
+    which: See `load`.
+    split: 'test' or 'validation'; None: 'test' if the data has one.
+
+  Raises:
+    NoPairsError: The split has no pairs.
+    ValueError: See `load`; or the data is not what the model was trained on.
+  """
+  trained = load(run, console, which)
+  store = trained.store
+  if split is None:
+    split = "test" if store.has_pairs("test") else "validation"
+  batches = dev_batches(run, store, split)
+  if batches is None:
+    raise NoPairsError(
+      f"the data has no pairs in split {split!r}; it has splits "
+      f"{', '.join(s for s in store.splits if store.has_pairs(s))}"
+    )
+  mesh = trained.program.mesh
+  losses = trainer.direction_losses(
+    trained.program.eval_step,
+    trained.variables,
+    (partitioning.put_batch(batch, mesh) for batch in batches()),
+    store.directions,
+  )
+  results, translations = evaluation.evaluate(
+    trained.translator(),
+    trained.pieces,
+    direction_texts(store, split),
+    losses,
+    run.bands,
+    console.translating,
+  )
+  directory = (
+    pathlib.Path(run.model_dir) / "evaluation" / f"{split}_{trained.step}"
+  )
+  if processes.is_first():
+    evaluation.write_translations(directory, translations)
+    evaluation.write_scores(directory / "scores.json", results)
+  return Evaluation(trained.step, split, results, translations, directory)
