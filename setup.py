@@ -45,6 +45,7 @@ setuptools.setup(
   entry_points={"console_scripts": ["basemt = basemt_jax.cli:main"]},
   install_requires=[
     "absl-py>=2.1",
+    "annotated-types>=0.7",
     "babel>=2.16",
     "clu>=0.0.12",
     "flax>=0.12,<0.13",
@@ -56,12 +57,14 @@ setuptools.setup(
     "numpy>=2.0",
     "optax>=0.2.8,<0.3",
     "orbax-checkpoint>=0.12,<0.13",
+    "pydantic>=2.10",
     "regex>=2024.4.16",
     "rich>=13",
     "sacrebleu>=2.4",
     "sentencepiece>=0.2",
     "seqio>=0.0.20",
     "tensorboard",
+    "typing_extensions>=4.12",
     "xxhash>=3",
   ],
   extras_require={

@@ -13,7 +13,7 @@ at 1, so the sparse model is the same function as the dense one.
 import dataclasses
 import re
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,7 @@ from flax import linen as nn
 from flax import serialization, traverse_util
 from jax.experimental import multihost_utils
 
-from basemt_jax import base_layer, checkpointing
+from basemt_jax import base_layer, checkpointing, ranges
 from basemt_jax import model as model_lib
 
 Array = jax.Array
@@ -88,28 +88,11 @@ class Options:
     seed: For everything drawn.
   """
 
-  reinitialise: float = 0.0
-  noise: float = 0.0
-  centroids: str = "orthogonal"
-  optimizer: str = "reset"
-  seed: int = 0
-
-  def __post_init__(self):
-    """Checks ranges and names."""
-    if not 0.0 <= self.reinitialise <= 1.0 or self.noise < 0.0:
-      raise ValueError(
-        f"conversion: reinitialise={self.reinitialise} must be in [0, 1] and "
-        f"noise={self.noise} must not be negative"
-      )
-    for name, allowed in (
-      ("centroids", ("orthogonal", "activations")),
-      ("optimizer", ("reset", "copy")),
-    ):
-      if getattr(self, name) not in allowed:
-        raise ValueError(
-          f"conversion: {name} is {getattr(self, name)!r}; it must be one of "
-          f"{', '.join(allowed)}"
-        )
+  reinitialise: ranges.Share = 0.0
+  noise: ranges.NotNegative = 0.0
+  centroids: Literal["orthogonal", "activations"] = "orthogonal"
+  optimizer: Literal["reset", "copy"] = "reset"
+  seed: ranges.Seed = 0
 
   @property
   def preserves_function(self) -> bool:

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 
 from sacrebleu import metrics, significance
 
-from basemt_jax import files, translation
+from basemt_jax import files, ranges, translation
 
 BANDS = ("high", "mid", "low")
 
@@ -104,8 +104,8 @@ class BandThresholds:
     low: Directions with fewer pairs are low-resource.
   """
 
-  high: int = 1_000_000
-  low: int = 100_000
+  high: ranges.Steps = 1_000_000
+  low: ranges.Steps = 100_000
 
   def __post_init__(self):
     if not 0 <= self.low <= self.high:

@@ -22,7 +22,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-Schedule = Callable[[Any], Any]
+from basemt_jax import ranges
+
+Schedule = Callable[[Any], float | np.ndarray]
 
 
 def mixing_rates(sizes: ArrayLike, temperature: ArrayLike) -> np.ndarray:
@@ -205,13 +207,14 @@ def tabulated(schedule: Schedule, steps: int) -> Schedule:
   )
 
 
-def constant(temperature: float) -> Schedule:
+def constant(temperature: ranges.Temperature) -> Schedule:
   """The same temperature at every step (`inf`: uniform sampling)."""
   return stepwise((), (temperature,))
 
 
 def stepwise(
-  boundaries: Sequence[int], temperatures: Sequence[float]
+  boundaries: Sequence[ranges.Steps],
+  temperatures: ranges.Temperatures,
 ) -> Schedule:
   """`temperatures[j]` from step `boundaries[j - 1]` on.
 
@@ -240,7 +243,9 @@ def stepwise(
   return _Stepwise(tuple(boundaries), tuple(map(float, temperatures)))
 
 
-def linear(start: float, end: float, steps: int) -> Schedule:
+def linear(
+  start: ranges.Positive, end: ranges.Positive, steps: ranges.Steps
+) -> Schedule:
   """T rises or falls by the same amount every step (Wang et al. 2020).
 
   Args:
@@ -257,7 +262,9 @@ def linear(start: float, end: float, steps: int) -> Schedule:
   return _interpolated("linear", start, end, steps)
 
 
-def square_root(start: float, end: float, steps: int) -> Schedule:
+def square_root(
+  start: ranges.Positive, end: ranges.Positive, steps: ranges.Steps
+) -> Schedule:
   """T^2 is linear in the step: the competence curve of Platanios et al. 2019.
 
   T(k) = sqrt(start^2 + (k / steps) (end^2 - start^2)).
@@ -265,12 +272,15 @@ def square_root(start: float, end: float, steps: int) -> Schedule:
   return _interpolated("square_root", start, end, steps)
 
 
-def cosine(start: float, end: float, steps: int) -> Schedule:
+def cosine(
+  start: ranges.Positive, end: ranges.Positive, steps: ranges.Steps
+) -> Schedule:
   """Half a cosine wave: flat at both ends, steepest in the middle."""
   return _interpolated("cosine", start, end, steps)
 
 
 def _interpolated(curve: str, start: float, end: float, steps: int) -> Schedule:
+  start, end = float(start), float(end)
   _check_temperatures(curve, (start, end))
   if not np.isfinite(start) or not np.isfinite(end):
     raise ValueError(
@@ -281,7 +291,7 @@ def _interpolated(curve: str, start: float, end: float, steps: int) -> Schedule:
     raise ValueError(f"{curve} needs steps of at least 0, got {steps}.")
   if steps == 0:  # A share of a run of very few steps.
     return constant(end)
-  return _Interpolated(curve, float(start), float(end), int(steps))
+  return _Interpolated(curve, start, end, int(steps))
 
 
 def _check_temperatures(curve: str, values: Sequence[float]) -> None:

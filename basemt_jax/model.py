@@ -12,20 +12,21 @@ layers are (arXiv:2103.16716).
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from flax import traverse_util
 
-from basemt_jax import base_layer, layers, routing
+from basemt_jax import base_layer, layers, ranges, routing
 
 Array = jax.Array
 Params = Any
 
-FEED_FORWARDS = ("dense", "dense_wide", "experts")
-PLACEMENTS = ("replace", "insert")
+Dtype = Literal["float32", "bfloat16", "float16"]
+FeedForward = Literal["dense", "dense_wide", "experts"]
+Placement = Literal["replace", "insert"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,39 +63,35 @@ class TransformerConfig:
       dense model, rather than as sigmoid(h . w_e).
   """
 
-  vocab_size: int
-  emb_dim: int = 512
-  num_heads: int = 8
-  head_dim: int = 64
-  mlp_dim: int = 2048
-  num_encoder_layers: int = 6
-  num_decoder_layers: int = 6
+  vocab_size: ranges.Count
+  emb_dim: ranges.Count = 512
+  num_heads: ranges.Count = 8
+  head_dim: ranges.Count = 64
+  mlp_dim: ranges.Count = 2048
+  num_encoder_layers: ranges.Count = 6
+  num_decoder_layers: ranges.Count = 6
   mlp_activations: Sequence[str] = ("relu",)
-  dropout_rate: float = 0.1
-  dtype: str = "float32"
+  dropout_rate: ranges.Fraction = 0.1
+  dtype: Dtype = "float32"
   remat: bool = False
   attention_implementation: str | None = None
-  feed_forward: str = "dense"
+  feed_forward: FeedForward = "dense"
   encoder_expert_blocks: Sequence[int] = ()
   decoder_expert_blocks: Sequence[int] = ()
-  placement: str = "replace"
-  num_experts: int = 8
-  num_sublayers: int = 1
+  placement: Placement = "replace"
+  num_experts: ranges.Count = 8
+  num_sublayers: ranges.Count = 1
   router: routing.Router = routing.BalancedRouter()  # noqa: RUF009
-  rows_per_group: int = 16
+  rows_per_group: ranges.Count = 16
   converted: bool = False
 
   def __post_init__(self):
     """Checks the values that gin or a typing slip can get wrong."""
-    for name, allowed in (
-      ("feed_forward", FEED_FORWARDS),
-      ("placement", PLACEMENTS),
-    ):
-      if getattr(self, name) not in allowed:
-        raise ValueError(
-          f"TransformerConfig.{name} is {getattr(self, name)!r}; it must be "
-          f"one of {', '.join(allowed)}"
-        )
+    if self.head_dim % 2:
+      raise ValueError(
+        f"TransformerConfig.head_dim is {self.head_dim}; rotary positions turn "
+        "pairs of numbers, so it must be even"
+      )
     for side, blocks, count in (
       ("encoder", self.encoder_expert_blocks, self.num_encoder_layers),
       ("decoder", self.decoder_expert_blocks, self.num_decoder_layers),

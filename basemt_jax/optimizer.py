@@ -12,15 +12,17 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from basemt_jax import ranges
+
 Schedule = Callable[..., float]
 
 
 def adamw(
-  b1: float = 0.9,
-  b2: float = 0.98,
-  eps: float = 1e-9,
-  weight_decay: float = 0.0,
-  max_grad_norm: float | None = 1.0,
+  b1: ranges.Fraction = 0.9,
+  b2: ranges.Fraction = 0.98,
+  eps: ranges.NotNegative = 1e-9,
+  weight_decay: ranges.NotNegative = 0.0,
+  max_grad_norm: ranges.Positive | None = 1.0,
 ) -> optax.GradientTransformation:
   """Adam with decoupled weight decay (arXiv:1711.05101) and clipping.
 
@@ -42,10 +44,10 @@ def adamw(
 
 
 def adafactor(
-  decay_rate: float = 0.8,
-  weight_decay: float = 0.0,
-  max_grad_norm: float | None = None,
-  min_dim_size_to_factor: int = 128,
+  decay_rate: ranges.Fraction = 0.8,
+  weight_decay: ranges.NotNegative = 0.0,
+  max_grad_norm: ranges.Positive | None = None,
+  min_dim_size_to_factor: ranges.Count = 128,
 ) -> optax.GradientTransformation:
   """Adafactor (arXiv:1804.04235): second moments factored by row and column.
 
@@ -89,7 +91,9 @@ def _matrices(params):
   return jax.tree.map(lambda p: p.ndim >= 2, params)
 
 
-def inverse_square_root(peak: float, warmup_steps: int) -> Schedule:
+def inverse_square_root(
+  peak: ranges.Rate, warmup_steps: ranges.Count
+) -> Schedule:
   """Linear warm-up to `peak`, then peak * sqrt(warmup_steps / step).
 
   Step 0 has the rate of step 1, so the first update is not lost.
@@ -104,7 +108,9 @@ def inverse_square_root(peak: float, warmup_steps: int) -> Schedule:
   return rate
 
 
-def linear_decay(peak: float, warmup_steps: int, train_steps: int) -> Schedule:
+def linear_decay(
+  peak: ranges.Rate, warmup_steps: ranges.Steps, train_steps: ranges.Count
+) -> Schedule:
   """Linear warm-up to `peak`, then linear to 0 at `train_steps` (BASE's)."""
   return _warm_then(
     peak,
@@ -114,7 +120,10 @@ def linear_decay(peak: float, warmup_steps: int, train_steps: int) -> Schedule:
 
 
 def cosine_decay(
-  peak: float, warmup_steps: int, train_steps: int, final: float = 0.0
+  peak: ranges.Rate,
+  warmup_steps: ranges.Steps,
+  train_steps: ranges.Count,
+  final: ranges.Share = 0.0,
 ) -> Schedule:
   """Linear warm-up to `peak`, then half a cosine to `final * peak`."""
   return _warm_then(

@@ -11,7 +11,7 @@ the methods of `Router`.
 
 import dataclasses
 import math
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -55,6 +55,7 @@ class Plan(NamedTuple):
   auxiliary_loss: jax.Array
 
 
+@runtime_checkable
 class Router(Protocol):
   """What BaseLayer asks of a router."""
 

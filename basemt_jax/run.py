@@ -9,8 +9,8 @@ import dataclasses
 import functools
 import json
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -24,6 +24,7 @@ from basemt_jax import (
   phases,
   plain_data,
   processes,
+  ranges,
   sampling,
   steps,
   trainer,
@@ -31,6 +32,16 @@ from basemt_jax import (
 )
 from basemt_jax import model as model_lib
 from basemt_jax.data import batches, row_store, source_tags
+
+
+@runtime_checkable
+class HasName(Protocol):
+  """A SeqIO Mixture or Task, told by its shape."""
+
+  @property
+  def name(self) -> str:
+    """Under which it is registered."""
+    ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,29 +70,48 @@ class Run:
     verify: Compare the bytes of rows and checkpoints with their checksums.
   """
 
-  model_dir: str
-  mixture_or_task_name: Any
-  task_feature_lengths: Mapping[str, int]
+  model_dir: ranges.Path
+  mixture_or_task_name: ranges.Text | HasName
+  task_feature_lengths: ranges.FeatureLengths
   network: Callable[..., model_lib.TransformerConfig]
   settings: steps.Settings
-  batch_size: int
+  batch_size: ranges.Count
   strategy: sampling.Strategy
-  data_seed: int = 0
-  expert_devices: int = 1
-  model_devices: int = 1
-  store_dir: str | None = None
-  cache_dir: str | None = None
+  data_seed: ranges.Seed = 0
+  expert_devices: ranges.Count = 1
+  model_devices: ranges.Count = 1
+  store_dir: ranges.Path | None = None
+  cache_dir: ranges.Path | None = None
   bands: evaluation.BandThresholds = evaluation.BandThresholds()  # noqa: RUF009
   search: translation.SearchOptions = translation.SearchOptions()  # noqa: RUF009
-  bleu_every: int = 0
-  bleu_sentences: int = 50
+  bleu_every: ranges.Steps = 0
+  bleu_sentences: ranges.Count = 50
   verify: bool = True
 
-  def __post_init__(self):
-    """Checks the numbers, which a command line gets wrong most easily."""
-    for name in ("batch_size", "expert_devices", "model_devices"):
-      steps.check_count(f"Run.{name}", getattr(self, name))
-    steps.check_count("Run.bleu_every", self.bleu_every, least=0)
+  def check(self) -> None:
+    """Checks the numbers against each other, whatever the devices at hand.
+
+    Raises:
+      ValueError: Names the two that do not fit.
+    """
+    if self.batch_size % self.settings.microbatches:
+      raise ValueError(
+        f"microbatches is {self.settings.microbatches}, which does not divide "
+        f"the batch of {self.batch_size} rows; choose a divisor of it"
+      )
+    config = self.network(vocab_size=1)
+    if config.feed_forward == "experts" and (
+      config.num_experts % self.expert_devices
+    ):
+      raise ValueError(
+        f"num_experts is {config.num_experts}, which the {self.expert_devices} "
+        "devices of expert_devices do not divide; use a multiple of that"
+      )
+    if config.mlp_dim % self.model_devices:
+      raise ValueError(
+        f"mlp_dim is {config.mlp_dim}, which the {self.model_devices} "
+        "devices of model_devices do not divide; use a multiple of that"
+      )
 
   def store(
     self, progress: Callable[..., None] | None = None

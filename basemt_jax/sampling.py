@@ -23,7 +23,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from numpy.typing import ArrayLike
 
-from basemt_jax import heating
+from basemt_jax import heating, ranges
 
 # Steps at a time; bounds the memory of [K, N].
 _BLOCK = 4096
@@ -53,10 +53,12 @@ class Strategy:
   """
 
   temperature: heating.Schedule
-  joins: Mapping[str | int, int] = dataclasses.field(default_factory=dict)
-  max_epochs: float | None = None
-  steps: int | None = None
-  sizes: Mapping[str, int] | None = None
+  joins: Mapping[str | int, ranges.Steps] = dataclasses.field(
+    default_factory=dict
+  )
+  max_epochs: ranges.Positive | None = None
+  steps: ranges.Count | None = None
+  sizes: ranges.Sizes | None = None
 
   def __post_init__(self):
     """Refuses what no data could make sense of."""
@@ -114,10 +116,10 @@ class Strategy:
 
 
 def unimax(
-  steps: int,
-  max_epochs: float | None = None,
-  joins: Mapping[str | int, int] | None = None,
-  sizes: Mapping[str, int] | None = None,
+  steps: ranges.Count,
+  max_epochs: ranges.Positive | None = None,
+  joins: Mapping[str | int, ranges.Steps] | None = None,
+  sizes: ranges.Sizes | None = None,
 ) -> Strategy:
   """UniMax: as uniform as no more than `max_epochs` of any direction allow.
 

@@ -25,6 +25,7 @@ from basemt_jax import (
   losses,
   optimizer,
   partitioning,
+  ranges,
 )
 from basemt_jax import metrics as metrics_lib
 from basemt_jax import model as model_lib
@@ -34,14 +35,6 @@ Batch = dict[str, Any]
 Tree = Any
 
 NEVER = np.iinfo(np.int32).max
-
-
-def check_count(name: str, value: Any, least: int = 1) -> None:
-  """Refuses what is not a whole number of at least `least`."""
-  if not isinstance(value, int) or value < least:
-    raise ValueError(
-      f"{name} is {value!r}; it must be a whole number of at least {least}"
-    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,35 +61,25 @@ class Settings:
     metrics: More of them than `metrics.METRICS`.
   """
 
-  train_steps: int
+  train_steps: ranges.Count
   learning_rate: optimizer.Schedule
   optimizer: optax.GradientTransformation
-  dense_steps: int = 0
+  dense_steps: ranges.Steps = 0
   conversion_options: conversion.Options = conversion.Options()  # noqa: RUF009
-  rewarm_steps: int = 0
-  label_smoothing: float = 0.1
-  z_loss: float = 1e-4
-  microbatches: int = 1
-  log_every: int = 100
-  eval_every: int = 1000
-  save_every: int = 1000
-  keep_checkpoints: int = 3
-  patience: int | None = None
-  seed: int = 0
+  rewarm_steps: ranges.Steps = 0
+  label_smoothing: ranges.Fraction = 0.1
+  z_loss: ranges.NotNegative = 1e-4
+  microbatches: ranges.Count = 1
+  log_every: ranges.Count = 100
+  eval_every: ranges.Count = 1000
+  save_every: ranges.Count = 1000
+  keep_checkpoints: ranges.Count = 3
+  patience: ranges.Count | None = None
+  seed: ranges.Seed = 0
   metrics: tuple[metrics_lib.Metric, ...] = ()
 
   def __post_init__(self):
     """Checks what would otherwise fail late."""
-    for name in (
-      "train_steps",
-      "microbatches",
-      "log_every",
-      "eval_every",
-      "save_every",
-      "keep_checkpoints",
-    ):
-      check_count(f"Settings.{name}", getattr(self, name))
-    check_count("Settings.dense_steps", self.dense_steps, least=0)
     if not 0 <= self.dense_steps <= self.train_steps:
       raise ValueError(
         f"Settings.dense_steps is {self.dense_steps}; it must be between 0 "
@@ -526,8 +509,6 @@ class Program:
     return {"params": state.params, **state.mutables}
 
 
-def share_of(steps: int, share: float) -> int:
+def share_of(steps: ranges.Steps, share: ranges.Share) -> ranges.Steps:
   """A share of a number of steps, rounded: 'half of TRAIN_STEPS' in gin."""
-  if not 0.0 <= share <= 1.0:
-    raise ValueError(f"a share of steps must be in [0, 1], got {share}")
   return round(steps * share)

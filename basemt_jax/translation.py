@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from basemt_jax import decoding
+from basemt_jax import decoding, ranges
 
 Array = jax.Array
 Tree = Any
@@ -60,28 +60,18 @@ class SearchOptions:
       doublings; the search is compiled once for each length that occurs.
   """
 
-  beam_size: int = 1
-  num_return: int = 1
-  alpha: float = 0.6
-  batch_size: int = 64
-  max_source_length: int = 256
-  max_target_length: int = 256
-  length_ratio: float = 3.0
-  length_offset: int = 16
-  smallest_bucket: int = 16
+  beam_size: ranges.Count = 1
+  num_return: ranges.Count = 1
+  alpha: ranges.NotNegative = 0.6
+  batch_size: ranges.Count = 64
+  max_source_length: ranges.Count = 256
+  max_target_length: ranges.Count = 256
+  length_ratio: ranges.NotNegative = 3.0
+  length_offset: ranges.Steps = 16
+  smallest_bucket: ranges.Count = 16
 
   def __post_init__(self):
-    for name in (
-      "beam_size",
-      "batch_size",
-      "max_source_length",
-      "max_target_length",
-      "smallest_bucket",
-    ):
-      if getattr(self, name) < 1:
-        raise ValueError(
-          f"{name} must be at least 1, got {getattr(self, name)}"
-        )
+    """Checks the numbers against each other."""
     if not 1 <= self.num_return <= self.beam_size:
       raise ValueError(
         f"num_return must be from 1 to beam_size, got num_return"

@@ -27,7 +27,7 @@ from basemt_jax import model, translation
 SOURCE, TARGET = 32, 64
 
 
-def config(args: argparse.Namespace, feed_forward: str):
+def config(args: argparse.Namespace, feed_forward: model.FeedForward):
   """The network, with experts in a third of its blocks if it has any."""
   experts = tuple(range(2, args.blocks, 3))
   return model.TransformerConfig(

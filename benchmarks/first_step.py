@@ -65,7 +65,7 @@ class Shape:
   length: int = 64
   vocabulary: int = 16000
   remat: bool = False
-  dtype: str = "bfloat16"
+  dtype: model.Dtype = "bfloat16"
 
   def config(self) -> model.TransformerConfig:
     """The network."""

@@ -27,7 +27,7 @@ import pathlib
 import shutil
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -77,7 +77,7 @@ class System:
     rewarm_steps: See `steps.Settings`.
   """
 
-  feed_forward: str = "experts"
+  feed_forward: model_lib.FeedForward = "experts"
   dense_share: float = 0.0
   schedule: str = "constant"
   start: float = 1.0
@@ -90,8 +90,8 @@ class System:
   beam: bool = False
   reinitialise: float = 0.0
   noise: float = 0.0
-  centroids: str = "orthogonal"
-  optimizer: str = "reset"
+  centroids: Literal["orthogonal", "activations"] = "orthogonal"
+  optimizer: Literal["reset", "copy"] = "reset"
   rewarm_steps: int = 0
 
   def temperature(self, train_steps: int) -> heating.Schedule:

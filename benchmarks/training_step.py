@@ -60,7 +60,7 @@ GIB = 2**30
 DIRECTIONS = 24
 
 
-def config(args: argparse.Namespace, blocks: int, feed_forward: str):
+def config(args: argparse.Namespace, blocks: int, feed_forward: Any):
   """Transformer-big, or as the flags say, with experts in a third of blocks."""
   experts = tuple(range(2, blocks, 3))
   return model.TransformerConfig(

@@ -26,7 +26,7 @@ LIGHT = {
   ),
   *("steps", "metrics", "prefetch", "trainer"),
   *("decoding", "translation"),
-  *("files", "checksums", "plain_data"),
+  *("files", "checksums", "plain_data", "ranges"),
 }
 # What a room may import besides itself and the rooms of `BELOW`. The rest of
 # the root (`run`, `evaluation`) counts as the room "".
@@ -49,6 +49,7 @@ KNOWS = {
   "data.task_cache": {"seqio", "tensorflow"},
   "data.vocabulary": {"seqio"},
   "t5x_adapter": {"seqio", "t5x", "clu"},
+  "commands.checks": {"gin"},
   "commands.configuration": {"gin"},
   "commands.console": {"clu"},
   "commands.inspect": {"gin"},

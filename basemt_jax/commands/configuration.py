@@ -7,6 +7,7 @@ sentence.
 """
 
 import argparse
+import ast
 import contextlib
 import difflib
 import functools
@@ -17,6 +18,8 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
+
+from basemt_jax.commands import checks
 
 PACKAGE = pathlib.Path(__file__).parent.parent
 CONFIG_FILE = "config.gin"
@@ -46,10 +49,13 @@ def configured(
   run_class = functools.partial(_parse(options, macros), **(arguments or {}))
   processes.check_same("the configuration", gin.config_str())
   try:
-    # May make a vocabulary.
-    return processes.in_turn(run_class)
-  except TypeError as error:  # A value is missing, or of a wrong type.
+    run = processes.in_turn(run_class)  # May make a vocabulary.
+    checks.check_fields(run)  # What functions of the configuration returned.
+    checks.check_fields(run.network(vocab_size=1))
+    run.check()
+  except TypeError as error:  # A value is missing.
     raise UsageError(f"configuration: {str(error).splitlines()[0]}") from error
+  return run
 
 
 # What may be set for a model that is used as it was trained, by the fields of
@@ -146,7 +152,7 @@ def _parse(
         finalize_config=False,
         skip_unknown=False,
       )
-      _check_macros(gin.config_str(), options.bindings)
+      checks.check([b.partition("=")[0].strip() for b in options.bindings])
       gin.finalize()
       if "seqio" in sys.modules:
         from basemt_jax.data import mixtures  # noqa: F401
@@ -192,37 +198,6 @@ def native_output_hidden() -> Iterator[None]:
     os.close(saved)
 
 
-def _check_macros(config: str, bindings: Sequence[str]) -> None:
-  """Refuses macros that have no value, and mistyped ones.
-
-  Args:
-    config: All bindings, as `gin.config_str` writes them.
-    bindings: Those of the command line; gin itself takes any macro.
-  """
-  lines = [x for x in config.splitlines() if not x.startswith("#")]
-  defined = [m[1] for x in lines if (m := re.match(r"(\w+) = ", x))]
-  used = set(re.findall(r"%(\w+)", "\n".join(lines)))
-  for name in (b.partition("=")[0].strip() for b in bindings):
-    if name in defined and name not in used:
-      near = difflib.get_close_matches(name, used, n=1)
-      all_macros = _gin_folder() / "runs" / "train.gin"
-      hint = f"did you mean {near[0]}?" if near else f"see {all_macros}"
-      raise UsageError(f"--gin.{name}: nothing uses that macro; {hint}")
-  for name in sorted(used - {*defined, "gin"}):
-    hint = (
-      ": give a model, such as --gin_file=gin/models/tiny.gin, before the "
-      "recipe"
-      if name == "NETWORK"
-      else f": set it with --gin.{name}=VALUE"
-    )
-    raise UsageError(f"the macro {name} has no value{hint}")
-  for name in defined:
-    if f"{name} = %gin.REQUIRED" in lines:
-      raise UsageError(
-        f"the macro {name} has no value: set it with --gin.{name}=VALUE"
-      )
-
-
 def _roots() -> list[str]:
   """Where the repository's or the installed package's `gin/` is found."""
   return [str(PACKAGE.parent), str(PACKAGE)]
@@ -253,8 +228,6 @@ def _as_gin(bindings: Sequence[str]) -> list[str]:
   A shell removes the quotes of --gin.MODEL_DIR="/tmp/run"; T5X users write
   \"...\", which works too.
   """
-  import gin
-
   result = []
   for binding in bindings:
     name, equals, value = binding.partition("=")
@@ -262,14 +235,19 @@ def _as_gin(bindings: Sequence[str]) -> list[str]:
       raise UsageError(
         f"--gin.{binding} has no value; write --gin.{binding}=VALUE"
       )
-    try:
-      # References parse only once the files have imported their modules.
-      if value.lstrip("([{ ")[:1] not in ("@", "%"):
-        gin.config.parse_value(value)
-    except Exception:  # Whatever does not parse is a string.
+    if not _is_literal(value) and not re.match(r"[(\[{\s]*[@%]", value):
       value = repr(value)
     result.append(f"{name.strip()} = {value}")
   return result
+
+
+def _is_literal(text: str) -> bool:
+  """Whether gin reads the text as a value: a number, a list, quoted text."""
+  try:
+    ast.literal_eval(text.strip())
+  except (ValueError, SyntaxError, RecursionError, MemoryError):
+    return False
+  return True
 
 
 def import_modules(names: Sequence[str]) -> None:
