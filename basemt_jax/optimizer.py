@@ -21,7 +21,7 @@ def adamw(
   b1: ranges.Fraction = 0.9,
   b2: ranges.Fraction = 0.98,
   eps: ranges.NotNegative = 1e-9,
-  weight_decay: ranges.NotNegative = 0.0,
+  weight_decay: ranges.Decay = 0.0,
   max_grad_norm: ranges.Positive | None = 1.0,
 ) -> optax.GradientTransformation:
   """Adam with decoupled weight decay (arXiv:1711.05101) and clipping.
@@ -45,7 +45,7 @@ def adamw(
 
 def adafactor(
   decay_rate: ranges.Fraction = 0.8,
-  weight_decay: ranges.NotNegative = 0.0,
+  weight_decay: ranges.Decay = 0.0,
   max_grad_norm: ranges.Positive | None = None,
   min_dim_size_to_factor: ranges.Count = 128,
 ) -> optax.GradientTransformation:

@@ -20,6 +20,7 @@ Seed = Annotated[int, at.Ge(0), at.Lt(_END)]
 Positive = Annotated[float, at.Gt(0), at.Lt(math.inf)]
 NotNegative = Annotated[float, at.Ge(0), at.Lt(math.inf)]
 Rate = Annotated[float, at.Gt(0), at.Le(100)]  # Of learning.
+Decay = Annotated[float, at.Ge(0), at.Le(100)]  # Of weights.
 Temperature = Annotated[float, at.Gt(0)]  # Infinite: uniform sampling.
 Share = Annotated[float, at.Ge(0), at.Le(1)]
 Fraction = Annotated[float, at.Ge(0), at.Lt(1)]  # Less than all.

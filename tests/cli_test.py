@@ -243,16 +243,12 @@ def fails(capsys, *arguments):
     ("BATCHSIZE=4", "BATCHSIZE: nothing uses.*did you mean BATCH_SIZE"),
     ("FROBNICATE=4", "FROBNICATE: nothing uses.*see .*gin/runs/train.gin"),
     ("BATCH_SIZE", r"--gin.BATCH_SIZE has no value"),
-    ("BATCH_SIZE=many", "batch_size is 'many'; it must be a whole number"),
-    ("TRAIN_STEPS=0", "train_steps is 0"),
-    ("LOG_STEPS=1.5", "log_every is 1.5"),
-    ("FEED_FORWARD=sparse", "feed_forward is 'sparse'.*dense_wide"),
-    ("EXPERT_DEVICES=3", "expert=3.*multiple of 3 devices.*there are 8"),
+    ("BATCH_SIZE=many", "BATCH_SIZE is 'many'; it must be a whole number"),
+    ("TRAIN_STEPS=0", "TRAIN_STEPS is 0; it must be at least 1"),
+    ("MODEL_DEVICES=16", "model=16.*multiple of 16 devices.*there are 8"),
     ("BATCH_SIZE=12", "batch of 12 rows.*8 devices"),
     ("TEMPERATURE=@heating.lineal()", "heating.lineal"),
     ("run.Run.store_dir='/nowhere'", "No row store in /nowhere"),
-    ("START_TEMPERATURE=-1", "above 0, got .*-1"),
-    ("START_TEMPERATURE=warm", "configuration: .*'str'"),
   ],
 )
 def test_wrong_bindings_are_one_sentence(
@@ -342,7 +338,10 @@ def test_wrong_requests_of_a_model_are_one_sentence(
     (["evaluate", model, "--checkpoint=3"], r"no checkpoint of step '3'.*4\]"),
     (["evaluate", model, "--checkpoint=last"], "'last'.*'latest' and 'best'"),
     (["evaluate", model, "--split=dev"], "no pairs in split 'dev'.*test"),
-    (["evaluate", model, "--beam_size=0"], "beam_size must be at least 1"),
+    (
+      ["evaluate", model, "--beam_size=0"],
+      "with beam_size 0: ask for",
+    ),
     (
       ["translate", model, "--to=de", "--n_best=3", "--beam_size=2"],
       "num_return 3 with beam_size 2",

@@ -270,14 +270,6 @@ def test_what_no_rule_covers_stops_with_its_path(rules, text):
     conversion.convert_params(tree, tree, rules)
 
 
-@pytest.mark.parametrize(
-  "change", [{"reinitialise": 1.5}, {"noise": -1.0}, {"centroids": "random"}]
-)
-def test_wrong_options_are_refused(change):
-  with pytest.raises(ValueError, match=str(next(iter(change)))):
-    conversion.Options(**change)
-
-
 def test_optax_is_what_the_states_come_from():
   """Guards `_first_moments`: Adam's state holds parameter-shaped trees."""
   _, variables = init(DENSE, 0)

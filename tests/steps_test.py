@@ -298,25 +298,14 @@ def test_factored_moments_of_experts_are_factored_and_split():
 # --------------------------------------------------------------- settings
 
 
-@pytest.mark.parametrize(
-  "change, text",
-  [
-    ({"train_steps": 0}, "train_steps is 0"),
-    ({"microbatches": 0}, "microbatches is 0"),
-    ({"dense_steps": 9}, "dense_steps is 9.*train_steps = 4"),
-    ({"dense_steps": -1}, "dense_steps is -1"),
-  ],
-)
-def test_wrong_settings_are_refused(change, text):
-  with pytest.raises(ValueError, match=text):
-    toy.settings(**change)
+def test_a_conversion_after_the_end_is_refused():
+  with pytest.raises(ValueError, match=r"dense_steps is 9.*train_steps = 4"):
+    toy.settings(dense_steps=9)
 
 
-def test_share_of_rounds_and_checks():
+def test_share_of_rounds():
   assert steps.share_of(1000, 0.5) == 500
   assert steps.share_of(9, 0.4) == 4
-  with pytest.raises(ValueError, match=r"in \[0, 1\], got 1.5"):
-    steps.share_of(10, 1.5)
 
 
 def test_experts_that_do_not_divide_over_devices_are_named():

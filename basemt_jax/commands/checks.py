@@ -121,7 +121,8 @@ def _check_macros(config: Config, given: Iterable[str]) -> None:
         f"{'--gin.' if by_hand else ''}{name}: nothing uses that macro; "
         + (f"did you mean {near[0]}?" if near else "see gin/runs/train.gin")
       )
-  for name in sorted(used):
+  # A model that was forgotten first: it may set others.
+  for name in sorted(used, key=lambda name: (name in values, name)):
     if name not in values and name == "NETWORK":
       raise ValueError(
         "the macro NETWORK has no value: give a model, such as "
@@ -157,11 +158,9 @@ def _check_binding(
   if not errors:
     return
   for place in errors[0]["loc"]:  # The innermost macro is to blame.
-    if isinstance(value, dict | list | tuple):
-      try:
-        name, value = _followed(config, f"{name}[{place!r}]", value[place])
-      except (LookupError, TypeError):
-        break
+    if "[key]" in errors[0]["loc"] or not _has(value, place):
+      break
+    name, value = _followed(config, f"{name}[{place!r}]", value[place])
   same = [e for e in errors if e["loc"][:1] == errors[0]["loc"][:1]]
   shown = value if _is_reference(value) else reprlib.repr(value)
   raise ValueError(
@@ -175,6 +174,13 @@ def _followed(config: Config, name: str, value: Any) -> tuple[str, Any]:
   while macro := _macro(value):
     name, value = macro, config[macro, "gin.macro"]["value"]
   return name, value
+
+
+def _has(value: Any, place: Any) -> bool:
+  """Whether `value[place]` is there; pydantic also names types of a union."""
+  if isinstance(value, dict):
+    return place in value
+  return isinstance(value, list | tuple) and isinstance(place, int)
 
 
 def _plain(config: Config, value: Any) -> Any:

@@ -235,7 +235,7 @@ def _as_gin(bindings: Sequence[str]) -> list[str]:
       raise UsageError(
         f"--gin.{binding} has no value; write --gin.{binding}=VALUE"
       )
-    if not _is_literal(value) and not re.match(r"[(\[{\s]*[@%]", value):
+    if not _is_literal(value) and not re.match(r"[@%]|[(\[{].*[@%]", value):
       value = repr(value)
     result.append(f"{name.strip()} = {value}")
   return result

@@ -3,7 +3,7 @@
 import argparse
 from typing import Any
 
-from basemt_jax.commands import configuration, console, flags
+from basemt_jax.commands import checks, configuration, console, flags
 
 SUMMARY = "Loss, BLEU and chrF++ per direction."
 
@@ -43,6 +43,7 @@ def with_search(run: Any, options: argparse.Namespace, n_best: int = 1) -> Any:
   search = dataclasses.replace(
     run.search, **{**changes, "beam_size": beam_size, "num_return": n_best}
   )
+  checks.check_fields(search)
   return dataclasses.replace(run, search=search)
 
 
