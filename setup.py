@@ -68,6 +68,7 @@ setuptools.setup(
     "xxhash>=3",
   ],
   extras_require={
+    "beam": ["apache-beam>=2.60"],
     "gpu": ["jax[cuda13]"],
     "tpu": ["jax[tpu]"],
     "test": [

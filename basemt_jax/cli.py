@@ -18,7 +18,7 @@ from typing import NoReturn
 # Quiet C++ logs; set before TensorFlow or XLA are loaded.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
-from basemt_jax.commands import configuration, flags
+from basemt_jax.commands import configuration, console, flags
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -54,7 +54,9 @@ def _guarded(
     if options.traceback:
       raise
     print(
-      f"basemt: error{who()}: {configuration.one_sentence(error)}",
+      console.printable(
+        f"basemt: error{who()}: {configuration.one_sentence(error)}"
+      ),
       file=sys.stderr,
     )
     print("(--traceback shows where it came from)", file=sys.stderr)

@@ -1,11 +1,64 @@
 """Files written so that a reader sees all of them or none."""
 
+import contextlib
+import fcntl
+import glob
 import json
 import math
 import os
 import tempfile
-from collections.abc import Mapping
-from typing import Any
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, BinaryIO
+
+
+@contextlib.contextmanager
+def atomic(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
+  """A file to write to, of which a reader sees all, or the file before.
+
+  It is on the disk, and takes its name, when the block ends; if that fails,
+  nothing changes. What killed writers of the same file left is removed.
+  """
+  directory, name = os.path.split(os.fspath(path))
+  os.makedirs(directory or ".", exist_ok=True)
+  prefix = f".writing-{name}-"
+  _remove_abandoned(directory, prefix)
+  handle, temporary = tempfile.mkstemp(dir=directory or ".", prefix=prefix)
+  try:
+    with open(handle, "wb") as file:
+      _lock(handle)
+      yield file
+      file.flush()
+      os.fsync(handle)
+      # mkstemp lets nobody else read; results are as public as other files.
+      mask = os.umask(0)
+      os.umask(mask)
+      os.chmod(temporary, 0o666 & ~mask)
+      os.replace(temporary, path)
+  except BaseException:
+    with contextlib.suppress(FileNotFoundError):
+      os.unlink(temporary)
+    raise
+
+
+def _remove_abandoned(directory: str, prefix: str) -> None:
+  """Removes the temporary files that no living process holds."""
+  for path in glob.glob(os.path.join(glob.escape(directory), f"{prefix}*")):
+    with contextlib.suppress(FileNotFoundError), open(path, "rb") as file:
+      found = os.fstat(file.fileno())
+      # A new one is empty for the moment until its writer has locked it.
+      is_new = not found.st_size and time.time() - found.st_mtime < 60
+      if not is_new and _lock(file.fileno()):
+        os.unlink(path)
+
+
+def _lock(handle: int) -> bool:
+  """Locks an open file for as long as it is open, if nobody else has."""
+  try:
+    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+  except OSError:  # Locked, or a file system without locks.
+    return False
+  return True
 
 
 def write_atomically(
@@ -17,20 +70,31 @@ def write_atomically(
     path: the file; its folder is made.
     content: text is written in UTF-8.
   """
-  directory = os.path.dirname(os.fspath(path)) or "."
-  os.makedirs(directory, exist_ok=True)
-  handle, temporary = tempfile.mkstemp(dir=directory, prefix=".writing-")
+  data = content.encode("utf-8") if isinstance(content, str) else content
+  with atomic(path) as file:
+    file.write(data)
+
+
+@contextlib.contextmanager
+def locked(
+  directory: str | os.PathLike[str], waiting: Callable[[], None] = lambda: None
+) -> Iterator[None]:
+  """Alone among processes that lock the folder; waits for the others.
+
+  The lock goes when its process ends, however it ends, and leaves no file.
+
+  Args:
+    directory: that is there.
+    waiting: is called if another process has the lock.
+  """
+  handle = os.open(directory, os.O_RDONLY)
   try:
-    with open(handle, "wb") as file:
-      file.write(content.encode() if isinstance(content, str) else content)
-    # mkstemp lets nobody else read; results are as public as other files.
-    mask = os.umask(0)
-    os.umask(mask)
-    os.chmod(temporary, 0o666 & ~mask)
-    os.replace(temporary, path)
-  except BaseException:
-    os.unlink(temporary)
-    raise
+    if not _lock(handle):
+      waiting()
+      fcntl.flock(handle, fcntl.LOCK_EX)
+    yield
+  finally:
+    os.close(handle)
 
 
 def json_text(value: Any) -> str:

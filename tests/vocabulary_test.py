@@ -199,7 +199,7 @@ def test_train_from_mixture_finds_the_tags(tmp_path):
 
 def test_no_tensorflow_is_imported():
   code = (
-    "import sys; from basemt_jax import vocabulary;"
+    "import sys; from basemt_jax.data import vocabulary;"
     f"v = vocabulary.Vocabulary.load({str(cldr.MODEL_PATH)!r});"
     "v.decode(v.encode('a'));"
     "sys.exit(any(m in sys.modules for m in ('tensorflow', 'seqio', 'jax')))"

@@ -49,6 +49,12 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     "--processes", type=int, metavar="N", help="default: one per core"
   )
   parser.add_argument(
+    "--max_unpacked_gb",
+    type=float,
+    metavar="N",
+    help="of all files in archives; default 1000",
+  )
+  parser.add_argument(
     "--beam",
     metavar="OPTIONS",
     help="run on Apache Beam with these options, such as "
@@ -70,7 +76,7 @@ def run(options: argparse.Namespace) -> None:
   }
   limits = {
     name: getattr(options, name)
-    for name in ("max_characters", "max_ratio")
+    for name in ("max_characters", "max_ratio", "max_unpacked_gb")
     if getattr(options, name) is not None
   }
   arguments = (
@@ -90,10 +96,10 @@ def run(options: argparse.Namespace) -> None:
       *arguments,
       processes=options.processes,
       progress=console.every_few_seconds(
-        lambda text: print(text, file=sys.stderr, flush=True)
+        lambda text: print(console.printable(text), file=sys.stderr, flush=True)
       ),
     )
-  print(preparation.table(report))
+  print(console.printable(preparation.table(report)))
   print(
     f"{pathlib.Path(options.out, preparation.REPORT)}: all of this, by file"
   )

@@ -5,18 +5,18 @@ failures and to use workers, so there is none here. All workers must see the
 folders of raw text and of the result under the same names: a shared or mounted
 file system.
 
-Beam is no dependency of the package; `pip install apache_beam` adds it.
+Beam is an extra of the package: `pip install 'basemt_jax[beam]'`.
 """
 
 import os
 import pathlib
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
-from basemt_jax.corpora import cleaning, preparation, raw_text
+from basemt_jax.corpora import cleaning, planning, preparation, raw_text
+from basemt_jax.data import parallel_text
 
 _Key = tuple[raw_text.Pair, int]
 
@@ -45,15 +45,21 @@ def prepare(
     ValueError: as `preparation.prepare`.
     ImportError: Beam is not installed.
   """
-  import apache_beam as beam
-  from apache_beam.options import pipeline_options
+  try:
+    import apache_beam as beam
+    from apache_beam.options import pipeline_options
+  except ImportError as error:
+    raise ImportError(
+      f"Apache Beam cannot be imported ({error}): pip install "
+      "'basemt_jax[beam]'"
+    ) from error
 
   raw, out = pathlib.Path(raw).resolve(), pathlib.Path(out).resolve()
   options = options or cleaning.Options()
   with preparation.begun(raw, out, names, options) as (work, report):
     if report:
       return report
-    todo = preparation.plan(raw, work, names, options)
+    todo = planning.plan(raw, work, names, options)
     for job in todo.jobs:
       preparation.job_folder(work, job.pair).mkdir(exist_ok=True)
     shards = {job.pair: job.shards for job in todo.jobs}
@@ -65,11 +71,11 @@ def prepare(
     with beam.Pipeline(
       options=pipeline_options.PipelineOptions(list(beam_options))
     ) as pipeline:
-      held_out = pipeline | "held out" >> beam.Create([todo.held_out])
+      held_out = pipeline | "held out" >> beam.Create([todo.keys])
       found = (
         pipeline
         | "texts" >> beam.Create(texts)
-        | "read" >> beam.FlatMap(_blocks)
+        | "read" >> beam.FlatMap(_chunks)
         | "spread" >> beam.Reshuffle()
         | "clean"
         >> beam.FlatMap(
@@ -77,11 +83,11 @@ def prepare(
           held_out=beam.pvalue.AsSingleton(held_out),
           options=options,
           shards=shards,
-        ).with_outputs("counts", main="lines")
+        ).with_outputs("outcomes", main="lines")
       )
       # One empty element for each, so that empty ones are written, too.
-      no_counts = pipeline | "no counts" >> beam.Create(
-        [(key, Counter()) for key, _ in texts]
+      no_outcomes = pipeline | "no outcomes" >> beam.Create(
+        [(key, cleaning.Outcome()) for key, _ in texts]
       )
       no_lines = pipeline | "no lines" >> beam.Create(
         [
@@ -92,11 +98,11 @@ def prepare(
       )
       text_names = {key: text.name for key, text in texts}
       _ = (
-        (found["counts"], no_counts)
-        | "all counts" >> beam.Flatten()
+        (found["outcomes"], no_outcomes)
+        | "all outcomes" >> beam.Flatten()
         | "add up" >> beam.CombinePerKey(_sum)
-        | "write counts"
-        >> beam.Map(_write_counts, work=str(work), names=text_names)
+        | "write outcomes"
+        >> beam.Map(_write_outcome, work=str(work), names=text_names)
       )
       _ = (
         (found["lines"], no_lines)
@@ -108,45 +114,43 @@ def prepare(
     return preparation.finish(todo, work, out, options)
 
 
-def _blocks(
+def _chunks(
   element: tuple[_Key, raw_text.Text],
-) -> Iterator[tuple[_Key, raw_text.Text, raw_text.Block]]:
+) -> Iterator[tuple[_Key, raw_text.Pair, list[parallel_text.Line]]]:
   key, text = element
-  for block in raw_text.blocks(text):
-    yield key, text, block
+  for chunk in planning.chunks(text):
+    yield key, text.languages, chunk
 
 
 def _clean(
-  element: tuple[_Key, raw_text.Text, raw_text.Block],
+  element: tuple[_Key, raw_text.Pair, list[parallel_text.Line]],
   held_out: np.ndarray,
   options: cleaning.Options,
   shards: dict[raw_text.Pair, int],
 ) -> Iterator[Any]:
-  """Kept lines by pair and shard, and counts by pair and raw text."""
+  """Kept lines by pair and shard, and outcomes by pair and raw text."""
   import apache_beam as beam
 
-  (pair, number), text, block = element
-  parts, counts = cleaning.clean_block_by_shard(
-    text, block, pair, options, held_out, shards[pair]
-  )
-  yield beam.pvalue.TaggedOutput("counts", ((pair, number), counts))
-  for shard, lines in parts.items():
-    yield (pair, shard), lines
+  (pair, number), languages, lines = element
+  kept, outcome = cleaning.clean(lines, languages, pair, options, held_out)
+  yield beam.pvalue.TaggedOutput("outcomes", ((pair, number), outcome))
+  for shard, part in cleaning.by_shard(kept, shards[pair]).items():
+    yield (pair, shard), part
 
 
-def _sum(counts: Iterable[Counter[str]]) -> Counter[str]:
-  total: Counter[str] = Counter()
-  for each in counts:
-    total.update(each)
+def _sum(outcomes: Iterable[cleaning.Outcome]) -> cleaning.Outcome:
+  total = cleaning.Outcome()
+  for each in outcomes:
+    total.add(each)
   return total
 
 
-def _write_counts(
-  element: tuple[_Key, Counter[str]], work: str, names: dict[_Key, str]
+def _write_outcome(
+  element: tuple[_Key, cleaning.Outcome], work: str, names: dict[_Key, str]
 ) -> None:
-  (pair, number), counts = element
-  preparation.write_counts(
-    pathlib.Path(work), pair, number, names[pair, number], counts
+  (pair, number), outcome = element
+  preparation.write_outcome(
+    pathlib.Path(work), pair, number, names[pair, number], outcome
   )
 
 

@@ -7,21 +7,19 @@ digest tells the shard it goes to, and the order in it.
 
 import dataclasses
 import hashlib
-import re
-import unicodedata
+import sys
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from basemt_jax.corpora import raw_text
+from basemt_jax.data import normalisation, parallel_text
 
-# Control characters, soft hyphens, zero-width spaces, direction marks,
-# byte-order marks. Joiners stay: Indic scripts and Persian need them.
-_CONTROL = re.compile(
-  "[\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f\xad\u200b\u200e\u200f\u202a-\u202e"
-  "\u2060\u2066-\u2069\ufeff\ufffe\uffff]"
-)
+Pair = parallel_text.Pair
+_EXAMPLES = 3  # Lines that are quoted by number, for every reason.
+HELD_OUT = "in a dev or test set"
+# Beginnings of why text is dropped that could be read.
+FILTERS = ("empty side", "longer than", "length ratio", HELD_OUT)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,12 +32,14 @@ class Options:
       scripts compare), each plus `ratio_slack`.
     ratio_slack: Lets short sentences differ more.
     shard_bytes: About the text in a shard; bounds a process's memory.
+    max_unpacked_gb: Of all files in archives; changes no result.
   """
 
   max_characters: int = 1000
   max_ratio: float = 4.0
   ratio_slack: int = 20
   shard_bytes: int = 1 << 26
+  max_unpacked_gb: float = dataclasses.field(default=1000, compare=False)
 
   def __post_init__(self):
     """Refuses impossible numbers."""
@@ -48,6 +48,7 @@ class Options:
       ("max_ratio", 1),
       ("ratio_slack", 0),
       ("shard_bytes", 1),
+      ("max_unpacked_gb", 0),
     ):
       if not getattr(self, name) >= least:
         raise ValueError(
@@ -55,51 +56,44 @@ class Options:
         )
 
 
-def normalise(text: str) -> str:
-  """Unicode NFC, single plain spaces, no control characters."""
-  # After control characters, which may stand between a letter and its mark.
-  text = unicodedata.normalize("NFC", _CONTROL.sub("", text))
-  return " ".join(text.split())
+def normalised(
+  line: Pair | parallel_text.Trouble, max_characters: int = sys.maxsize
+) -> Pair | parallel_text.Trouble:
+  """Both sides normalised, or why they cannot be used."""
+  if isinstance(line, parallel_text.Trouble):
+    return line
+  return parallel_text.usable(line, max_characters)
 
 
-def fault(first: str, second: str, options: Options) -> str | None:
-  """Why normalised texts are no training pair; None if they are one."""
-  if not first or not second:
-    return "empty side"
-  if max(len(first), len(second)) > options.max_characters:
-    return f"longer than {options.max_characters} characters"
-  lengths = len(first.encode()), len(second.encode())
-  short, long = (n + options.ratio_slack for n in sorted(lengths))
-  if long > options.max_ratio * short:
-    return f"length ratio above {options.max_ratio:g}"
-  return None
+def usable(
+  line: Pair | parallel_text.Trouble, options: Options
+) -> Pair | parallel_text.Trouble:
+  """Both sides normalised, or why they are no training pair."""
+  found = normalised(line, options.max_characters)
+  if not isinstance(found, parallel_text.Trouble):
+    lengths = len(found[0].encode()), len(found[1].encode())
+    short, long = (n + options.ratio_slack for n in sorted(lengths))
+    if long > options.max_ratio * short:
+      return parallel_text.Trouble(f"length ratio above {options.max_ratio:g}")
+  return found
 
 
 def sentence_keys(language: str, texts: Iterable[str]) -> np.ndarray:
-  """Keys under which sentences of a language count as the same; uint64."""
+  """Keys under which sentences of a language count as the same; uint64.
+
+  The same are those with the same `normalisation.comparison_key`.
+  """
+  keys = (
+    f"{language} {normalisation.comparison_key(text)}".encode()
+    for text in texts
+  )
   return np.array(
     [
-      int.from_bytes(
-        hashlib.blake2b(
-          f"{language} {compared(text)}".encode(), digest_size=8
-        ).digest(),
-        "little",
-      )
-      for text in texts
+      int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little")
+      for key in keys
     ],
     np.uint64,
   )
-
-
-def compared(text: str) -> str:
-  """What of a text is compared: all but case, punctuation and spacing.
-
-  Letters, digits, symbols, and the marks of every script stay; a text without
-  any is compared as it is.
-  """
-  folded = unicodedata.normalize("NFC", normalise(text).casefold())
-  kept = "".join(c for c in folded if unicodedata.category(c)[0] not in "PZC")
-  return unicodedata.normalize("NFC", kept) or folded
 
 
 def digest(line: bytes) -> bytes:
@@ -112,67 +106,81 @@ def shard_of(line_digest: bytes, shards: int) -> int:
   return int.from_bytes(line_digest[:8], "little") % shards
 
 
-def clean_block(
-  text: raw_text.Text,
-  block: raw_text.Block,
-  pair: raw_text.Pair,
+@dataclasses.dataclass
+class Outcome:
+  """What became of lines.
+
+  Attributes:
+    counts: Number of lines: 'kept', or why they were dropped.
+    unread: Why lines could not be read, to the numbers of the first of them.
+  """
+
+  counts: Counter[str] = dataclasses.field(default_factory=Counter)
+  unread: dict[str, list[int]] = dataclasses.field(default_factory=dict)
+
+  def drop(self, reason: str, number: int) -> None:
+    """Counts a line that was dropped."""
+    self.counts[reason] += 1
+    if not reason.startswith(FILTERS):
+      self._quote(reason, [number])
+
+  def add(self, other: "Outcome") -> None:
+    """Adds what became of other lines."""
+    self.counts += other.counts
+    for reason, numbers in other.unread.items():
+      self._quote(reason, numbers)
+
+  def _quote(self, reason: str, numbers: Sequence[int]) -> None:
+    both = sorted([*self.unread.get(reason, []), *numbers])
+    self.unread[reason] = both[:_EXAMPLES]
+
+
+def clean(
+  lines: Sequence[parallel_text.Line],
+  languages: Pair,
+  pair: Pair,
   options: Options,
   held_out: np.ndarray,
-) -> tuple[list[bytes], Counter[str]]:
-  """Normalises and filters a block.
+) -> tuple[list[bytes], Outcome]:
+  """Normalises and filters lines of a text.
 
   Args:
-    text: that the block is of.
-    block: see `raw_text.blocks`.
+    lines: numbered pairs, or why they could not be read.
+    languages: of the lines.
     pair: the order of the languages in the output.
     options: what to keep.
     held_out: sorted `sentence_keys` of dev and test sets.
 
   Returns:
-    Lines 'first<TAB>second', and the number of lines by what became of them:
-    'kept', or why they were dropped.
+    Lines 'first<TAB>second', and what became of all of them.
   """
-  backwards = text.languages != pair
-  found: list[raw_text.Pair] = []
-  counts: Counter[str] = Counter()
-  for sides in raw_text.pairs_of(text, block):
-    if isinstance(sides, str):
-      counts[sides] += 1
-      continue
-    first, second = map(normalise, sides[::-1] if backwards else sides)
-    reason = fault(first, second, options)
-    if reason:
-      counts[reason] += 1
+  kept: list[Pair] = []
+  outcome = Outcome()
+  for number, line in lines:
+    found = usable(line, options)
+    if isinstance(found, parallel_text.Trouble):
+      outcome.drop(str(found), number)
     else:
-      found.append((first, second))
-  lines = []
-  if found:
-    known = np.zeros(len(found), bool)
-    for language, texts in zip(pair, zip(*found, strict=True), strict=True):
-      keys = sentence_keys(language, texts)
-      at = np.searchsorted(held_out, keys)
-      known |= held_out[np.minimum(at, len(held_out) - 1)] == keys
-    lines = [
-      f"{first}\t{second}".encode()
-      for (first, second), skip in zip(found, known, strict=True)
-      if not skip
-    ]
-    counts["in a dev or test set"] += len(found) - len(lines)
-  counts["kept"] += len(lines)
-  return lines, +counts
+      kept.append(found if languages == pair else found[::-1])
+  known = np.zeros(len(kept), bool)
+  for i, language in enumerate(pair):
+    keys = sentence_keys(language, (sides[i] for sides in kept))
+    at = np.searchsorted(held_out, keys)
+    known |= held_out[np.minimum(at, len(held_out) - 1)] == keys
+  outcome.counts[HELD_OUT] += int(known.sum())
+  outcome.counts["kept"] += len(kept) - int(known.sum())
+  outcome.counts = +outcome.counts
+  texts = [
+    f"{first}\t{second}".encode()
+    for (first, second), skip in zip(kept, known, strict=True)
+    if not skip
+  ]
+  return texts, outcome
 
 
-def clean_block_by_shard(
-  text: raw_text.Text,
-  block: raw_text.Block,
-  pair: raw_text.Pair,
-  options: Options,
-  held_out: np.ndarray,
-  shards: int,
-) -> tuple[dict[int, list[bytes]], Counter[str]]:
-  """As `clean_block`, with the lines by the shard that they go to."""
-  lines, counts = clean_block(text, block, pair, options, held_out)
+def by_shard(lines: Iterable[bytes], shards: int) -> dict[int, list[bytes]]:
+  """Lines by the shard that they go to."""
   parts: dict[int, list[bytes]] = {}
   for line in lines:
     parts.setdefault(shard_of(digest(line), shards), []).append(line)
-  return parts, counts
+  return parts

@@ -11,7 +11,7 @@ The steps, for every pair of languages:
 3. Equal pairs are dropped but one. A pair's digest tells the shard it goes to,
    and the order in it, so that shards are samples of the whole text.
 
-Memory: a block of lines per process, then the text of a shard per process.
+Memory: some thousand lines per process, then the text of a shard per process.
 Disk: the unpacked archives and the kept lines once more, in `OUT/.work`, which
 is removed at the end. Interrupted, the same command goes on: texts that were
 read and shards that were written are not done again. The files depend neither
@@ -38,169 +38,19 @@ from typing import Any
 
 import numpy as np
 
-from basemt_jax.corpora import cleaning, raw_text
+from basemt_jax import files
+from basemt_jax.corpora import cleaning, planning, raw_text
+from basemt_jax.data import parallel_text
 
 REPORT = "prepared.json"
 _WORK = ".work"
-_EVALUATION = {"validation": "dev", "test": "test"}
-_MAX_SHARDS = 512
-_SHOWN = 20  # Names of unused files in a table.
+_SHOWN = 5  # Reasons why lines of a text could not be read.
 
 
 def shard_name(pair: raw_text.Pair, shard: int, shards: int) -> str:
   """The file name of a shard."""
   part = f"-{shard:05}-of-{shards:05}" if shards > 1 else ""
   return f"{pair[0]}-{pair[1]}.train{part}.tsv.gz"
-
-
-# --------------------------------------------------------------- pipeline
-
-
-@dataclasses.dataclass(frozen=True)
-class Job:
-  """Training text of a pair of languages.
-
-  Attributes:
-    pair: In the order of the output.
-    texts: Raw texts.
-    shards: Number of files to write.
-  """
-
-  pair: raw_text.Pair
-  texts: tuple[raw_text.Text, ...]
-  shards: int
-
-
-@dataclasses.dataclass(frozen=True)
-class Plan:
-  """What there is to do.
-
-  Attributes:
-    jobs: One per pair of languages.
-    held_out: Sorted `cleaning.sentence_keys` of all dev and test sets.
-    evaluation: File name to lines, of dev and test sets.
-    sources: File name to the name of the text that it is made of.
-    kept_out: Names of dev and test sets that are not used.
-    unused: Names of raw files that are not parallel text of the corpus.
-    unread: Those among them that are dev or test sets by their names.
-    missing: Pairs of languages without training text.
-  """
-
-  jobs: tuple[Job, ...]
-  held_out: np.ndarray
-  evaluation: Mapping[str, Sequence[bytes]]
-  sources: Mapping[str, str]
-  kept_out: tuple[str, ...]
-  unused: tuple[str, ...]
-  unread: tuple[str, ...]
-  missing: tuple[raw_text.Pair, ...]
-
-
-def plan(
-  raw: pathlib.Path,
-  work: pathlib.Path,
-  names: raw_text.Names,
-  options: cleaning.Options,
-) -> Plan:
-  """Unpacks archives, and finds what there is to do.
-
-  Raises:
-    ValueError: no folder, no training text, files that cannot be read, or texts
-      of which it is in doubt whether they are for training.
-  """
-  if not raw.is_dir():
-    raise ValueError(f"The folder of raw text {str(raw)!r} does not exist.")
-  unpacked = work / "unpacked"
-  unpacked.mkdir(parents=True, exist_ok=True)
-  raw_text.unpack(raw, unpacked, names)
-  found = raw_text.find([raw, unpacked], names)
-  _check_doubts(found.doubtful)
-  jobs = []
-  for pair in names.pairs:
-    if texts := found.texts.get(pair, {}).get("train"):
-      size = sum(text.text_bytes for text in texts)
-      shards = min(_MAX_SHARDS, -(-size // options.shard_bytes)) or 1
-      jobs.append(Job(pair, tuple(texts), shards))
-  if not jobs:
-    raise ValueError(
-      f"There is no training text of this benchmark in {str(raw)!r}: its files "
-      "are known by their names; docs/data.md lists them."
-    )
-  trained = {job.pair for job in jobs}
-  keys, evaluation, sources = [np.zeros(1, np.uint64)], {}, {}
-  kept_out = list(found.held_out)
-  for pair, of_pair in found.texts.items():
-    for split in _EVALUATION.keys() & of_pair.keys():
-      for text in of_pair[split]:
-        if pair not in trained:
-          kept_out.append(text)
-          continue
-        name, pairs = _evaluation_set(text, pair, split)
-        evaluation[name] = [f"{a}\t{b}".encode() for a, b in pairs]
-        sources[name] = text.name
-        languages = text.languages if text.directed else pair
-        keys += _keys(languages, pairs)
-  for text in kept_out:
-    keys += _keys(text.languages, _pairs(text))
-  return Plan(
-    tuple(jobs),
-    np.unique(np.concatenate(keys)),
-    dict(sorted(evaluation.items())),
-    sources,
-    tuple(sorted(text.name for text in kept_out)),
-    tuple(sorted(found.unused)),
-    tuple(sorted(found.unread)),
-    tuple(pair for pair in names.pairs if pair not in trained),
-  )
-
-
-def _check_doubts(doubtful: Sequence[str]) -> None:
-  """Asks what only the user can know."""
-  if doubtful:
-    raise ValueError(
-      "by their names, these may be training text, or a dev or test set that "
-      f"must stay out of it: {_listed(doubtful)}; decide with --train GLOB, "
-      "--dev GLOB, --test GLOB or --held_out GLOB (neither trained nor "
-      f"evaluated on), such as --train '{doubtful[0].split(' and ')[0]}'"
-    )
-
-
-def _evaluation_set(
-  text: raw_text.Text, pair: raw_text.Pair, split: str
-) -> tuple[str, list[raw_text.Pair]]:
-  """The name and the pairs of a dev or test file."""
-  pairs = list(_pairs(text, strict=True))
-  if not text.directed and text.languages != pair:
-    pairs = [(b, a) for a, b in pairs]
-  name = "-".join(text.languages if text.directed else pair)
-  return f"{name}.{_EVALUATION[split]}.tsv", pairs
-
-
-def _keys(
-  languages: raw_text.Pair, pairs: Sequence[raw_text.Pair]
-) -> list[np.ndarray]:
-  return [
-    cleaning.sentence_keys(language, (sides[i] for sides in pairs))
-    for i, language in enumerate(languages)
-  ]
-
-
-def _pairs(text: raw_text.Text, strict: bool = False) -> list[raw_text.Pair]:
-  """The normalised pairs of a dev or test set that have two sides.
-
-  Raises:
-    ValueError: `strict`, and a line that cannot be read.
-  """
-  pairs = []
-  for block in raw_text.blocks(text):
-    for sides in raw_text.pairs_of(text, block):
-      if not isinstance(sides, str):
-        first, second = map(cleaning.normalise, sides)
-        if first and second:
-          pairs.append((first, second))
-      elif strict:
-        raise ValueError(f"{text.name} is a test set with a bad line: {sides}.")
-  return pairs
 
 
 def prepare(
@@ -234,15 +84,16 @@ def prepare(
     pathlib.Path(out),
     options or cleaning.Options(),
   )
-  with begun(raw, out, names, options) as (work, report):
+  with begun(raw, out, names, options, progress) as (work, report):
     if report:
       progress(f"{out} is prepared already")
       return report
-    todo = plan(raw, work, names, options)
-    np.save(work / "held_out.npy", todo.held_out)
+    todo = planning.plan(raw, work, names, options)
+    np.save(work / "held_out.npy", todo.keys)
     with _pool(processes, work, options) as pool:
       for job in todo.jobs:
         _read_job(job, work, pool, progress)
+      check_read(todo, work)
       _write_shards(todo.jobs, work, out, pool, progress)
     return finish(todo, work, out, options)
 
@@ -253,24 +104,32 @@ def begun(
   out: pathlib.Path,
   names: raw_text.Names,
   options: cleaning.Options,
+  progress: Callable[[str], None] = lambda text: None,
 ) -> Iterator[tuple[pathlib.Path, dict[str, Any] | None]]:
-  """The work folder, and the report if all is done.
+  """The work folder, and the report if all is done; alone in `out`.
 
   Raises:
-    ValueError: `out` is of other files or options.
+    ValueError: `out` is of other files or options, or within `raw`.
   """
-  out.mkdir(parents=True, exist_ok=True)
+  if out.resolve().is_relative_to(raw.resolve()):
+    raise ValueError(
+      f"the folder for the result, {out}, is within the folder of raw text: "
+      "choose one outside of it"
+    )
   identity = _identity(raw, names, options)
-  if (out / REPORT).exists():
-    report = _read_json(out / REPORT)
-    _check_identity(report["made_of"], identity, out)
-    shutil.rmtree(out / _WORK, ignore_errors=True)
-    yield out / _WORK, report
-    return
-  work = out / _WORK
-  work.mkdir(exist_ok=True)
-  _go_on(work, identity, out)
-  yield work, None
+  out.mkdir(parents=True, exist_ok=True)
+  waiting = f"waiting for another process that prepares {out}"
+  with files.locked(out, lambda: progress(waiting)):
+    work = out / _WORK
+    if (out / REPORT).exists():
+      report = _read_json(out / REPORT)
+      _check_identity(report["made_of"], identity, out)
+      shutil.rmtree(work, ignore_errors=True)
+      yield work, report
+      return
+    work.mkdir(exist_ok=True)
+    _go_on(work, identity, out)
+    yield work, None
 
 
 def _go_on(work: pathlib.Path, identity: Any, out: pathlib.Path) -> None:
@@ -278,9 +137,7 @@ def _go_on(work: pathlib.Path, identity: Any, out: pathlib.Path) -> None:
   note = work / "made_of.json"
   old = _read_json(note) if note.exists() else None
   if old is not None and old != identity:
-    if any(
-      path.is_dir() and path.name != "unpacked" for path in work.iterdir()
-    ):
+    if any(p.is_dir() and p.name != "unpacked" for p in work.iterdir()):
       _check_identity(old, identity, out)
     # Only archives were unpacked: that depends on these.
     if any(old.get(key) != identity[key] for key in ("pairs", "files")):
@@ -294,7 +151,7 @@ def _check_identity(old: Any, new: Any, out: pathlib.Path) -> None:
     changed = [key for key in new if old.get(key) != new[key]]
     raise ValueError(
       f"{out} was prepared from something else (other {', '.join(changed)}): "
-      "choose another folder, or delete this one."
+      "choose another folder, or delete this one"
     )
 
 
@@ -303,10 +160,14 @@ def _identity(
 ) -> dict[str, Any]:
   """What the result depends on."""
   if not raw.is_dir():
-    raise ValueError(f"The folder of raw text {str(raw)!r} does not exist.")
+    raise ValueError(f"the folder of raw text {str(raw)!r} does not exist")
   return {
     "pairs": [list(pair) for pair in names.pairs],
-    "options": dataclasses.asdict(options),
+    "options": {
+      field.name: getattr(options, field.name)
+      for field in dataclasses.fields(options)
+      if field.compare
+    },
     "decisions": {split: list(x) for split, x in sorted(names.decided.items())},
     "files": [
       [str(path.relative_to(raw)), path.stat().st_size]
@@ -373,17 +234,21 @@ def _bounded(
 
 
 def _clean(
-  text: raw_text.Text, block: raw_text.Block, pair: raw_text.Pair, shards: int
-) -> tuple[dict[int, bytes], Counter[str]]:
-  """In a worker: the kept lines of a block by shard."""
-  parts, counts = cleaning.clean_block_by_shard(
-    text, block, pair, _worker["options"], _worker["held_out"], shards
+  lines: Sequence[parallel_text.Line],
+  languages: raw_text.Pair,
+  pair: raw_text.Pair,
+  shards: int,
+) -> tuple[dict[int, bytes], cleaning.Outcome]:
+  """In a worker: the kept lines of a chunk by shard."""
+  kept, outcome = cleaning.clean(
+    lines, languages, pair, _worker["options"], _worker["held_out"]
   )
-  return {k: b"\n".join([*part, b""]) for k, part in parts.items()}, counts
+  parts = cleaning.by_shard(kept, shards)
+  return {k: b"\n".join([*part, b""]) for k, part in parts.items()}, outcome
 
 
 def _read_job(
-  job: Job,
+  job: planning.Job,
   work: pathlib.Path,
   pool: concurrent.futures.Executor,
   progress: Callable[[str], None],
@@ -396,26 +261,26 @@ def _read_job(
     part = folder / str(number)
     shutil.rmtree(part, ignore_errors=True)  # Of an interrupted run.
     part.mkdir(parents=True)
-    counts: Counter[str] = Counter()
+    outcome = cleaning.Outcome()
     with contextlib.ExitStack() as stack:
-      files: dict[int, Any] = {}
-      blocks = (
-        (text, block, job.pair, job.shards) for block in raw_text.blocks(text)
+      opened: dict[int, Any] = {}
+      arguments = (
+        (chunk, text.languages, job.pair, job.shards)
+        for chunk in planning.chunks(text)
       )
-      for lines, found in _bounded(pool, _clean, blocks):
-        counts += found
+      for lines, found in _bounded(pool, _clean, arguments):
+        outcome.add(found)
         for shard, content in lines.items():
-          if shard not in files:
-            files[shard] = stack.enter_context(open(part / str(shard), "wb"))
-          files[shard].write(content)
-        progress(
-          f"reading {'-'.join(job.pair)}, {text.name}: {counts.total():,} lines"
-        )
-    write_counts(work, job.pair, number, text.name, counts)
+          if shard not in opened:
+            opened[shard] = stack.enter_context(open(part / str(shard), "wb"))
+          opened[shard].write(content)
+        count = outcome.counts.total()
+        progress(f"reading {'-'.join(job.pair)}, {text.name}: {count:,} lines")
+    write_outcome(work, job.pair, number, text.name, outcome)
 
 
 def _write_shards(
-  jobs: Sequence[Job],
+  jobs: Sequence[planning.Job],
   work: pathlib.Path,
   out: pathlib.Path,
   pool: concurrent.futures.Executor,
@@ -462,18 +327,72 @@ def job_folder(work: pathlib.Path, pair: raw_text.Pair) -> pathlib.Path:
   return work / "-".join(pair)
 
 
-def write_counts(
+def write_outcome(
   work: pathlib.Path,
   pair: raw_text.Pair,
   number: int,
   name: str,
-  counts: Counter[str],
+  outcome: cleaning.Outcome,
 ) -> None:
   """Notes that a raw text has been read, and what became of its lines."""
   _write_json(
     job_folder(work, pair) / f"{number}.json",
-    {"name": name, "counts": dict(counts.most_common())},
+    {
+      "name": name,
+      "counts": _by_number(outcome.counts),
+      "unread": dict(sorted(outcome.unread.items())),
+    },
   )
+
+
+def _by_number(counts: Mapping[str, int]) -> dict[str, int]:
+  return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
+
+
+def check_read(todo: planning.Todo, work: pathlib.Path) -> None:
+  """Refuses texts that could not be read, and languages without a line.
+
+  Raises:
+    ValueError: such a text, or pair of languages.
+  """
+  for job in todo.jobs:
+    texts = _outcomes(job, work)
+    for text in texts:
+      if all(reason in text["unread"] for reason in text["counts"]):
+        why = "; ".join(_unread(text)) or "it is empty"
+        raise ValueError(
+          f"nothing of {text['name']} can be used, {why}: mend it or take it "
+          "away"
+        )
+    if not any("kept" in text["counts"] for text in texts):
+      total: Counter[str] = Counter()
+      for text in texts:
+        total.update(text["counts"])
+      why = ", ".join(f"{n:,} {x}" for x, n in total.most_common(_SHOWN))
+      raise ValueError(
+        f"nothing is kept of the training text of {'-'.join(job.pair)}, "
+        f"{planning.listed([t['name'] for t in texts])}: {why}"
+      )
+
+
+def _outcomes(job: planning.Job, work: pathlib.Path) -> list[dict[str, Any]]:
+  folder = job_folder(work, job.pair)
+  return [_read_json(folder / f"{i}.json") for i in range(len(job.texts))]
+
+
+def _unread(text: Mapping[str, Any]) -> list[str]:
+  """What of a text could not be read: reason, number of lines, the first."""
+  most = sorted(text["unread"], key=lambda x: (-text["counts"][x], x))
+  said = []
+  for reason in most[:_SHOWN]:
+    numbers = text["unread"][reason]
+    more = " ..." if text["counts"][reason] > len(numbers) else ""
+    where = ", ".join(map(str, numbers)) + more
+    lines = "line" if len(numbers) == 1 else "lines"
+    said.append(f"{text['counts'][reason]:,} {reason} ({lines} {where})")
+  if len(most) > _SHOWN:
+    said.append(f"and {len(most) - _SHOWN} other reasons")
+  return said
 
 
 def _shard_counts(
@@ -505,15 +424,12 @@ def write_shard(
   for line in lines:
     total += 1
     by_digest.setdefault(cleaning.digest(line), line)
-  path = out / shard_name(pair, shard, shards)
-  partial = path.with_name(path.name + ".partial")
   with (
-    open(partial, "wb") as raw,
+    files.atomic(out / shard_name(pair, shard, shards)) as raw,
     # No name and no time in it: the same lines are the same bytes.
     gzip.GzipFile("", "wb", 6, raw, mtime=0) as file,
   ):
     file.writelines(by_digest[key] + b"\n" for key in sorted(by_digest))
-  partial.rename(path)
   kept = len(by_digest)
   _write_json(
     _shard_counts(work, pair, shard),
@@ -522,18 +438,30 @@ def write_shard(
 
 
 def finish(
-  todo: Plan, work: pathlib.Path, out: pathlib.Path, options: cleaning.Options
+  todo: planning.Todo,
+  work: pathlib.Path,
+  out: pathlib.Path,
+  options: cleaning.Options,
 ) -> dict[str, Any]:
   """Writes dev and test sets and the report, and removes the work folder."""
-  for name, lines in todo.evaluation.items():
-    (out / name).write_bytes(b"".join(line + b"\n" for line in lines))
+  check_read(todo, work)
+  for name, one in todo.evaluation.items():
+    lines = "".join(f"{a}\t{b}\n" for a, b in one.pairs)
+    files.write_atomically(out / name, lines)
   report: dict[str, Any] = {
     "pairs": {},
     "evaluation": {
-      name: {"pairs": len(lines), "made_of": todo.sources[name]}
-      for name, lines in todo.evaluation.items()
+      name: {"pairs": len(one.pairs), "made_of": one.text.name}
+      for name, one in todo.evaluation.items()
     },
-    "held_out": list(todo.kept_out),
+    "held_out": [
+      {
+        "name": one.text.name,
+        "pairs": len(one.pairs),
+        "unread": dict(one.unread),
+      }
+      for one in todo.held_out
+    ],
     "missing": ["-".join(pair) for pair in todo.missing],
     "unused": list(todo.unused),
     "unread": list(todo.unread),
@@ -542,8 +470,7 @@ def finish(
     "made_of": _read_json(work / "made_of.json"),
   }
   for job in todo.jobs:
-    folder = job_folder(work, job.pair)
-    texts = [_read_json(folder / f"{i}.json") for i in range(len(job.texts))]
+    texts = _outcomes(job, work)
     counts: Counter[str] = Counter()
     for text in texts:
       counts.update(text["counts"])
@@ -561,7 +488,7 @@ def finish(
     report["pairs"]["-".join(job.pair)] = {
       "read": read,
       "kept": kept,
-      "dropped": dict((+counts).most_common()),
+      "dropped": _by_number(+counts),
       "texts": texts,
     }
   _write_json(out / REPORT, report)
@@ -574,10 +501,9 @@ def _read_json(path: pathlib.Path) -> Any:
 
 
 def _write_json(path: pathlib.Path, value: Any) -> None:
-  partial = path.with_name(path.name + ".partial")
-  text = json.dumps(value, indent=1, ensure_ascii=False)
-  partial.write_text(text + "\n", encoding="utf-8")
-  partial.rename(path)
+  text = json.dumps(value, indent=1, ensure_ascii=False) + "\n"
+  # Names of files may hold bytes that are no UTF-8.
+  files.write_atomically(path, text.encode("utf-8", "backslashreplace"))
 
 
 def table(report: Mapping[str, Any]) -> str:
@@ -591,22 +517,21 @@ def table(report: Mapping[str, Any]) -> str:
     )
     total.update(read=pair["read"], kept=pair["kept"])
   lines.append(f"{'all':<12} {total['read']:>14,} {total['kept']:>14,}")
+  for pair in report["pairs"].values():
+    lines += [
+      f"not read: {text['name']}: {'; '.join(_unread(text))}"
+      for text in pair["texts"]
+      if text["unread"]
+    ]
   for name, made in report["evaluation"].items():
     lines.append(f"{name}: {made['pairs']:,} pairs of {made['made_of']}")
+  others = dict(report, held_out=[each["name"] for each in report["held_out"]])
   for title, what in (
     ("held out of training, not used", "held_out"),
     ("no training text", "missing"),
     ("not used", "unused"),
     ("dev or test sets that cannot be read, NOT held out", "unread"),
   ):
-    if report[what]:
-      lines.append(f"{title}: {_listed(report[what])}")
+    if others[what]:
+      lines.append(f"{title}: {planning.listed(others[what])}")
   return "\n".join(lines)
-
-
-def _listed(names: Sequence[str]) -> str:
-  """The first of some names, and how many more there are."""
-  more = len(names) - _SHOWN
-  return ", ".join(names[:_SHOWN]) + (
-    f", and {more:,} more" if more > 0 else ""
-  )

@@ -1,7 +1,7 @@
-"""Parallel text as it is downloaded: archives, and the files in them.
+"""Parallel text as it is downloaded: which files are what, by their names.
 
-Files are known by their names. These are read, each also compressed with gzip,
-bzip2 or xz, in folders and in (nested) tar and zip archives:
+Found in folders and in (nested) archives, each also compressed with gzip, bzip2
+or xz, are:
 
 - Moses pairs: `europarl-v7.cs-en.cs` beside `europarl-v7.cs-en.en`;
   `newstest2013.cs` beside `.en`; `casia2015_ch.txt` beside `casia2015_en.txt`;
@@ -16,40 +16,34 @@ bzip2 or xz, in folders and in (nested) tar and zip archives:
 The sides of a text may be called `src` and `ref`, `newstest2019-src.eng.txt`,
 and may be named by the split alone, `eng_Latn.dev` beside `deu_Latn.dev`. Which
 split a file is of is told by `splits`. Where the languages are not in a file's
-name, they are looked for in the names of its folders. Text is read as a stream
-of *blocks*: a tuple of one `bytes` (tables) or two (one per side), with the
-same number of whole lines.
+name, they are looked for in the names of its folders; `pt-BR`, `pt_br` and
+`por_Latn` are all understood.
 """
 
-import bz2
 import dataclasses
 import fnmatch
 import functools
-import gzip
-import html
-import itertools
-import json
-import lzma
 import os
 import pathlib
 import re
-import shutil
-import tarfile
-import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import IO, Any
-from xml.etree import ElementTree
+from typing import Any
 
-from basemt_jax.corpora import splits
+from basemt_jax.corpora import archives, splits
+from basemt_jax.data import languages as languages_lib
+from basemt_jax.data import parallel_text
 
-_ARCHIVES = (".tar", ".tgz", ".tar.gz", ".tar.bz2", ".tar.xz", ".zip")
-_OPEN: dict[str, Any] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
-_UNPACKED = ".files"  # Ends the name of a folder that was an archive.
-_BLOCK = 1 << 22
-_XML_LANGUAGE = "{http://www.w3.org/XML/1998/namespace}lang"
+Pair = parallel_text.Pair
 
-Block = tuple[bytes, ...]
-Pair = tuple[str, str]
+_FORMATS: dict[str, parallel_text.Format] = {
+  "moses": parallel_text.moses,
+  "sgm": parallel_text.sgm,
+  "table": parallel_text.last_columns,
+  "bars": parallel_text.bars,
+  "jsonl": parallel_text.jsonl,
+  "tmx": parallel_text.tmx,
+}
+_EVALUATION = frozenset((splits.VALIDATION, splits.TEST))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,19 +71,43 @@ class Names:
   )
 
   def language(self, spelled: str) -> str | None:
-    """The language that is spelled so, or None."""
-    if spelled in self.spellings:
-      return self.spellings[spelled]
-    return spelled if spelled in self.languages else None
+    """The wanted language that is spelled so, or None."""
+    known = self.spellings.get(spelled)
+    return known or _meant(spelled, self.languages)
 
   @functools.cached_property
-  def languages(self) -> frozenset[str]:
+  def languages(self) -> tuple[str, ...]:
     """All languages of the pairs."""
-    return frozenset(language for pair in self.pairs for language in pair)
+    both = (language for pair in self.pairs for language in pair)
+    return tuple(dict.fromkeys(both))
 
   def said(self, path: str) -> str:
     """The split that a path tells; see `splits.split_of`."""
-    return splits.split_of(path, self.languages | self.spellings.keys())
+    return splits.split_of(path, {*self.languages, *self.spellings})
+
+  def is_useful(self, path: str) -> bool:
+    """Whether a file, by its path, is an archive or parallel text."""
+    known = _parse(pathlib.PurePosixPath(path), self)
+    return archives.is_archive(path) or known is not None
+
+
+@functools.lru_cache(maxsize=1 << 16)
+def _meant(spelled: str, wanted: tuple[str, ...]) -> str | None:
+  """Which of the wanted languages a spelling is, or is a variety of."""
+  try:
+    language = languages_lib.Language.parse(spelled)
+  except ValueError:
+    return None
+  parsed = {w: languages_lib.Language.parse(w) for w in wanted}
+  for is_meant in (
+    lambda other: other == language,
+    lambda other: other.standard == language.standard,
+    language.fits,
+  ):
+    found = next((w for w, other in parsed.items() if is_meant(other)), None)
+    if found:
+      return found
+  return None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,91 +133,22 @@ class Text:
   @property
   def text_bytes(self) -> int:
     """About the size of the text: compressed files count four times."""
+    packed = parallel_text.COMPRESSIONS
     return sum(
-      os.path.getsize(p) * (4 if pathlib.Path(p).suffix in _OPEN else 1)
+      os.path.getsize(p) * (4 if pathlib.Path(p).suffix in packed else 1)
       for p in self.paths
     )
 
+  def lines(self) -> Iterator[parallel_text.Line]:
+    """Numbered pairs, in the order of `languages`, or why there is none.
+
+    Raises:
+      ValueError: a file that breaks off, or sides of unequal length.
+    """
+    return _FORMATS[self.kind](self.paths, self.spelled)
+
 
 # ---------------------------------------------------------------- finding
-
-
-@dataclasses.dataclass(frozen=True)
-class _File:
-  """What a path tells of its content."""
-
-  kind: str
-  key: str  # Equal for the sides of one text.
-  spelled: Pair | None
-  side: str | None = None
-  directed: bool = False
-
-
-def unpack(raw: pathlib.Path, work: pathlib.Path, names: Names) -> None:
-  """Unpacks what is useful of all archives in `raw`, each once.
-
-  Args:
-    raw: folder of downloaded files.
-    work: gets a folder for every archive; one that is there is left alone.
-    names: of the corpus.
-
-  Raises:
-    ValueError: a broken archive.
-  """
-  todo = [(path, path.relative_to(raw)) for path in _files(raw)]
-  while todo:
-    path, name = todo.pop()
-    if not path.name.lower().endswith(_ARCHIVES):
-      continue
-    target = work / f"{name}{_UNPACKED}"
-    if not target.exists():
-      partial = work / f"{name}.partial"
-      shutil.rmtree(partial, ignore_errors=True)
-      partial.mkdir(parents=True)
-      try:
-        for member, stream in _members(path, names, name):
-          out = partial / member
-          out.parent.mkdir(parents=True, exist_ok=True)
-          with open(out, "wb") as file:
-            shutil.copyfileobj(stream, file, _BLOCK)
-      except (OSError, EOFError, tarfile.TarError, zipfile.BadZipFile) as error:
-        raise ValueError(
-          f"{path} is not a whole archive ({error}): download it again."
-        ) from error
-      partial.rename(target)
-    todo += [(inner, inner.relative_to(work)) for inner in _files(target)]
-
-
-def _members(
-  path: pathlib.Path, names: Names, name: pathlib.Path
-) -> Iterator[tuple[pathlib.PurePosixPath, IO[bytes]]]:
-  """Useful files of an archive, under names that stay inside of it."""
-
-  def useful(member: str) -> pathlib.PurePosixPath | None:
-    parts = [p for p in pathlib.PurePosixPath(member).parts if p != ".."]
-    inside = pathlib.PurePosixPath(*(p.strip("/") or "_" for p in parts))
-    is_archive = member.lower().endswith(_ARCHIVES)
-    known = is_archive or _parse(pathlib.PurePosixPath(name) / inside, names)
-    return inside if known else None
-
-  if path.suffix.lower() == ".zip":
-    with zipfile.ZipFile(path) as archive:
-      for member in archive.infolist():
-        inside = useful(member.filename)
-        if inside and not member.is_dir():
-          with archive.open(member) as stream:
-            yield inside, stream
-    return
-  with tarfile.open(path, "r|*") as tar:
-    for entry in tar:
-      inside = useful(entry.name)
-      content = tar.extractfile(entry) if inside and entry.isfile() else None
-      if inside and content:
-        yield inside, content
-
-
-def _files(folder: pathlib.Path) -> list[pathlib.Path]:
-  return sorted(p for p in folder.rglob("*") if p.is_file())
 
 
 @dataclasses.dataclass
@@ -238,20 +187,16 @@ def find(folders: Sequence[pathlib.Path], names: Names) -> Found:
     ValueError: a glob of `names.decided` that no text has.
   """
   found = Found({}, [], [], [], [])
-  decided: dict[str, str] = {}
+  decided: set[str] = set()
   texts = _texts(folders, names, found)
   _check_globs(names.decided, [name for _, files in texts for name in files])
   for text, files in texts:
     pair = next((p for p in names.pairs if set(p) == set(text.languages)), None)
     split = _decision(files, names.decided)
     if split:
-      decided[text.name] = split
+      decided.add(text.name)
     else:
-      split = names.said(files[0])
-      if text.kind == "sgm" and split not in (splits.VALIDATION, splits.TEST):
-        split = splits.TEST
-      if pair and names.evaluation and split in _EVALUATION:
-        split = names.evaluation(files[0], pair) or splits.HELD_OUT
+      split = _split(text, files[0], pair, names)
     alone = len(set(text.languages)) == 1
     if split == splits.HELD_OUT or (alone and split in _EVALUATION):
       found.held_out.append(text)
@@ -269,7 +214,14 @@ def find(folders: Sequence[pathlib.Path], names: Names) -> Found:
   return found
 
 
-_EVALUATION = frozenset((splits.VALIDATION, splits.TEST))
+def _split(text: Text, file: str, pair: Pair | None, names: Names) -> str:
+  """What the name of a text's first file tells of it."""
+  split = names.said(file)
+  if text.kind == "sgm" and split not in _EVALUATION:
+    split = splits.TEST  # SGM is never for training.
+  if pair and names.evaluation and split in _EVALUATION:
+    split = names.evaluation(file, pair) or splits.HELD_OUT
+  return split
 
 
 def _decision(
@@ -308,6 +260,34 @@ def _check_globs(
         )
 
 
+def _best(
+  texts: list[Text], decided: Iterable[str]
+) -> tuple[list[Text], list[Text]]:
+  """The texts to evaluate on, at most one per direction, and the others."""
+  first_choice = [t for t in texts if t.name in decided] or texts
+  ranked = sorted(first_choice, key=lambda t: (not t.directed, t.name, t.paths))
+  if ranked[0].directed:
+    by_direction = {t.languages: t for t in reversed(ranked) if t.directed}
+    best = [by_direction[key] for key in sorted(by_direction)]
+  else:
+    best = ranked[:1]
+  return best, [t for t in texts if t not in best]
+
+
+# ------------------------------------------------------------- pairing sides
+
+
+@dataclasses.dataclass(frozen=True)
+class _File:
+  """What a path tells of its content."""
+
+  kind: str
+  key: str  # Equal for the sides of one text.
+  spelled: Pair | None
+  side: str | None = None
+  directed: bool = False
+
+
 def _texts(
   folders: Sequence[pathlib.Path], names: Names, found: Found
 ) -> list[tuple[Text, list[str]]]:
@@ -315,9 +295,9 @@ def _texts(
   sides: dict[tuple[pathlib.Path, str], dict[str, tuple[str, str, _File]]] = {}
   texts: list[tuple[Text, list[str]]] = []
   for folder in folders:
-    for path in _files(folder):
-      name = str(path.relative_to(folder)).replace(f"{_UNPACKED}/", "/")
-      if path.name.lower().endswith(_ARCHIVES):
+    for path in archives.files(folder):
+      name = archives.shown_name(str(path.relative_to(folder)))
+      if archives.is_archive(path.name):
         continue
       file = _parse(pathlib.PurePosixPath(name), names)
       if file is None:
@@ -344,10 +324,8 @@ def _alone(
 ) -> tuple[Text, list[str]]:
   """A side whose other one is not there, as a text of one language."""
   both, spelled = (language, language), (str(file.side), str(file.side))
-  text = Text(
-    f"{name} (one side)", file.kind, both, False, (path, path), spelled
-  )
-  return text, [name]
+  name_shown, paths = f"{name} (one side)", (path, path)
+  return Text(name_shown, file.kind, both, False, paths, spelled), [name]
 
 
 def _side_by_side(
@@ -381,24 +359,13 @@ def _text(
   )
 
 
-def _best(
-  texts: list[Text], decided: Iterable[str]
-) -> tuple[list[Text], list[Text]]:
-  """The texts to evaluate on, at most one per direction, and the others."""
-  first_choice = [t for t in texts if t.name in decided] or texts
-  ranked = sorted(first_choice, key=lambda t: (not t.directed, t.name, t.paths))
-  if ranked[0].directed:
-    by_direction = {t.languages: t for t in reversed(ranked) if t.directed}
-    best = [by_direction[key] for key in sorted(by_direction)]
-  else:
-    best = ranked[:1]
-  return best, [t for t in texts if t not in best]
+# ------------------------------------------------------------ reading names
 
 
 def _parse(path: pathlib.PurePosixPath, names: Names) -> _File | None:
   """What a path tells, or None when it is no parallel text of the corpus."""
   name = path.name
-  for suffix in _OPEN:
+  for suffix in parallel_text.COMPRESSIONS:
     name = name.removesuffix(suffix)
   for pattern, languages in names.tables.items():
     if re.search(pattern, str(path)):
@@ -418,7 +385,7 @@ def _parse(path: pathlib.PurePosixPath, names: Names) -> _File | None:
   if suffix and _pair_in(suffix, names) and spelled:
     return _File("bars", stem, spelled)
   language, _, split = name.partition(".")
-  if names.language(language) and split in ("dev", "devtest", "test"):
+  if split in ("dev", "devtest", "test") and names.language(language):
     return _File("moses", split, spelled, language)
   return _side(name.removesuffix(".txt"), names, spelled, "moses")
 
@@ -463,172 +430,3 @@ def _pair_in(text: str, names: Names) -> Pair | None:
         if None not in known and known[0] != known[1]:
           return both
   return None
-
-
-# ---------------------------------------------------------------- reading
-
-
-def blocks(text: Text, size: int = _BLOCK) -> Iterator[Block]:
-  """The text as blocks of whole lines, of about `size` bytes.
-
-  Raises:
-    ValueError: a file that breaks off, or sides of unequal length.
-  """
-  try:
-    if text.kind == "moses":
-      yield from _parallel_blocks(text, size)
-    elif text.kind in ("sgm", "tmx"):
-      pairs = _sgm(text) if text.kind == "sgm" else _tmx(text)
-      while chunk := list(itertools.islice(pairs, max(1, size // 256))):
-        yield tuple(
-          b"".join(side.replace("\n", " ").encode() + b"\n" for side in sides)
-          for sides in zip(*chunk, strict=True)
-        )
-    else:
-      with _open(text.paths[0]) as stream:
-        while block := _whole_lines(stream, size):
-          yield (block,)
-  except (EOFError, OSError, lzma.LZMAError, ElementTree.ParseError) as error:
-    raise ValueError(
-      f"{text.name} cannot be read to its end ({error}): download it again."
-    ) from error
-
-
-def pairs_of(text: Text, block: Block) -> Iterator[Pair | str]:
-  """The lines of a block: both sides, in the order of `languages`, or why not.
-
-  Args:
-    text: that the block is of.
-    block: see `blocks`.
-  """
-  columns = [_decoded(part) for part in block]
-  if len(columns) == 2:
-    for first, second in zip(*columns, strict=True):
-      if first is None or second is None:
-        yield "bad UTF-8"
-      else:
-        yield first, second
-    return
-  parse = {"table": _cells, "bars": _bars, "jsonl": _json}[text.kind]
-  for line in columns[0]:
-    yield "bad UTF-8" if line is None else parse(line, text)
-
-
-def _open(path: str) -> Any:
-  return _OPEN.get(pathlib.Path(path).suffix, open)(path, "rb")
-
-
-def _whole_lines(stream: Any, size: int) -> bytes:
-  """About `size` bytes up to a line's end; the last line gets one."""
-  block: bytes = stream.read(size)
-  if block and not block.endswith(b"\n"):
-    block += stream.readline()
-    if not block.endswith(b"\n"):
-      block += b"\n"
-  return block
-
-
-def _parallel_blocks(text: Text, size: int) -> Iterator[Block]:
-  with _open(text.paths[0]) as first, _open(text.paths[1]) as second:
-    done, rest = 0, b""
-    while block := _whole_lines(first, size):
-      count = block.count(b"\n")
-      missing = count - rest.count(b"\n")
-      parts = [rest]
-      while missing > 0 and (more := _whole_lines(second, size)):
-        parts.append(more)
-        missing -= more.count(b"\n")
-      if missing > 0:
-        _not_parallel(text, 1, done + count - missing)
-      lines = b"".join(parts).split(b"\n", count)
-      rest = lines.pop()
-      yield block, b"\n".join(lines) + b"\n"
-      done += count
-    if rest or second.read(1):
-      _not_parallel(text, 0, done)
-
-
-def _not_parallel(text: Text, shorter: int, lines: int) -> None:
-  raise ValueError(
-    f"{text.paths[0]} and {text.paths[1]} are not parallel: the "
-    f"{('first', 'second')[shorter]} ends after {lines} lines and the other "
-    "goes on, so any line may be the misplaced one."
-  )
-
-
-def _decoded(block: bytes) -> list[str | None]:
-  """Lines; None for those that are not UTF-8."""
-  try:
-    return [*block.decode("utf-8").split("\n")[:-1]]
-  except UnicodeDecodeError:
-    return [_decoded_line(line) for line in block.split(b"\n")[:-1]]
-
-
-def _decoded_line(line: bytes) -> str | None:
-  try:
-    return line.decode("utf-8")
-  except UnicodeDecodeError:
-    return None
-
-
-def _cells(line: str, unused_text: Text) -> Pair | str:
-  cells = line.split("\t")
-  return (cells[-2], cells[-1]) if len(cells) > 1 else "no tab"
-
-
-def _bars(line: str, unused_text: Text) -> Pair | str:
-  cells = line.split("|||")
-  return (cells[0], cells[1]) if len(cells) == 2 else "not one |||"
-
-
-def _json(line: str, text: Text) -> Pair | str:
-  try:
-    value = json.loads(line)
-  except (ValueError, RecursionError):
-    return "bad JSON"
-  if isinstance(value, dict) and isinstance(value.get("translation"), dict):
-    value = value["translation"]
-  sides = [
-    value.get(s) if isinstance(value, dict) else None for s in text.spelled
-  ]
-  if not all(isinstance(side, str) for side in sides):
-    return "texts missing in JSON"
-  if any("\ud800" <= c <= "\udfff" for side in sides for c in str(side)):
-    return "lone surrogate"
-  return str(sides[0]), str(sides[1])
-
-
-def _sgm(text: Text) -> Iterator[Pair]:
-  sides = []
-  for path in text.paths:
-    with _open(path) as stream:
-      content = stream.read().decode("utf-8", errors="replace")
-    segments = re.findall(r"(?is)<seg\b[^>]*>(.*?)</seg>", content)
-    sides.append([html.unescape(s.strip()) for s in segments])
-  if len(sides[0]) != len(sides[1]):
-    shorter = int(len(sides[0]) > len(sides[1]))
-    _not_parallel(text, shorter, len(sides[shorter]))
-  yield from zip(*sides, strict=True)
-
-
-def _tmx(text: Text) -> Iterator[Pair]:
-  """Translation units that have both languages."""
-  wanted = [spelled.lower() for spelled in text.spelled]
-  with _open(text.paths[0]) as stream:
-    root = None
-    for event, element in ElementTree.iterparse(stream, ("start", "end")):
-      root = element if root is None else root
-      if event != "end" or element.tag != "tu":
-        continue
-      sides: dict[str, str] = {}
-      for variant in element.iter("tuv"):
-        code = variant.get(_XML_LANGUAGE) or variant.get("lang") or ""
-        segment = variant.find("seg")
-        if segment is not None:
-          said = "".join(segment.itertext())
-          # 'cs-CZ' is 'cs'; 'pt_BR' may be wanted as such.
-          sides.setdefault(re.split("[-_]", code.lower())[0], said)
-          sides.setdefault(code.lower(), said)
-      if all(language in sides for language in wanted):
-        yield sides[wanted[0]], sides[wanted[1]]
-      root.clear()

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from basemt_jax import checksums
+from basemt_jax import checksums, files
 from basemt_jax.data import packing, permutation
 
 HEADER = "store.json"
@@ -219,14 +219,8 @@ def _append(path: pathlib.Path, data: bytes) -> None:
 
 
 def _write_json(path: pathlib.Path, value: Mapping[str, Any]) -> None:
-  """Replaces a file in one step."""
-  partial = path.with_name(path.name + ".partial")
-  with open(partial, "w", encoding="utf-8") as file:
-    json.dump(value, file, indent=1, ensure_ascii=False)
-    file.write("\n")
-    file.flush()
-    os.fsync(file.fileno())
-  os.replace(partial, path)
+  text = json.dumps(value, indent=1, ensure_ascii=False)
+  files.write_atomically(path, text + "\n")
 
 
 def _checksum(path: pathlib.Path) -> int:

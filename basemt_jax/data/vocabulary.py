@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import sentencepiece
 
-from basemt_jax import heating
+from basemt_jax import files, heating
 
 BYTES = "bytes"
 PAD_ID, EOS_ID, UNK_ID = 0, 1, 2
@@ -297,7 +297,7 @@ def train_sentencepiece(
       f"SentencePiece cannot make {vocab_size} pieces of {counted.count} texts"
       f" ({error})."
     ) from error
-  _write_atomically(pathlib.Path(path), model)
+  files.write_atomically(path, model)
   return Vocabulary.load(path)
 
 
@@ -336,13 +336,6 @@ class _Counted:
     value = next(self._values)
     self.count += 1
     return value
-
-
-def _write_atomically(path: pathlib.Path, content: bytes) -> None:
-  path.parent.mkdir(parents=True, exist_ok=True)
-  partial = path.with_name(path.name + ".partial")
-  partial.write_bytes(content)
-  partial.replace(path)
 
 
 def train_from_mixture(
