@@ -59,7 +59,7 @@ def test_an_archive_that_breaks_off_is_damaged(tmp_path, name, share):
   assert len(unpacked(raw)) == 2
 
 
-@pytest.mark.parametrize("name", set(KINDS) - {"x.tar"})
+@pytest.mark.parametrize("name", [name for name in KINDS if name != "x.tar"])
 def test_a_changed_byte_is_noticed(tmp_path, name):
   data = bytearray(KINDS[name])
   data[len(data) // 3] ^= 64

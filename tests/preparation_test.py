@@ -1,11 +1,13 @@
 """From downloaded text to training files: what is kept, dropped, reported."""
 
+import concurrent.futures
 import gzip
 import itertools
 import json
 import os
 import pathlib
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -15,7 +17,7 @@ import unicodedata
 
 import numpy as np
 import pytest
-from raw_text_test import files, sgm, tar
+from raw_text_test import files, sgm, tar, zipped
 
 from basemt_jax import cli
 from basemt_jax.corpora import cleaning, preparation, raw_text
@@ -366,6 +368,134 @@ def test_globs_must_fit(tmp_path):
     with pytest.raises(ValueError, match=message):
       preparation.prepare(raw, tmp_path / "out", names, processes=0)
     shutil.rmtree(tmp_path / "out")
+
+
+def command(raw, out, *flags, languages="en,de"):
+  arguments = ["prepare", "files", f"--languages={languages}", "--processes=0"]
+  return cli.main([*arguments, f"--raw={raw}", f"--out={out}", *flags])
+
+
+def test_nothing_is_skipped_in_silence(tmp_path, capsys):
+  nested = "[" * 100_000 + "]" * 100_000
+  lines = [
+    '{"en": "a", "de": "b"}',
+    "{",
+    nested,
+    '{"en": "\\ud83d", "de": "x"}',
+  ]
+  lines += ['{"en": "c"}', "null", '{"en": "only \x00", "de": "y"}', *"[[["]
+  unit = '<tu><tuv xml:lang="{}"><seg>{}</seg></tuv>'
+  unit += '<tuv xml:lang="{}"><seg>t</seg></tuv></tu>\n'
+  units = [unit.format("en", i, "fr" if i % 2 else "de-AT") for i in range(4)]
+  raw = files(
+    tmp_path / "raw",
+    {
+      "x.en-de.jsonl": "\n".join(lines).encode(),
+      "m.en-de.tmx": f"<tmx><body>\n{''.join(units)}</body></tmx>".encode(),
+      "nothing.zip": zipped({"readme": b"", "x.en-it.tsv": b"a\tb\n"}),
+      "generaltest2023.en-de.xml": b"<dataset/>",
+    },
+  )
+  assert command(raw, tmp_path / "out") == 0
+  told = capsys.readouterr().out
+  for fact in (
+    "x.en-de.jsonl: 4 bad JSON (lines 2, 8, 9 ...)",
+    "1 JSON nested too deeply (line 3)",
+    "1 lone surrogate (line 4)",
+    "1 no text 'de' in JSON (line 5)",
+    "1 no object in JSON (line 6)",
+    "1 NUL character (line 7)",
+    "m.en-de.tmx: 2 unit without 'de': it has en, fr (lines 3, 5)",
+    "not used: generaltest2023.en-de.xml, nothing.zip",
+    "NOT held out: generaltest2023.en-de.xml",
+  ):
+    assert fact in told
+  report = json.loads((tmp_path / "out/prepared.json").read_text())
+  counts = report["pairs"]["en-de"]
+  assert counts["read"] == 14 and counts["kept"] == 3
+
+
+@pytest.mark.parametrize(
+  "contents, message",
+  [
+    (
+      {"b.en-de.tsv": b"no tab\n" * 9},
+      r"b\.en-de\.tsv .* 9 no tab \(lines 1, 2",
+    ),
+    (
+      {"b.en-de.tsv": b""},
+      r"nothing of b\.en-de\.tsv can be used, it is empty",
+    ),
+    ({"b.en-de.jsonl": b"{\n"}, r"b\.en-de\.jsonl can be used, 1 bad JSON"),
+    ({"test.en-de.tsv": b"x\n"}, r"nothing of test\.en-de\.tsv, a dev or test"),
+    ({"test.en-de.tsv": b"x\ty\nx\n"}, r"test\.en-de\.tsv:2: no tab"),
+    (
+      {"test.en-de.tsv": b"a\tb\n"},
+      "nothing is kept .* 1 in a dev or test set",
+    ),
+  ],
+)
+def test_a_text_that_gives_nothing_is_an_error(
+  tmp_path, capsys, contents, message
+):
+  raw = files(tmp_path / "raw", {"a.en-de.tsv": b"a\tb\n", **contents})
+  assert command(raw, tmp_path / "out") == 1
+  told = capsys.readouterr()
+  assert re.search(message, told.err) and not told.out
+  assert not (tmp_path / "out/prepared.json").exists()
+
+
+def test_names_cannot_drive_the_terminal(tmp_path, capfd):
+  evil = "\x1b]0;owned\x07\x9b31m\u202e.en-de.tsv"
+  raw = files(tmp_path / "raw", {evil: b"a\tb\nno tab\n"})
+  with open(os.fsencode(raw) + b"/\xff-README", "wb"):
+    pass
+  assert command(raw, tmp_path / "out") == 0
+  (raw / evil).write_bytes(b"no tab\n")
+  assert command(raw, tmp_path / "2") == 1
+  told = "".join(capfd.readouterr())
+  assert r"\x1b]0;owned\x07\x9b31m\u202e.en-de.tsv" in told
+  assert r"\udcff-README" in told
+  assert not re.search("[\x00-\x09\x0b-\x1f\x7f-\x9f\u202e]", told)
+
+
+def test_two_at_once_do_no_harm(raw, prepared, tmp_path):
+  """Whoever comes second waits, and finds it done."""
+  said = []
+  with concurrent.futures.ThreadPoolExecutor(2) as threads:
+    reports = list(
+      threads.map(
+        lambda _: preparation.prepare(
+          raw, tmp_path, NAMES, SMALL, processes=0, progress=said.append
+        ),
+        range(2),
+      )
+    )
+  assert reports == [prepared[1]] * 2
+  assert content(tmp_path) == content(prepared[0])
+  assert f"{tmp_path} is prepared already" in said
+
+
+def test_without_beam_the_extra_is_named(tmp_path, capsys, monkeypatch):
+  monkeypatch.setitem(sys.modules, "apache_beam", None)
+  raw = files(tmp_path / "raw", {"a.en-de.tsv": b"a\tb\n"})
+  assert command(raw, tmp_path / "out", "--beam=--runner=DirectRunner") == 1
+  assert "pip install 'basemt_jax[beam]'" in capsys.readouterr().err
+
+
+def test_languages_have_one_spelling(tmp_path):
+  raw = files(
+    tmp_path / "raw",
+    {
+      "a.en-pt-br.tsv": b"a\tb\n",
+      "b.pt_BR-en.tsv": b"c\td\n",
+      "c.eng_Latn-por_Latn_BR.jsonl": b'{"en": "e", "pt-BR": "f"}\n',
+      "d.en-pt_PT.tsv": b"g\th\n",
+    },
+  )
+  assert command(raw, tmp_path / "out", languages="EN,pt-br") == 0
+  (train,) = train_pairs(tmp_path / "out", "en-pt_BR")
+  assert sorted(train) == [("a", "b"), ("d", "c"), ("e", "f")]
 
 
 def test_nothing_to_prepare(tmp_path):

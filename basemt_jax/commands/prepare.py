@@ -112,14 +112,20 @@ def _raw_names(options: argparse.Namespace) -> Any:
   import itertools
 
   from basemt_jax.corpora import raw_text
+  from basemt_jax.data import languages as languages_lib
 
-  languages = options.languages and options.languages.split(",")
+  languages = [
+    languages_lib.Language.parse(spelled.strip())
+    for spelled in (options.languages or "").split(",")
+    if spelled.strip()
+  ]
   if options.corpus == "files":
-    if not languages or len(languages) < 2:
+    if len(set(languages)) < 2:
       raise configuration.UsageError(
         "prepare files: say --languages, such as en,de,fr"
       )
-    return raw_text.Names(tuple(itertools.combinations(languages, 2)))
+    different = dict.fromkeys(languages)
+    return raw_text.Names(tuple(itertools.combinations(different, 2)))
   with configuration.native_output_hidden():  # Imports TensorFlow.
     module = importlib.import_module(f"tasks.{options.corpus}")
   names = module.BENCHMARK.raw

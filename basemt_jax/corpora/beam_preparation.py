@@ -10,13 +10,13 @@ Beam is an extra of the package: `pip install 'basemt_jax[beam]'`.
 
 import os
 import pathlib
+import pickle
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
 from basemt_jax.corpora import cleaning, planning, preparation, raw_text
-from basemt_jax.data import parallel_text
 
 _Key = tuple[raw_text.Pair, int]
 
@@ -116,14 +116,15 @@ def prepare(
 
 def _chunks(
   element: tuple[_Key, raw_text.Text],
-) -> Iterator[tuple[_Key, raw_text.Pair, list[parallel_text.Line]]]:
+) -> Iterator[tuple[_Key, raw_text.Pair, bytes]]:
   key, text = element
   for chunk in planning.chunks(text):
-    yield key, text.languages, chunk
+    # Beam's own coder of texts fails at lone surrogates.
+    yield key, text.languages, pickle.dumps(chunk)
 
 
 def _clean(
-  element: tuple[_Key, raw_text.Pair, list[parallel_text.Line]],
+  element: tuple[_Key, raw_text.Pair, bytes],
   held_out: np.ndarray,
   options: cleaning.Options,
   shards: dict[raw_text.Pair, int],
@@ -131,8 +132,10 @@ def _clean(
   """Kept lines by pair and shard, and outcomes by pair and raw text."""
   import apache_beam as beam
 
-  (pair, number), languages, lines = element
-  kept, outcome = cleaning.clean(lines, languages, pair, options, held_out)
+  (pair, number), languages, chunk = element
+  kept, outcome = cleaning.clean(
+    pickle.loads(chunk), languages, pair, options, held_out
+  )
   yield beam.pvalue.TaggedOutput("outcomes", ((pair, number), outcome))
   for shard, part in cleaning.by_shard(kept, shards[pair]).items():
     yield (pair, shard), part

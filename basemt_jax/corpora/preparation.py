@@ -44,7 +44,7 @@ from basemt_jax.data import parallel_text
 
 REPORT = "prepared.json"
 _WORK = ".work"
-_SHOWN = 5  # Reasons why lines of a text could not be read.
+_SHOWN = 8  # Reasons why lines of a text could not be read.
 
 
 def shard_name(pair: raw_text.Pair, shard: int, shards: int) -> str:

@@ -91,12 +91,22 @@ class Names:
     return archives.is_archive(path) or known is not None
 
 
-@functools.lru_cache(maxsize=1 << 16)
-def _meant(spelled: str, wanted: tuple[str, ...]) -> str | None:
-  """Which of the wanted languages a spelling is, or is a variety of."""
+def _plain(spelled: str) -> languages_lib.Language | None:
+  """The language that is spelled so, if need be with script and region."""
   try:
     language = languages_lib.Language.parse(spelled)
   except ValueError:
+    return None
+  # A variant of a language is rather a word: 'en-train'.
+  is_plain = all(len(x) in (2, 3, 4) for x in language.split("_")[1:])
+  return language if is_plain else None
+
+
+@functools.lru_cache(maxsize=1 << 16)
+def _meant(spelled: str, wanted: tuple[str, ...]) -> str | None:
+  """Which of the wanted languages a spelling is, or is a variety of."""
+  language = _plain(spelled)
+  if language is None:
     return None
   parsed = {w: languages_lib.Language.parse(w) for w in wanted}
   for is_meant in (
@@ -210,8 +220,20 @@ def find(folders: Sequence[pathlib.Path], names: Names) -> Found:
     for split in _EVALUATION & of_pair.keys():
       of_pair[split], others = _best(of_pair[split], decided)
       found.held_out += others
-  found.unread = [n for n in found.unused if names.said(n) in _EVALUATION]
+  found.unread = [n for n in found.unused if _is_unread(n, names)]
   return found
+
+
+def _is_unread(name: str, names: Names) -> bool:
+  """Whether an unused file may be a dev or test set in another format."""
+  path = pathlib.PurePosixPath(name)
+  ending = path.name.removesuffix(".txt").rpartition(".")[2]
+  language = _plain(ending)
+  # 'xml' is the code of a language, too.
+  is_code = ending not in ("xml", "doc", "csv", "tsv")
+  of_others = is_code and language is not None and language.doubt is None
+  of_others |= ending in ("sgm", "sgml")
+  return not of_others and names.said(path.name) in _EVALUATION
 
 
 def _split(text: Text, file: str, pair: Pair | None, names: Names) -> str:
@@ -398,7 +420,7 @@ def _side(
   for match in re.finditer(r"[._]", name):
     side = name[match.end() :]
     language = names.language(side)
-    if language is None:
+    if language is None or _pair_in(side, names):
       continue
     if spelled and language not in map(names.language, spelled):
       return None
@@ -420,13 +442,21 @@ def _parse_sgm(stem: str, names: Names) -> _File | None:
 
 def _pair_in(text: str, names: Names) -> Pair | None:
   """Two languages with a hyphen or underscore between them in a name."""
-  for match in re.finditer(r"(?=(?<![A-Za-z0-9])([A-Za-z][A-Za-z_-]+))", text):
-    for cut in re.finditer("[-_]", match[1]):
-      first, rest = match[1][: cut.start()], match[1][cut.end() :]
-      ends = [len(rest), *(m.start() for m in re.finditer("[-_]", rest))]
-      for end in ends:
-        both = (first, rest[:end])
-        known = [names.language(side) for side in both]
-        if None not in known and known[0] != known[1]:
-          return both
+  starts = re.finditer(r"(?=(?<![A-Za-z0-9])([A-Za-z][A-Za-z_-]+))", text)
+  found = (_pair_at(match[1], names) for match in starts)
+  return next(filter(None, found), None)
+
+
+def _pair_at(text: str, names: Names) -> Pair | None:
+  """The two wanted languages that a text begins with, as long as may be."""
+  ends = [*(match.start() for match in re.finditer("[-_]", text)), len(text)]
+  for end in reversed(ends):
+    try:
+      first, second = languages_lib.Direction.parse(text[:end])
+    except ValueError:
+      continue
+    if _plain(first) and _plain(second):
+      known = {names.language(first), names.language(second)}
+      # 'en-pt_PT' is not cut to 'en-pt': that would be a wanted 'pt_BR'.
+      return (first, second) if None not in known and len(known) > 1 else None
   return None
