@@ -1,6 +1,7 @@
 """Files written so that a reader sees all of them or none."""
 
 import contextlib
+import errno
 import fcntl
 import glob
 import json
@@ -10,6 +11,8 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, BinaryIO
+
+DISK_FULL = frozenset((errno.ENOSPC, errno.EDQUOT))
 
 
 @contextlib.contextmanager
@@ -89,9 +92,13 @@ def locked(
   """
   handle = os.open(directory, os.O_RDONLY)
   try:
-    if not _lock(handle):
+    try:
+      fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
       waiting()
       fcntl.flock(handle, fcntl.LOCK_EX)
+    except OSError:  # A file system without locks.
+      pass
     yield
   finally:
     os.close(handle)

@@ -201,7 +201,7 @@ def test_killed_it_goes_on(raw, prepared, tmp_path):
   command = [sys.executable, "-m", "basemt_jax.cli", "prepare", "files"]
   command += ["--languages=en,de,zh", f"--raw={raw}", f"--out={tmp_path / 'x'}"]
   command += ["--processes=1", "--max_characters=60"]
-  for seconds in (0.5, 1.0, 1.5):
+  for seconds in (0.6, 1.2):
     process = subprocess.Popen(command, cwd=ROOT, start_new_session=True)
     time.sleep(seconds)
     os.killpg(process.pid, signal.SIGKILL)
@@ -474,6 +474,19 @@ def test_two_at_once_do_no_harm(raw, prepared, tmp_path):
   assert reports == [prepared[1]] * 2
   assert content(tmp_path) == content(prepared[0])
   assert f"{tmp_path} is prepared already" in said
+
+
+def test_a_full_disk_is_told_and_survived(raw, prepared, tmp_path, monkeypatch):
+  def full(path, mode):
+    return open("/dev/full" if mode == "wb" else path, mode)
+
+  monkeypatch.setattr(preparation, "open", full, raising=False)
+  message = rf"the disk of {tmp_path} is full: make room"
+  with pytest.raises(ValueError, match=message):
+    preparation.prepare(raw, tmp_path, NAMES, SMALL, processes=0)
+  monkeypatch.undo()
+  preparation.prepare(raw, tmp_path, NAMES, SMALL, processes=0)
+  assert content(tmp_path) == content(prepared[0])
 
 
 def test_without_beam_the_extra_is_named(tmp_path, capsys, monkeypatch):

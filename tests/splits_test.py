@@ -195,6 +195,9 @@ TEST = """
   evaluation.en-hr.en
   heldout.en-hr.en
   held-out.en-hr.en
+  hold_out.en-hr.en
+  floresv1/x.en-hr.en
+  ACES-challenge-set.en-hr.en
   held_out/x.en-hr.en
   HeldOut.en-hr.en
   mtnt/test/test.en-fr.tsv
@@ -214,6 +217,7 @@ DOUBTFUL = """
   newsdev-newstest.en-hr.en
   Regional_development.en-hr.en
   wmt14.en-de.en
+  wmt24pp.en-hr.jsonl
   IWSLT14.en-de.en
   Test_Drive.zip/x.en-hr.en
   train/Test_Drive.en-hr.en

@@ -8,7 +8,6 @@ the archive and what to do about it.
 
 import bz2
 import dataclasses
-import errno
 import functools
 import gzip
 import io
@@ -20,6 +19,8 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterator
 from typing import IO, Any
+
+from basemt_jax import files as files_lib
 
 SUFFIXES = (
   *(".tar", ".tgz", ".tar.gz", ".tbz2", ".tar.bz2", ".txz", ".tar.xz"),
@@ -183,7 +184,7 @@ def _unpack_one(
   except OSError as error:
     if error.errno is None:  # Of a compression, not of the system.
       raise _damaged(path, error) from error
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if error.errno in files_lib.DISK_FULL:
       raise ValueError(
         f"the disk of {target.parent} is full after {done:,} bytes of {path}: "
         "make room and run the same command again, which goes on from here"

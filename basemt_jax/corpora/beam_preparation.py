@@ -62,56 +62,68 @@ def prepare(
     todo = planning.plan(raw, work, names, options)
     for job in todo.jobs:
       preparation.job_folder(work, job.pair).mkdir(exist_ok=True)
-    shards = {job.pair: job.shards for job in todo.jobs}
-    texts = [
-      ((job.pair, number), text)
-      for job in todo.jobs
-      for number, text in enumerate(job.texts)
-    ]
     with beam.Pipeline(
       options=pipeline_options.PipelineOptions(list(beam_options))
     ) as pipeline:
-      held_out = pipeline | "held out" >> beam.Create([todo.keys])
-      found = (
-        pipeline
-        | "texts" >> beam.Create(texts)
-        | "read" >> beam.FlatMap(_chunks)
-        | "spread" >> beam.Reshuffle()
-        | "clean"
-        >> beam.FlatMap(
-          _clean,
-          held_out=beam.pvalue.AsSingleton(held_out),
-          options=options,
-          shards=shards,
-        ).with_outputs("outcomes", main="lines")
-      )
-      # One empty element for each, so that empty ones are written, too.
-      no_outcomes = pipeline | "no outcomes" >> beam.Create(
-        [(key, cleaning.Outcome()) for key, _ in texts]
-      )
-      no_lines = pipeline | "no lines" >> beam.Create(
-        [
-          ((p, shard), [])
-          for p, count in shards.items()
-          for shard in range(count)
-        ]
-      )
-      text_names = {key: text.name for key, text in texts}
-      _ = (
-        (found["outcomes"], no_outcomes)
-        | "all outcomes" >> beam.Flatten()
-        | "add up" >> beam.CombinePerKey(_sum)
-        | "write outcomes"
-        >> beam.Map(_write_outcome, work=str(work), names=text_names)
-      )
-      _ = (
-        (found["lines"], no_lines)
-        | "all lines" >> beam.Flatten()
-        | "by shard" >> beam.GroupByKey()
-        | "write shards"
-        >> beam.Map(_write, work=str(work), out=str(out), shards=shards)
-      )
+      _add_steps(pipeline, todo, work, out, options)
     return preparation.finish(todo, work, out, options)
+
+
+def _add_steps(
+  pipeline: Any,
+  todo: planning.Todo,
+  work: pathlib.Path,
+  out: pathlib.Path,
+  options: cleaning.Options,
+) -> None:
+  """Puts the steps into a pipeline: read, clean, add up, write shards."""
+  import apache_beam as beam
+
+  shards = {job.pair: job.shards for job in todo.jobs}
+  texts = {
+    (job.pair, number): text
+    for job in todo.jobs
+    for number, text in enumerate(job.texts)
+  }
+  held_out = pipeline | "held out" >> beam.Create([todo.keys])
+  found = (
+    pipeline
+    | "texts" >> beam.Create(list(texts.items()))
+    | "read" >> beam.FlatMap(_chunks)
+    | "spread" >> beam.Reshuffle()
+    | "clean"
+    >> beam.FlatMap(
+      _clean,
+      held_out=beam.pvalue.AsSingleton(held_out),
+      options=options,
+      shards=shards,
+    ).with_outputs("outcomes", main="lines")
+  )
+  # One empty element for each, so that empty ones are written, too.
+  no_outcomes = pipeline | "no outcomes" >> beam.Create(
+    [(key, cleaning.Outcome()) for key in texts]
+  )
+  no_lines = pipeline | "no lines" >> beam.Create(
+    [((pair, i), []) for pair, count in shards.items() for i in range(count)]
+  )
+  _ = (
+    (found["outcomes"], no_outcomes)
+    | "all outcomes" >> beam.Flatten()
+    | "add up" >> beam.CombinePerKey(_sum)
+    | "write outcomes"
+    >> beam.Map(
+      _write_outcome,
+      work=str(work),
+      names={key: text.name for key, text in texts.items()},
+    )
+  )
+  _ = (
+    (found["lines"], no_lines)
+    | "all lines" >> beam.Flatten()
+    | "by shard" >> beam.GroupByKey()
+    | "write shards"
+    >> beam.Map(_write, work=str(work), out=str(out), shards=shards)
+  )
 
 
 def _chunks(

@@ -129,7 +129,15 @@ def begun(
       return
     work.mkdir(exist_ok=True)
     _go_on(work, identity, out)
-    yield work, None
+    try:
+      yield work, None
+    except OSError as error:
+      if error.errno not in files.DISK_FULL:
+        raise
+      raise ValueError(
+        f"the disk of {out} is full: make room and run the same command again, "
+        "which goes on from here"
+      ) from error
 
 
 def _go_on(work: pathlib.Path, identity: Any, out: pathlib.Path) -> None:
@@ -470,30 +478,42 @@ def finish(
     "made_of": _read_json(work / "made_of.json"),
   }
   for job in todo.jobs:
-    texts = _outcomes(job, work)
-    counts: Counter[str] = Counter()
-    for text in texts:
-      counts.update(text["counts"])
-    read = counts.total()
-    del counts["kept"]
-    for shard in range(job.shards):
-      found = _read_json(_shard_counts(work, job.pair, shard))
-      counts.update(found)
-      name = shard_name(job.pair, shard, job.shards)
-      report["train_files"][name] = {
-        "pairs": found["kept"],
-        "bytes": (out / name).stat().st_size,
-      }
-    kept = counts.pop("kept", 0)
-    report["pairs"]["-".join(job.pair)] = {
-      "read": read,
-      "kept": kept,
-      "dropped": _by_number(+counts),
-      "texts": texts,
+    shards = {
+      shard_name(job.pair, shard, job.shards): _read_json(
+        _shard_counts(work, job.pair, shard)
+      )
+      for shard in range(job.shards)
     }
+    report["train_files"] |= {
+      name: {"pairs": found["kept"], "bytes": (out / name).stat().st_size}
+      for name, found in shards.items()
+    }
+    report["pairs"]["-".join(job.pair)] = _summary(
+      _outcomes(job, work), shards.values()
+    )
   _write_json(out / REPORT, report)
   shutil.rmtree(work)
   return report
+
+
+def _summary(
+  texts: Sequence[Mapping[str, Any]], shards: Iterable[Mapping[str, int]]
+) -> dict[str, Any]:
+  """The report of a pair of languages, from those of its texts and shards."""
+  counts: Counter[str] = Counter()
+  for text in texts:
+    counts.update(text["counts"])
+  read = counts.total()
+  del counts["kept"]
+  for found in shards:
+    counts.update(found)
+  kept = counts.pop("kept", 0)
+  return {
+    "read": read,
+    "kept": kept,
+    "dropped": _by_number(+counts),
+    "texts": list(texts),
+  }
 
 
 def _read_json(path: pathlib.Path) -> Any:

@@ -24,8 +24,8 @@ HELD_OUT = "held_out"  # Neither trained nor evaluated on.
 # Of published evaluation sets; 'held_out' is two words.
 _TEST_SETS = """
   newstest newstests newsdiscusstest generaltest wmttest florestest tedtst tst
-  devtest testset testsets evalset heldout mteval semeval
-  dev_test news_test general_test wmt_test held_out
+  devtest testset testsets evalset heldout holdout mteval semeval
+  dev_test news_test general_test wmt_test held_out hold_out challenge_set
 """
 _VALIDATION_SETS = """
   newsdev newsdiscussdev newssyscomb syscomb floresdev devset devsets valset
@@ -36,7 +36,14 @@ _SETS = {
   for split, names in ((TEST, _TEST_SETS), (VALIDATION, _VALIDATION_SETS))
 }
 # Sets of several splits: another word says which; otherwise they are tests.
-_BENCHMARKS = (" flores ", " floresp ", " ntrex ", " tico ", " wmt news ")
+_BENCHMARKS = (
+  " flores ",
+  " floresp ",
+  " floresv ",
+  " ntrex ",
+  " tico ",
+  " wmt news ",
+)
 _WORDS = {
   TRAIN: ("train", "training", "trainset"),
   TEST: ("test", "tests", "eval", "testdata"),
