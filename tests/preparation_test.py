@@ -443,6 +443,10 @@ def test_a_text_that_gives_nothing_is_an_error(
   told = capsys.readouterr()
   assert re.search(message, told.err) and not told.out
   assert not (tmp_path / "out/prepared.json").exists()
+  # Mended, the same command does it.
+  (name,) = contents
+  (raw / name).unlink()
+  assert command(raw, tmp_path / "out") == 0
 
 
 def test_names_cannot_drive_the_terminal(tmp_path, capfd):

@@ -288,6 +288,10 @@ def test_any_name_says_something(name):
     ("dev", "Test_Drive.en-hr.en", "validation"),
     ("test/europarl", "x.en-hr.en", "test"),
     ("test/train", "x.en-hr.en", "train"),
+    ("dev", "flores.en-hr.en", "validation"),
+    ("flores101/dev", "x.en-hr.en", "validation"),
+    ("flores101", "x.en-hr.en", "test"),
+    ("training", "tico-19.en-hr.en", "test"),
     ("Development_Funds", "x.en-hr.en", "train"),
   ],
 )

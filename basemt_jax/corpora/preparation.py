@@ -145,11 +145,13 @@ def _go_on(work: pathlib.Path, identity: Any, out: pathlib.Path) -> None:
   note = work / "made_of.json"
   old = _read_json(note) if note.exists() else None
   if old is not None and old != identity:
-    if any(p.is_dir() and p.name != "unpacked" for p in work.iterdir()):
+    if any(work.glob("*/shard-*.json")):
       _check_identity(old, identity, out)
-    # Only archives were unpacked: that depends on these.
-    if any(old.get(key) != identity[key] for key in ("pairs", "files")):
-      shutil.rmtree(work / "unpacked", ignore_errors=True)
+    # Nothing was written yet. What was unpacked depends on these.
+    other = any(old.get(key) != identity[key] for key in ("pairs", "files"))
+    for path in work.iterdir():
+      if path.is_dir() and (other or path.name != "unpacked"):
+        shutil.rmtree(path)
   if old != identity:
     _write_json(note, identity)
 

@@ -36,6 +36,7 @@ _SETS = {
   for split, names in ((TEST, _TEST_SETS), (VALIDATION, _VALIDATION_SETS))
 }
 # Sets of several splits: another word says which; otherwise they are tests.
+_BENCHMARK = "benchmark"
 _BENCHMARKS = (
   " flores ",
   " floresp ",
@@ -88,19 +89,20 @@ def split_of(path: str, codes: Collection[str] = ()) -> str:
 
   Returns:
     What the file's name says, or else the nearest folder; TRAIN if nothing is
-    said. A doubt about the file's name goes if a folder is of evaluation.
+    said. A doubt about the file's name goes if a folder is of evaluation, and a
+    folder tells the split of a benchmark of several.
   """
   known = {part for c in codes for part in _words(c)}
   known |= {c.lower() for c in codes}
   *folders, name = pathlib.PurePosixPath(path).parts
   said = _of_part(name, known) or _task_alone(name, known)
   for folder in reversed(folders):
-    if said not in (None, DOUBTFUL):
+    if said not in (None, DOUBTFUL, _BENCHMARK):
       break
     around = _of_part(folder, known)
     if said is None or around in (VALIDATION, TEST):
       said = around
-  return said or TRAIN
+  return TEST if said == _BENCHMARK else said or TRAIN
 
 
 def _of_part(part: str, codes: set[str]) -> str | None:
@@ -114,11 +116,10 @@ def _of_part(part: str, codes: set[str]) -> str | None:
   for split, names in _LONG_WORDS.items():
     if long and long[-1] in names:
       found.add(split if len(long) == 1 else DOUBTFUL)
-  benchmark = "benchmark" in found
-  certain = found - {DOUBTFUL, "benchmark"}
-  if not certain:
-    return TEST if benchmark else DOUBTFUL if found else None
-  return certain.pop() if len(certain) == 1 else DOUBTFUL
+  certain = found - {DOUBTFUL, _BENCHMARK}
+  if certain:
+    return certain.pop() if len(certain) == 1 else DOUBTFUL
+  return next((x for x in (_BENCHMARK, DOUBTFUL) if x in found), None)
 
 
 def _of_words(words: list[str], codes: set[str]) -> set[str]:
@@ -129,7 +130,7 @@ def _of_words(words: list[str], codes: set[str]) -> set[str]:
     if any(name in joined for name in names):
       found.add(split)
   if any(name in joined for name in _BENCHMARKS):
-    found.add("benchmark")
+    found.add(_BENCHMARK)
   if found & {TEST, VALIDATION}:
     return found  # The words in 'dev test' are not looked at one by one.
   for at, word in enumerate(words):
