@@ -119,6 +119,7 @@ COMMANDS = (
   "translate",
   "convert",
   "inspect",
+  "compare",
   "prepare",
   "vocab",
   "cache",

@@ -15,6 +15,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
+import numpy as np
 from sacrebleu import metrics, significance
 
 from basemt_jax import files, ranges, translation
@@ -226,6 +227,36 @@ def paired_bootstrap(
       )
     )
   return results
+
+
+def bootstrap_scores(
+  hypotheses: Sequence[str],
+  references: Sequence[str],
+  language: str,
+  num_samples: int = 1000,
+) -> dict[str, np.ndarray]:
+  """Scores of resampled sentences, the same ones for every system.
+
+  So the differences of two systems are those of a paired bootstrap, and can be
+  averaged over directions before they are tested.
+
+  Args:
+    hypotheses: A system's.
+    references: One for each.
+    language: The target language.
+    num_samples: K, bootstrap samples.
+
+  Returns:
+    'bleu' and 'chrf': float64 [K].
+  """
+  _check_pairs(hypotheses, references)
+  found = {}
+  for name, metric in zip(("bleu", "chrf"), _metrics(language), strict=True):
+    # What sacreBLEU's own tests are made of.
+    stats = metric._extract_corpus_statistics(hypotheses, [references])
+    _, scores = significance._bootstrap_resample(stats, metric, num_samples)
+    found[name] = np.array([own.score for own in scores])
+  return found
 
 
 def _metrics(language: str) -> tuple[metrics.BLEU, metrics.CHRF]:

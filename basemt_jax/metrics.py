@@ -145,6 +145,11 @@ METRICS = (
 )
 
 
+def named(name: str) -> Metric:
+  """The entry of that name."""
+  return next(metric for metric in METRICS if metric.name == name)
+
+
 @dataclasses.dataclass(frozen=True)
 class Name:
   """A full name, taken apart.

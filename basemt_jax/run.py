@@ -68,6 +68,8 @@ class Run:
     bleu_every: Steps between BLEU on dev during training; 0: never.
     bleu_sentences: Dev sentences per direction for that.
     verify: Compare the bytes of rows and checkpoints with their checksums.
+    trackers: Where metrics go besides `metrics.jsonl` and TensorBoard; see
+      `commands.trackers`.
   """
 
   model_dir: ranges.Path
@@ -87,6 +89,7 @@ class Run:
   bleu_every: ranges.Steps = 0
   bleu_sentences: ranges.Count = 50
   verify: bool = True
+  trackers: Sequence[Callable[[str], Any]] = ()
 
   def check(self) -> None:
     """Checks the numbers against each other, whatever the devices at hand.

@@ -324,5 +324,13 @@ def evaluate(
   )
   if processes.is_first():
     evaluation.write_translations(directory, translations)
-    evaluation.write_scores(directory / "scores.json", results)
+    evaluation.write_scores(
+      directory / "scores.json",
+      results,
+      {
+        "split": split,
+        "step": trained.step,
+        "search": dataclasses.asdict(run.search),
+      },
+    )
   return Evaluation(trained.step, split, results, translations, directory)

@@ -14,7 +14,8 @@ import pathlib
 import subprocess
 import sys
 
-from basemt_jax.compilation import ahead_of_time, chips, compile_report
+from basemt_jax.compilation import ahead_of_time, chips
+from basemt_jax.inspection import compile_report
 
 ROOT = pathlib.Path(__file__).parent.parent
 VOCABULARY, DIRECTIONS = 32000, 30

@@ -96,6 +96,7 @@ def test_wrong_values_of_every_macro_are_one_sentence_with_its_name(
       "TASK_FEATURE_LENGTHS={'inputs': 0, 'targets': 64}",
       "TASK_FEATURE_LENGTHS\\['inputs'\\] is 0; it must be at least 1",
     ),
+    ("run.Run.trackers=wandb", "Run.trackers is 'wandb'; .* list"),
     ("OPTIMIZER=adam", "OPTIMIZER is 'adam'; .* such as @optimizer.adamw"),
     (
       "OPTIMIZER=@optimizer.adafactor",

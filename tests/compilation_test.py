@@ -27,7 +27,8 @@ import gin
 from basemt_jax import cli, model, partitioning, steps
 from basemt_jax import run as run_lib
 from basemt_jax.commands import configuration
-from basemt_jax.compilation import ahead_of_time, chips, compile_report, hlo
+from basemt_jax.compilation import ahead_of_time, chips, hlo
+from basemt_jax.inspection import compile_report
 
 ROOT = pathlib.Path(__file__).parent.parent
 needs_libtpu = pytest.mark.skipif(

@@ -1,17 +1,13 @@
 """Inspections: every number against a count of its own."""
 
-import base64
 import dataclasses
 import functools
-import html.parser
 import itertools
 import json
 import pathlib
-import re
 import shutil
 import sys
 from collections import Counter
-from xml.etree import ElementTree
 
 import jax
 import jax.numpy as jnp
@@ -37,10 +33,10 @@ from basemt_jax.data import batches, mixtures, row_store
 from basemt_jax.data import vocabulary as vocabulary_lib
 from basemt_jax.inspection import (
   forecasting,
-  page,
-  plots,
+  results,
   run_report,
   text_report,
+  views,
 )
 from tasks import common
 
@@ -162,9 +158,9 @@ def test_lengths_and_tokens_are_those_of_the_vocabulary(planted, pieces):
       assert len(below) >= 0.95 * len(lengths)
       assert len([n for n in lengths if n < side.p95]) < 0.95 * len(lengths)
       assert side.truncated == np.mean([n > limit for n in lengths])
-      tokens = sum(lengths)
-      is_byte = [pieces.is_byte(i) for own in ids for i in own]
-      assert side.bytes == pytest.approx(sum(is_byte) / tokens)
+      plain = [i for text in texts for i in pieces.encode(text)]
+      is_byte = list(map(pieces.is_byte, plain))
+      assert side.bytes == pytest.approx(sum(is_byte) / len(plain))
       assert side.bytes > 0.01  # Ogham was found.
       assert side.unknown == 0
       assert side.characters == sum(map(len, texts))
@@ -555,7 +551,7 @@ def test_drawn_rows_tokens_and_losses_of_a_run(trained, report):
       == [m[f"dev/loss/{d.name}"] for m in metrics if "dev/loss" in m][-1]
     )
   assert sum(d.planned_rows for d in report.directions) == pytest.approx(32)
-  dev = next(c for c in report.curves if c.name == "dev loss")
+  dev = next(c for c in report.curves if c.metric == "dev/loss")
   assert dev.steps == [2, 4]
   by_band = Counter(d.band for d in report.directions)
   assert by_band == {"mid": 2, "low": 1}
@@ -649,8 +645,8 @@ def test_a_checkpoint_without_position_or_metrics(
   assert len(report.warnings) == 2 and len(report.experts) == 2
   assert all(d.drawn_rows is None for d in report.directions)
   assert not report.curves and not report.routers
-  document = page.page("x", [page.run_section(report)])
-  assert "Directions until step 4" in document
+  titles = [t.title for t in views.run_section(report).tables]
+  assert "Directions until step 4" in titles
 
 
 @pytest.mark.slow
@@ -660,14 +656,15 @@ def test_a_run_that_was_converted(one_device, tmp_path):
   assert (report.phase, report.conversion_step) == ("sparse", 2)
   assert len(report.experts) == 2
   assert all(r.steps == [4] for r in report.routers)
-  text, plots = _checked(page.page("x", [page.run_section(report)]))
-  assert "dense until step 2, then sparse" in text
-  assert sum("conversion" in plot for plot in plots) == 2
+  section = views.run_section(report)
+  assert "dense until step 2, then sparse" in section.summary[0]
+  curves = [chart for plot in section.plots[1:3] for chart in plot.draw()]
+  assert ["conversion" in str(chart) for chart in curves] == [True] * 4
   dense = run_report.inspect_run(run, _silent(), "2")
   assert (dense.phase, dense.experts, dense.step) == ("dense", (), 2)
   assert all(d.drawn_rows is not None for d in dense.directions)
-  document = page.page("x", [page.run_section(dense)])
-  assert "Directions until step 2" in document
+  titles = [t.title for t in views.run_section(dense).tables]
+  assert "Directions until step 2" in titles
 
 
 def test_metrics_of_a_run_that_was_killed(tmp_path):
@@ -686,109 +683,9 @@ def test_metrics_of_a_run_that_was_killed(tmp_path):
   text = "\n".join(map(json.dumps, lines)) + '\n{"step": 6, "lo'
   path = tmp_path / "metrics.jsonl"
   path.write_text(text)
-  metrics = run_report.read_metrics(path)
+  metrics = results.read_metrics(path)
   assert metrics["target_tokens/a"] == {2: 10, 4: 21}
   assert metrics["dev/loss"] == {2: 4.5}
   assert metrics["conversion/relative_error"] == {4: 0.0}
   assert set(metrics["loss"]) == {2, 4, 5} and metrics["loss"][4] == 4.1
-  assert run_report.read_metrics(tmp_path / "none") == {}
-
-
-# ------------------------------------------------------------------- page
-
-
-class _Checker(html.parser.HTMLParser):
-  """Refuses tags that are not closed, and anything from outside."""
-
-  _SINGLE = ("meta", "img", "br")
-
-  def __init__(self):
-    super().__init__()
-    self.open, self.images, self.text = [], [], []
-
-  def handle_starttag(self, tag, attributes):
-    assert tag not in ("script", "link", "iframe", "object")
-    for name, value in attributes:
-      if name in ("src", "href"):
-        assert value.startswith(("data:image/svg+xml;base64,", "#"))
-        self.images += [value.partition(",")[2]] if name == "src" else []
-    if tag not in self._SINGLE:
-      self.open.append(tag)
-
-  def handle_endtag(self, tag):
-    assert self.open.pop() == tag
-
-  def handle_data(self, data):
-    self.text.append(data)
-
-
-def _checked(page):
-  checker = _Checker()
-  checker.feed(page)
-  checker.close()
-  assert not checker.open
-  plots = [base64.b64decode(image).decode() for image in checker.images]
-  for plot in plots:
-    # Nothing is loaded but what the plot itself holds.
-    for target in re.findall(r'href="([^"]*)"', plot):
-      assert target.startswith(("#", "data:image/png;base64,"))
-    assert ElementTree.fromstring(plot).tag.endswith("svg")
-  return "".join(checker.text), plots
-
-
-def test_a_page_is_whole_and_text_stays_text(planted):
-  planted["en-de"]["train"][60] = ("<script>alert(1)</script> & so", "<b>ja")
-  data = _inspect(examples=120)
-  text, plots = _checked(page.page("<title>", [page.data_section(data)]))
-  assert "<script>alert(1)</script> & so" in text and "<title>" in text
-  assert len(plots) == 2
-
-
-def test_a_page_of_a_run_shows_all_views(report, store):
-  forecasts = [_forecast(store), _forecast(store, sampling.unimax(60, 40))]
-  text, plots = _checked(
-    page.page(
-      "x",
-      [
-        page.forecast_section("toy", forecasts),
-        page.run_section(report),
-      ],
-    )
-  )
-  assert "tokens at each expert, encoder/layers_0" in text
-  assert len(plots) == 4 + 1 + 2 + 1 + 2
-
-
-@pytest.mark.parametrize("count", [1, 3, 100])
-def test_every_direction_has_its_name_in_plots_of_any_size(count):
-  """Numbers are made up; only labels are looked at."""
-  names = [f"en-x{chr(97 + i // 26)}{chr(97 + i % 26)}" for i in range(count)]
-  pairs = np.geomspace(100_000, 100, count).astype(int)
-  sizes = forecasting.Sizes(
-    tuple(names), pairs, pairs / 5, pairs * 20.0, pairs * 22.0, pairs, True
-  )
-  forecast = forecasting.forecast("a", HEATED, sizes, 60, 8, BANDS)
-  for draw in (plots.rates, plots.epochs):
-    plot = plots.svg(draw([forecast, forecast]))
-    # Lines that coincide may share a label, which then says how many more.
-    shown = [name for name in names if name in plot]
-    assert len(shown) == count
-    # A row each of the figure's height, so that labels do not overlap.
-    height = float(ElementTree.fromstring(plot).get("height")[:-2])
-    assert count <= plots.FEW or height > 10 * count
-  own = run_report.ExpertMap(
-    "decoder/layers_1",
-    "target",
-    names,
-    [10] * count,
-    np.full((count, 128), 1 / 128).tolist(),
-    {},
-  )
-  plot = plots.svg(plots.experts(own))
-  assert all(name in plot for name in names) and "even: 0.781% each" in plot
-  values = [[4.0, 3.0 + i / count, None] for i in range(count)]
-  curves = run_report.Curves(
-    "dev loss", "nats", [1, 2, 3], dict(zip(names, values, strict=True)), {}
-  )
-  plot = plots.svg(plots.curves(curves, None))
-  assert sum(name in plot for name in names) == count
+  assert results.read_metrics(tmp_path / "none") == {}

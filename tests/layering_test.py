@@ -51,7 +51,7 @@ KNOWS = {
   "t5x_adapter": {"seqio", "t5x", "clu"},
   "commands.checks": {"gin"},
   "commands.configuration": {"gin"},
-  "commands.console": {"clu"},
+  "commands.trackers": {"clu"},
   "commands.inspect": {"gin"},
 }
 

@@ -46,7 +46,8 @@ def run(options: argparse.Namespace) -> int:
     macros = {"MODEL_DIR": "unused", "MIXTURE_OR_TASK_NAME": "unused"}
   run = configuration.configured(options, None, **macros)
   from basemt_jax import run as run_lib
-  from basemt_jax.compilation import ahead_of_time, compile_report
+  from basemt_jax.compilation import ahead_of_time
+  from basemt_jax.inspection import compile_report, tables
 
   devices = None
   if options.topology:
@@ -57,7 +58,9 @@ def run(options: argparse.Namespace) -> int:
   report = ahead_of_time.report(
     program, run.batch_size, run.task_feature_lengths, options.topology
   )
-  compile_report.print_report(report)
+  console = tables.terminal()
+  for table in compile_report.tables_of(report):
+    tables.show(table, console)
   if options.json:
     pathlib.Path(options.json).write_text(
       json.dumps(compile_report.to_json(report), indent=1) + "\n",

@@ -3,15 +3,11 @@
 Imports JAX only when it is used: some commands do not need it.
 """
 
-import json
-import pathlib
 import re
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
-
-from basemt_jax.commands import configuration
 
 # Control characters but line ends and tabs, marks that turn text around, and
 # what is left of bytes that are no UTF-8.
@@ -23,48 +19,6 @@ _UNPRINTABLE = re.compile(
 def printable(text: str) -> str:
   r"""The text with what a terminal would obey written out, such as '\x1b'."""
   return _UNPRINTABLE.sub(lambda m: ascii(m[0])[1:-1], text)
-
-
-class Writer:
-  """Metrics to TensorBoard and to `metrics.jsonl`."""
-
-  def __init__(self, model_dir: str):
-    import jax
-
-    self._is_first = jax.process_index() == 0
-    self._directory = model_dir
-
-  def __enter__(self) -> "Writer":
-    self._writers = []
-    if self._is_first:
-      with configuration.native_output_hidden():  # Imports TensorFlow.
-        from clu import metric_writers
-      pathlib.Path(self._directory).mkdir(parents=True, exist_ok=True)
-      self._writers.append(metric_writers.SummaryWriter(self._directory))
-      self._file = open(
-        pathlib.Path(self._directory) / "metrics.jsonl", "a", encoding="utf-8"
-      )
-    return self
-
-  def write_scalars(self, step: int, scalars: Mapping[str, Any]) -> None:
-    """Takes the metrics of a step."""
-    if self._is_first:
-      line = {"step": step, "time": time.time(), **scalars}
-      self._file.write(json.dumps(line) + "\n")
-      for writer in self._writers:
-        writer.write_scalars(step, scalars)
-
-  def flush(self) -> None:
-    """Writes out what is buffered."""
-    if self._is_first:
-      self._file.flush()
-      for writer in self._writers:
-        writer.flush()
-
-  def __exit__(self, *exception: object) -> None:
-    self.flush()
-    if self._is_first:
-      self._file.close()
 
 
 def standard() -> Any:

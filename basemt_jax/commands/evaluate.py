@@ -50,11 +50,11 @@ def with_search(run: Any, options: argparse.Namespace, n_best: int = 1) -> Any:
 def print_evaluation(run: Any, result: Any, writer: Any = None) -> None:
   """The table, some translations, and what to do next; scores to a writer."""
   from basemt_jax import evaluation
-  from basemt_jax.inspection import tables
+  from basemt_jax.inspection import scores
 
-  tables.print_table(result.results)
+  scores.print_scores(result.results)
   print()
-  for line in tables.sample_lines(result.translations, 4):
+  for line in scores.sample_lines(result.translations, 4):
     print(line)
   languages = [
     evaluation.split_direction(r.direction)[1] for r in result.results

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from basemt_jax import description, evaluation, files
+from basemt_jax import description, evaluation
 from basemt_jax.commands import configuration, console, flags
 from basemt_jax.data import row_store
 from basemt_jax.inspection import (
@@ -18,6 +18,7 @@ from basemt_jax.inspection import (
   run_report,
   text_report,
 )
+from basemt_jax.inspection import views as views_lib
 
 SUMMARY = "Look at data, sampling or a run, before and after."
 
@@ -81,28 +82,22 @@ def run(options: argparse.Namespace) -> None:
   if "task" in views or ("mixture" in views and not _store_there_is(run)):
     data = _inspect_data(options, run, mixture)
   if data and "task" in views:
-    sections.append(page.data_section(data))
+    sections.append(views_lib.data_section(data))
     numbers["task"] = dataclasses.asdict(data)
   if "mixture" in views:
     forecasts = _forecasts(options, run, data)
     name = getattr(mixture, "name", mixture)
-    sections.append(page.forecast_section(name, forecasts))
+    sections.append(views_lib.forecast_section(name, forecasts))
     numbers["mixture"] = [dataclasses.asdict(f) for f in forecasts]
   if "run" in views:
     report = run_report.inspect_run(run, console.standard(), options.checkpoint)
-    sections.append(page.run_section(report))
+    sections.append(views_lib.run_section(report))
     numbers["run"] = dataclasses.asdict(report)
   page.print_sections(sections)
   title = (
     f"basemt inspect: {options.model_dir or getattr(mixture, 'name', mixture)}"
   )
-  for path, text in (
-    (options.json, lambda: files.json_text(numbers)),
-    (options.html, lambda: page.page(title, sections)),
-  ):
-    if path:
-      files.write_atomically(path, text())
-      print(f"written: {path}")
+  page.write(options.json, options.html, title, sections, numbers)
 
 
 def _views_there_are(options: argparse.Namespace) -> list[str]:

@@ -2,7 +2,13 @@
 
 import argparse
 
-from basemt_jax.commands import configuration, console, evaluate, flags
+from basemt_jax.commands import (
+  configuration,
+  console,
+  evaluate,
+  flags,
+  trackers,
+)
 
 SUMMARY = "Train, or go on, and evaluate."
 
@@ -17,7 +23,7 @@ def run(options: argparse.Namespace) -> int:
   from basemt_jax import trained, training
 
   run = configuration.configured(options)
-  with console.Writer(run.model_dir) as writer:
+  with trackers.Writer(run.model_dir, run.trackers) as writer:
     outcome = training.train(
       run,
       writer,

@@ -8,25 +8,25 @@ scores of evaluations. What is not there is left out.
 
 import contextlib
 import dataclasses
-import json
+import itertools
 import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from basemt_jax import checkpointing, evaluation, partitioning
+from basemt_jax import checkpointing, evaluation, metrics, partitioning
 from basemt_jax import run as run_lib
 from basemt_jax import trained as trained_lib
 from basemt_jax.data import batches, packing, row_store
-from basemt_jax.inspection import text_report
+from basemt_jax.inspection import results, text_report
 
 # Rows of a direction that are routed through a checkpoint.
 ROWS = 16
 # Standard deviations between planned and drawn rows from which to warn.
 _FAR = 5.0
 
-Series = dict[int, float]
+_MAIN = [m for m in metrics.METRICS if m.is_main]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +44,7 @@ class DirectionRun:
     epochs: drawn rows by rows there are; None where those are.
     loss: last training loss, nats per token.
     dev_loss: last, nats per token.
-    scores: BLEU of the last evaluation of each split.
+    scores: BLEU of the last evaluation of each test set and search.
   """
 
   name: str
@@ -65,15 +65,13 @@ class Curves:
   """A metric over the steps.
 
   Attributes:
-    name: 'training loss', 'dev loss' or 'dev BLEU'.
-    unit: of the values.
+    metric: its full name: 'loss', 'dev/loss', 'dev/bleu'.
     steps: at which it was measured.
     directions: values of each direction; None: not measured then.
     bands: their means by resource band, and of 'all'.
   """
 
-  name: str
-  unit: str
+  metric: str
   steps: list[int]
   directions: dict[str, list[float | None]]
   bands: dict[str, list[float | None]]
@@ -86,18 +84,12 @@ class RouterCurves:
   Attributes:
     layer: 'decoder/layers_1'.
     steps: at which it was measured.
-    load_max: tokens that want the most wanted expert, by the mean; 1 is even.
-    agreement: share of the tokens that got the expert they wanted.
-    entropy: of the routing distribution, nats.
-    auxiliary_loss: mean.
+    values: by metric, those of `metrics.METRICS` that are of layers.
   """
 
   layer: str
   steps: list[int]
-  load_max: list[float | None]
-  agreement: list[float | None]
-  entropy: list[float | None]
-  auxiliary_loss: list[float | None]
+  values: dict[str, list[float | None]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -181,13 +173,13 @@ def inspect_run(
     steps = checkpoints.steps()
     position = checkpoints.position(step)
   model_dir = pathlib.Path(run.model_dir)
-  metrics = read_metrics(model_dir / "metrics.jsonl")
+  series = results.read_metrics(model_dir / "metrics.jsonl")
   split = "validation" if header.has_pairs("validation") else "train"
   try:
     experts, gone = expert_maps(trained, split, rows), ""
   except ValueError as error:
     experts, gone = (), str(error)
-  directions = _directions(run, header, step, position, metrics)
+  directions = _directions(run, header, step, position, series)
   bands = {d.name: d.band for d in directions}
   return RunReport(
     model_dir=str(run.model_dir),
@@ -195,48 +187,21 @@ def inspect_run(
     phase=trained.program.name,
     train_steps=run.settings.train_steps,
     checkpoints=steps,
-    conversion_step=_conversion_step(run, metrics, step, trained.program.name),
+    conversion_step=_conversion_step(run, series, step, trained.program.name),
     strategy=str(run.strategy),
     directions=tuple(directions),
-    curves=tuple(_curves(metrics, bands)),
-    routers=tuple(_routers(metrics)),
+    curves=tuple(_curves(series, bands)),
+    routers=tuple(_routers(series)),
     experts=experts,
     routed_split=split,
     warnings=(
-      *_warnings(directions, bool(position), bool(metrics)),
+      *_warnings(directions, bool(position), bool(series)),
       *([f"not known which experts take what: {gone}"] if gone else []),
     ),
   )
 
 
 # ---------------------------------------------------------------- metrics
-
-
-def read_metrics(path: pathlib.Path) -> dict[str, Series]:
-  """Metrics by name and step; {} if there is no file.
-
-  A run that was killed and went on from a checkpoint has written some steps
-  twice: what came later counts, and what it made void is dropped.
-  """
-  lines: list[tuple[int, dict[str, Any]]] = []
-  if not path.exists():
-    return {}
-  for text in path.read_text(encoding="utf-8").split("\n"):
-    try:
-      values = json.loads(text)
-      step = int(values.pop("step"))
-    except (ValueError, KeyError, TypeError, AttributeError):
-      continue  # Half a line, of a process that was killed.
-    if "loss" in values:  # A step's first line.
-      while lines and lines[-1][0] >= step:
-        lines.pop()
-    lines.append((step, values))
-  series: dict[str, Series] = {}
-  for step, values in lines:
-    for name, value in values.items():
-      if isinstance(value, (int, float)):
-        series.setdefault(name, {})[step] = float(value)
-  return series
 
 
 def _last(series: Mapping[int, float] | None, step: int) -> float | None:
@@ -246,9 +211,9 @@ def _last(series: Mapping[int, float] | None, step: int) -> float | None:
 
 
 def _conversion_step(
-  run: run_lib.Run, metrics: Mapping[str, Series], step: int, phase: str
+  run: run_lib.Run, series: Mapping[str, results.Series], step: int, phase: str
 ) -> int | None:
-  measured = metrics.get("conversion/relative_error")
+  measured = series.get("conversion/relative_error")
   if measured:
     return max(measured)
   dense = run.settings.dense_steps
@@ -260,18 +225,19 @@ def _directions(
   store: row_store.Header,
   step: int,
   position: Mapping[str, Any],
-  metrics: Mapping[str, Series],
+  series: Mapping[str, results.Series],
 ) -> list[DirectionRun]:
   """Planned against drawn, and how each direction fared."""
   pairs, rows = store.pairs("train"), store.rows("train")
   plan = run.strategy.plan(store.directions, pairs, rows, run.batch_size)
   planned = plan.expected_rows(np.array([step]))[0]
   counters = (position.get("data") or {}).get("counters") or {}
-  scores = _scores(pathlib.Path(run.model_dir), step)
+  evaluated = results.evaluations(pathlib.Path(run.model_dir), step)
+  scores = {name: own.scores("bleu") for name, own in evaluated.items()}
   directions = []
   for i, name in enumerate(store.directions):
     stats = store.stats("train", name)
-    tokens = metrics.get(f"target_tokens/{name}")
+    tokens = series.get(f"target_tokens/{name}")
     trained = None
     if tokens:
       trained = sum(value for s, value in tokens.items() if s <= step)
@@ -288,55 +254,34 @@ def _directions(
         ),
         trained_target_tokens=trained,
         epochs=None if drawn is None else drawn / max(1, stats.rows),
-        loss=_last(metrics.get(f"loss/{name}"), step),
-        dev_loss=_last(metrics.get(f"dev/loss/{name}"), step),
+        loss=_last(series.get(f"loss/{name}"), step),
+        dev_loss=_last(series.get(f"dev/loss/{name}"), step),
         scores={s: own[name] for s, own in scores.items() if name in own},
       )
     )
   return sorted(directions, key=lambda d: (-d.pairs, d.name))
 
 
-def _scores(model_dir: pathlib.Path, step: int) -> dict[str, dict[str, float]]:
-  """BLEU by split and direction: the last evaluation until a step."""
-  found: dict[str, tuple[int, dict[str, float]]] = {}
-  for path in model_dir.glob("evaluation/*_*/scores.json"):
-    split, _, number = path.parent.name.rpartition("_")
-    if not number.isdigit() or int(number) > step:
-      continue
-    if split in found and found[split][0] > int(number):
-      continue
-    results = json.loads(path.read_text(encoding="utf-8"))["directions"]
-    own = {r["direction"]: r["bleu"] for r in results if r["bleu"] is not None}
-    found[split] = (int(number), own)
-  return {split: own for split, (_, own) in sorted(found.items())}
-
-
 def _curves(
-  metrics: Mapping[str, Series], bands: Mapping[str, str]
+  series: Mapping[str, results.Series], bands: Mapping[str, str]
 ) -> Iterator[Curves]:
-  """Metrics that are measured by direction."""
-  for name, prefix, unit in (
-    ("training loss", "loss", "nats per target token"),
-    ("dev loss", "dev/loss", "nats per target token"),
-    ("dev BLEU", "dev/bleu", "BLEU"),
-  ):
-    series = {
-      d: metrics[f"{prefix}/{d}"] for d in bands if f"{prefix}/{d}" in metrics
-    }
-    steps = sorted({step for own in series.values() for step in own})
+  """Main metrics that were measured by direction, in training and on dev."""
+  for metric, prefix in itertools.product(_MAIN, ("", "dev/")):
+    stem = prefix + metric.name
+    found = {d: series[f"{stem}/{d}"] for d in bands if f"{stem}/{d}" in series}
+    steps = sorted({step for own in found.values() for step in own})
     if not steps:
       continue
     groups = {
-      band: [d for d in series if bands[d] == band] for band in evaluation.BANDS
+      band: [d for d in found if bands[d] == band] for band in evaluation.BANDS
     }
-    groups["all"] = list(series)
+    groups["all"] = list(found)
     yield Curves(
-      name,
-      unit,
+      stem,
       steps,
-      {d: [own.get(step) for step in steps] for d, own in series.items()},
+      {d: [own.get(step) for step in steps] for d, own in found.items()},
       {
-        group: [_mean([series[d].get(step) for d in own]) for step in steps]
+        group: [_mean([found[d].get(step) for d in own]) for step in steps]
         for group, own in groups.items()
         if own
       },
@@ -348,24 +293,19 @@ def _mean(values: Sequence[float | None]) -> float | None:
   return float(np.mean(known)) if known else None
 
 
-def _routers(metrics: Mapping[str, Series]) -> Iterator[RouterCurves]:
+def _routers(series: Mapping[str, results.Series]) -> Iterator[RouterCurves]:
   """By layer, in the order of their names."""
-  end = "/load_max"
-  layers = sorted(
-    name.removeprefix("router/").removesuffix(end)
-    for name in metrics
-    if name.startswith("router/") and name.endswith(end)
-  )
-  for layer in layers:
-    own = {
-      name: metrics.get(f"router/{layer}/{name}", {})
-      for name in ("load_max", "agreement", "entropy", "auxiliary_loss")
-    }
-    steps = sorted(own["load_max"])
+  layers: dict[str, dict[str, results.Series]] = {}
+  for name, own in series.items():
+    found = metrics.parse(name)
+    if found and found.layer and not found.of:
+      layers.setdefault(found.layer, {})[found.metric.name] = own
+  for layer, values in sorted(layers.items()):
+    steps = sorted({step for own in values.values() for step in own})
     yield RouterCurves(
       layer,
       steps,
-      **{name: [s.get(step) for step in steps] for name, s in own.items()},
+      {name: [s.get(step) for step in steps] for name, s in values.items()},
     )
 
 

@@ -1,126 +1,218 @@
-"""Results of an evaluation for people and programs: table, JSON, text files."""
+"""One table type for the terminal, a page, Markdown and JSON.
 
-import collections
-import io
-import math
-from collections.abc import Sequence
-from typing import TextIO
+Cells keep their values; how they are shown is the column's affair. On a
+terminal a table that is too wide is shown in parts, one below the other, each
+with the first column.
+"""
+
+import dataclasses
+import textwrap
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TextIO
 
 import rich.box
+import rich.cells
 import rich.console
 import rich.table
+import rich.text
 
-from basemt_jax import evaluation
+_GAP = 2  # Between columns.
+_MIN_TEXT = 24  # Columns of text are not folded to less.
 
 
-def print_table(
-  results: Sequence[evaluation.DirectionResult],
-  file: TextIO | None = None,
-  pivot: str = "en",
-) -> None:
-  """Writes the table of results, with means and sacreBLEU's signatures.
+def count(value: int | float) -> str:
+  """'12,345'."""
+  return f"{value:,.0f}"
+
+
+def fixed(digits: int) -> Callable[[float], str]:
+  """A format with so many digits after the point."""
+  return lambda value: f"{value:,.{digits}f}"
+
+
+def percent(share: float) -> str:
+  """'12%', '0.12%'; '0' for none at all."""
+  value = 100 * share
+  if value == 0:
+    return "0"
+  return f"{value:.3g}%" if value >= 0.001 else "<0.001%"
+
+
+@dataclasses.dataclass(frozen=True)
+class Column:
+  """A column.
+
+  Attributes:
+    name: heading.
+    text: how a value is shown; None is shown as '-'.
+  """
+
+  name: str
+  text: Callable[[Any], str] = str
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+  """Values by row and column.
+
+  Attributes:
+    title: what is in it.
+    columns: headings and formats; a plain name is shown as it is.
+    rows: a value for each column; None: not known.
+    foot: rows below a line, such as means.
+    note: on how to read it.
+  """
+
+  title: str
+  columns: Sequence[Column | str]
+  rows: Sequence[Sequence[Any]]
+  foot: Sequence[Sequence[Any]] = ()
+  note: str = ""
+
+  @property
+  def names(self) -> list[str]:
+    """Headings."""
+    return [c if isinstance(c, str) else c.name for c in self.columns]
+
+  def cells(self, row: Sequence[Any]) -> list[str]:
+    """A row as it is shown."""
+    forms = [str if isinstance(c, str) else c.text for c in self.columns]
+    return [
+      value if isinstance(value, str) else "-" if value is None else form(value)
+      for form, value in zip(forms, row, strict=True)
+    ]
+
+  @property
+  def is_text(self) -> list[bool]:
+    """Which columns hold text, and are aligned to the left."""
+    rows = [*self.rows, *self.foot]
+    return [
+      any(isinstance(row[i], str) for row in rows)
+      for i in range(len(self.columns))
+    ]
+
+
+def to_json(table: Table) -> dict[str, Any]:
+  """The table for programs: its rows are values by heading."""
+  rows, foot = (
+    [dict(zip(table.names, row, strict=True)) for row in part]
+    for part in (table.rows, table.foot)
+  )
+  own = {"title": table.title, "rows": rows, "foot": foot, "note": table.note}
+  return {name: value for name, value in own.items() if value}
+
+
+def markdown(table: Table) -> str:
+  """The table for documents."""
+  marks = [" -- |" if text else " --: |" for text in table.is_text]
+  lines = [f"| {' | '.join(table.names)} |", f"|{''.join(marks)}"]
+  for row in (*table.rows, *table.foot):
+    lines.append(f"| {' | '.join(table.cells(row))} |")
+  return "\n".join(lines) + "\n"
+
+
+# --------------------------------------------------------------- terminal
+
+
+def terminal(file: TextIO | None = None) -> rich.console.Console:
+  """Where tables are written: as wide as the terminal.
+
+  Files and pipes have no edge, so that a row stays a line.
 
   Args:
-    results: In the order to show.
-    file: Standard output by default. What is no terminal gets plain text of
-      100 columns at most.
-    pivot: See `evaluation.summarise`.
+    file: standard output by default.
   """
-  console = rich.console.Console(file=file, highlight=False)
-  if not console.is_terminal:
-    console = rich.console.Console(file=file, highlight=False, width=100)
-  _print(console, results, pivot)
-
-
-def render_table(
-  results: Sequence[evaluation.DirectionResult], pivot: str = "en"
-) -> str:
-  """The table of `print_table` as plain text, whatever the environment."""
-  text = io.StringIO()
-  console = rich.console.Console(
-    file=text, highlight=False, width=100, force_terminal=False
+  console = rich.console.Console(file=file, highlight=False, markup=False)
+  if console.is_terminal:
+    return console
+  return rich.console.Console(
+    file=file, highlight=False, markup=False, width=10_000
   )
-  _print(console, results, pivot)
-  return text.getvalue()
 
 
-def _print(
-  console: rich.console.Console,
-  results: Sequence[evaluation.DirectionResult],
-  pivot: str,
-) -> None:
-  console.print(_table(results, pivot))
-  for line in _signature_lines(results):
-    console.print(line, markup=False)
-
-
-def _table(
-  results: Sequence[evaluation.DirectionResult], pivot: str
-) -> rich.table.Table:
-  table = rich.table.Table(box=rich.box.SIMPLE_HEAD, pad_edge=False)
-  table.add_column("direction", overflow="fold")
-  table.add_column("training pairs", justify="right")
-  table.add_column("band")
-  for name in ("test pairs", "loss", "BLEU", "chrF++"):
-    table.add_column(name, justify="right")
-  for r in results:
-    table.add_row(
-      r.direction,
-      f"{r.train_pairs:,}",
-      r.band,
-      f"{r.test_pairs:,}",
-      *_cells(r),
+def show(table: Table, console: rich.console.Console) -> None:
+  """Writes a table, in parts if it is wider than the console."""
+  title = table.title
+  parts = list(_parts(table, console.width))
+  for i, (columns, widths) in enumerate(parts):
+    own = rich.table.Table(
+      title=rich.text.Text(title) if title and not i else None,
+      title_justify="left",
+      box=rich.box.SIMPLE_HEAD,
+      padding=(0, 1, 0, 0),
+      pad_edge=False,
+      show_edge=False,
+      show_header=any(table.names),
     )
-  table.add_section()
-  for mean in evaluation.summarise(results, pivot):
-    label = (
-      f"{mean.name} resource" if mean.name in evaluation.BANDS else mean.name
-    )
-    table.add_row(
-      f"mean of {label}", f"{mean.directions} directions", "", "", *_cells(mean)
-    )
-  return table
+    for k, width in zip(columns, widths, strict=True):
+      own.add_column(
+        rich.text.Text(table.names[k]),
+        justify="left" if table.is_text[k] else "right",
+        overflow="fold",
+        width=width,
+      )
+    for row in table.rows:
+      own.add_row(*_texts(table, row, columns))
+    if table.foot:
+      own.add_section()
+    for row in table.foot:
+      own.add_row(*_texts(table, row, columns))
+    console.print(own)
+    console.print()
+  for line in textwrap.wrap(table.note, min(console.width, 100)):
+    console.print(rich.text.Text(line, style="dim"))
+  if table.note:
+    console.print()
 
 
-def _cells(row: evaluation.DirectionResult | evaluation.Mean) -> list[str]:
-  return [
-    "-" if value is None else f"{value:.{digits}f}"
-    for value, digits in ((row.loss, 3), (row.bleu, 1), (row.chrf, 1))
+def _texts(
+  table: Table, row: Sequence[Any], columns: Sequence[int]
+) -> list[rich.text.Text]:
+  cells = table.cells(row)
+  return [rich.text.Text(cells[k]) for k in columns]
+
+
+def _parts(table: Table, width: int) -> Iterator[tuple[list[int], list[int]]]:
+  """Columns that are shown side by side, and their widths in characters."""
+  shown = [table.cells(row) for row in (*table.rows, *table.foot)]
+  heads = [rich.cells.cell_len(name) for name in table.names]
+  words = [max(map(len, name.split()), default=0) for name in table.names]
+  cells = [
+    max((rich.cells.cell_len(row[k]) for row in shown), default=0)
+    for k in range(len(heads))
   ]
+  wide = [max(pair) for pair in zip(cells, heads, strict=True)]
+  if sum(wide) + _GAP * (len(wide) - 1) <= width:
+    yield list(range(len(wide))), wide
+    return
+  # Headings fold at their words, text where it must, numbers never.
+  narrow = [max(pair) for pair in zip(cells, words, strict=True)]
+  first = min(narrow[0], max(_MIN_TEXT, width // 3))
+  room = width - first - _GAP
+  least = [
+    max(min(n, _MIN_TEXT), word) if text else n
+    for n, word, text in zip(narrow, words, table.is_text, strict=True)
+  ]
+  part: list[int] = []
+  for k in range(1, len(narrow) + 1):
+    is_full = part and (
+      k == len(narrow) or sum(least[i] + _GAP for i in (*part, k)) - _GAP > room
+    )
+    if is_full:
+      yield [0, *part], [first, *_shared(part, least, narrow, room)]
+      part = []
+    if k < len(narrow):
+      part.append(k)
 
 
-def _signature_lines(
-  results: Sequence[evaluation.DirectionResult],
-) -> list[str]:
-  """A line for every signature, and who has the less common ones."""
-  lines = []
-  for metric, attribute in (
-    ("BLEU", "bleu_signature"),
-    ("chrF++", "chrf_signature"),
-  ):
-    directions = collections.defaultdict(list)
-    for r in results:
-      if getattr(r, attribute):
-        directions[getattr(r, attribute)].append(r.direction)
-    ranked = sorted(directions.items(), key=lambda item: -len(item[1]))
-    for i, (signature, names) in enumerate(ranked):
-      who = f" ({', '.join(names)})" if i else ""
-      lines.append(f"{metric}{who}: {signature}")
-  return lines
-
-
-def sample_lines(
-  translations: Sequence[evaluation.DirectionTranslations], count: int = 5
-) -> list[str]:
-  """Some translations to look at: the middle one of `count` directions."""
-  some = [t for t in translations if t.sources]
-  chosen = some[:: max(1, math.ceil(len(some) / max(1, count)))][:count]
-  lines = []
-  for t in chosen:
-    i = len(t.sources) // 2
-    lines += [
-      f"{t.direction}  source      {t.sources[i]}",
-      f"{' ' * len(t.direction)}  hypothesis  {t.hypotheses[i]}",
-      f"{' ' * len(t.direction)}  reference   {t.references[i]}",
-    ]
-  return lines
+def _shared(
+  part: Sequence[int], least: Sequence[int], wanted: Sequence[int], room: int
+) -> list[int]:
+  """Widths of a part's columns: text gets what numbers leave."""
+  left = room - sum(least[k] + _GAP for k in part) + _GAP
+  widths = []
+  for k in part:
+    more = max(0, min(wanted[k] - least[k], left))
+    left -= more
+    widths.append(max(1, least[k] + more))
+  return widths

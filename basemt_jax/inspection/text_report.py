@@ -103,11 +103,11 @@ class Side:
     histogram: sequences by length; bin i ends at `BINS[i]`, one more bin is
       for what is longer.
     truncated: share of the sequences that exceed the limit.
-    unknown: share of the tokens that are the unknown token.
-    bytes: share of the tokens that are single bytes of a character without a
-      piece; None for a vocabulary that has no such pieces, or nothing else.
     characters: of the texts, without tags.
     tokens: of the texts, without tags and EOS.
+    unknown: share of these tokens that are the unknown token.
+    bytes: share of these tokens that are single bytes of a character without a
+      piece; None for a vocabulary that has no such pieces, or nothing else.
     tokens_per_character: what a character costs.
     altered: share of the texts that decoding does not give back exactly.
   """
@@ -119,10 +119,10 @@ class Side:
   longest: int
   histogram: tuple[int, ...]
   truncated: float
-  unknown: float
-  bytes: float | None
   characters: int
   tokens: int
+  unknown: float
+  bytes: float | None
   tokens_per_character: float
   altered: float
 
@@ -518,9 +518,15 @@ class _Pieces:
       is_byte = np.array([bool(_BYTE.fullmatch(piece)) for piece in pieces])
       self.is_byte = is_byte if is_byte.any() else None
 
-  def count(self, text: str) -> int:
-    """Tokens of a text, without EOS."""
-    return len(self._any.encode(text))
+  def counts(self, ids: np.ndarray) -> np.ndarray:
+    """Tokens, unknown ones and single bytes among ids, without EOS."""
+    is_byte = self.is_byte[ids] if self.is_byte is not None else ids < 0
+    kinds = (ids != packing.EOS_ID, ids == self.unknown, is_byte)
+    return np.array([np.sum(kind) for kind in kinds])
+
+  def encode(self, text: str) -> np.ndarray:
+    """Ids of a text, without EOS."""
+    return np.array(self._any.encode(text), np.int64)
 
   def piece(self, token: int) -> str:
     """How a token looks."""
@@ -555,9 +561,9 @@ class _SideCounter:
   def __init__(self, language: str, limit: int, pieces: _Pieces):
     self.language, self.limit, self.pieces = language, limit, pieces
     self._lengths: list[np.ndarray] = []
-    self._tag_tokens: dict[str, int] = {}
-    self._unknown = self._bytes = self._characters = self._tokens = 0
-    self._altered = 0
+    self._tag_counts: dict[str, np.ndarray] = {}
+    self._counts = np.zeros(3, np.int64)  # See `_Pieces.counts`.
+    self._characters = self._altered = 0
 
   def add(
     self,
@@ -575,28 +581,24 @@ class _SideCounter:
       plain: key of the text without its tag.
     """
     self._lengths.append(ids.lengths)
-    ends = ids.values == packing.EOS_ID
-    self._tokens += len(ids.values) - int(ends.sum())
-    self._unknown += int((ids.values == self.pieces.unknown).sum())
-    if self.pieces.is_byte is not None:
-      self._bytes += int(self.pieces.is_byte[ids.values].sum())
+    self._counts += self.pieces.counts(ids.values)
     starts = np.cumsum(ids.lengths) - ids.lengths
     for record, start, length in zip(
       records, starts.tolist(), ids.lengths.tolist(), strict=True
     ):
       self._characters += len(record[plain])
       if record[tagged] != record[plain]:
-        self._tokens -= self._tag_length(record[tagged], record[plain])
+        self._counts -= self._of_tag(record[tagged], record[plain])
       own = ids.values[start : start + length].tolist()
       self._altered += self.pieces.decode(own) != record[tagged]
 
-  def _tag_length(self, tagged: str, plain: str) -> int:
-    """Tokens of the tag before a text; looked up once for every tag."""
+  def _of_tag(self, tagged: str, plain: str) -> np.ndarray:
+    """Counts of the tag before a text; looked up once for every tag."""
     tag = tagged.removesuffix(plain)
-    if tag not in self._tag_tokens:
-      count = self.pieces.count
-      self._tag_tokens[tag] = count(tagged) - count(plain)
-    return self._tag_tokens[tag]
+    if tag not in self._tag_counts:
+      both = [self.pieces.encode(text) for text in (tagged, plain)]
+      self._tag_counts[tag] = np.subtract(*map(self.pieces.counts, both))
+    return self._tag_counts[tag]
 
   def all_lengths(self) -> np.ndarray:
     """Tokens of every sequence; int64 [P]."""
@@ -605,7 +607,8 @@ class _SideCounter:
   def report(self) -> Side:
     """What was counted."""
     lengths = self.all_lengths()
-    sequences, tokens = max(1, len(lengths)), max(1, int(lengths.sum()))
+    sequences = max(1, len(lengths))
+    tokens, unknown, bytes_ = self._counts.tolist()
     # A sequence as long as a bin's end is in that bin.
     bins = np.searchsorted(BINS, lengths, side="left")
     some = lengths if len(lengths) else np.zeros(1)
@@ -617,11 +620,11 @@ class _SideCounter:
       longest=int(some.max()),
       histogram=tuple(np.bincount(bins, minlength=len(BINS) + 1).tolist()),
       truncated=float((lengths > self.limit).sum() / sequences),
-      unknown=self._unknown / tokens,
-      bytes=None if self.pieces.is_byte is None else self._bytes / tokens,
       characters=self._characters,
-      tokens=self._tokens,
-      tokens_per_character=self._tokens / max(1, self._characters),
+      tokens=tokens,
+      unknown=unknown / max(1, tokens),
+      bytes=None if self.pieces.is_byte is None else bytes_ / max(1, tokens),
+      tokens_per_character=tokens / max(1, self._characters),
       altered=self._altered / sequences,
     )
 
@@ -640,22 +643,20 @@ def _languages(directions: Sequence[Direction]) -> tuple[Language, ...]:
 
 
 def _language(name: str, sides: Sequence[Side]) -> Language:
-  weights = [side.mean * sum(side.histogram) for side in sides]
-  total = max(1.0, sum(weights))
-
-  def mean(shares: Iterable[float]) -> float:
-    pairs = zip(weights, shares, strict=True)
-    return sum(weight * share for weight, share in pairs) / total
-
-  known = [side.bytes for side in sides if side.bytes is not None]
   characters = sum(side.characters for side in sides)
   tokens = sum(side.tokens for side in sides)
+
+  def mean(shares: Sequence[float]) -> float:
+    each = zip(sides, shares, strict=True)
+    return sum(side.tokens * share for side, share in each) / max(1, tokens)
+
+  known = [side.bytes for side in sides if side.bytes is not None]
   return Language(
     name,
     characters,
     tokens,
     tokens / max(1, characters),
-    mean(side.unknown for side in sides),
+    mean([side.unknown for side in sides]),
     mean(known) if len(known) == len(sides) else None,
   )
 

@@ -1,20 +1,15 @@
-"""Reports of `compilation` for people and programs: tables, Markdown, JSON."""
+"""Reports of `compilation` for people and programs: tables and JSON."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from basemt_jax.compilation import ahead_of_time, chips
+from basemt_jax.inspection import tables
 
 
-def lines(
-  result: ahead_of_time.Report,
-) -> list[tuple[str, list[tuple[str, str]]]]:
-  """The report as titled tables of two columns, and one of exchanges.
-
-  Returns:
-    (title, rows) in order; see `exchange_rows` for the exchanges.
-  """
+def tables_of(result: ahead_of_time.Report) -> list[tables.Table]:
+  """Program, memory, work, estimate, notes, and the exchanges of a step."""
   memory, seconds = result.memory, result.seconds
   available = (
     f" of {memory.available / chips.GIB:.2f}: "
@@ -22,7 +17,7 @@ def lines(
     if memory.available
     else ""
   )
-  tables = [
+  parts: list[tuple[str, list[tuple[str, str]]]] = [
     (
       "program",
       [
@@ -65,7 +60,7 @@ def lines(
       ("bytes accessed, by XLA's count", f"{result.bytes_accessed:.4g}"),
       ("bytes of main memory, at most", f"{result.hbm_bytes:.4g}"),
     ]
-    tables.append(("work", work))
+    parts.append(("work", work))
   if seconds:
     estimate = [
       (name, f"{seconds[name] * 1e3:.1f} ms")
@@ -80,80 +75,47 @@ def lines(
       for name in ("best", "serial", "compiler")
       if name in seconds
     ]
-    tables.append(("estimate", estimate))
+    parts.append(("estimate", estimate))
   notes = [("warning", text) for text in result.warnings]
   notes += [("to change", text) for text in result.advice]
   if notes:
-    tables.append(("notes", notes))
-  return tables
-
-
-EXCHANGE_COLUMNS = (
-  "exchange",
-  "mesh axes",
-  "devices",
-  "count",
-  "MB a chip",
-  "ms",
-  "largest array",
-)
-
-
-def exchange_rows(result: ahead_of_time.Report) -> list[tuple[str, ...]]:
-  """Cells of the table of exchanges; see `EXCHANGE_COLUMNS`."""
+    parts.append(("notes", notes))
   return [
-    (
-      e.kind,
-      e.axes,
-      str(e.devices),
-      str(e.count),
-      f"{e.bytes / 1e6:,.2f}",
-      "-" if e.seconds is None else f"{e.seconds * 1e3:.2f}",
-      e.largest,
-    )
-    for e in result.exchanges
+    *(tables.Table("", (title, ""), rows) for title, rows in parts),
+    _exchange_table(result),
   ]
 
 
-def print_report(result: ahead_of_time.Report) -> None:
-  """Writes the report to standard output."""
-  import rich.box
-  import rich.console
-  import rich.table
-
-  console = rich.console.Console(highlight=False, markup=False)
-  if not console.is_terminal:
-    console = rich.console.Console(highlight=False, markup=False, width=100)
-
-  def show(title: str, columns: Sequence[str], rows: Sequence[Any]) -> None:
-    table = rich.table.Table(
-      title=title,
-      title_justify="left",
-      box=rich.box.SIMPLE_HEAD,
-      pad_edge=False,
-      show_header=any(columns),
-    )
-    for name in columns:
-      table.add_column(name, overflow="fold")
-    for row in rows:
-      table.add_row(*row)
-    console.print(table)
-
-  for title, rows in lines(result):
-    show(title, ("", ""), rows)
-  show("exchanges of a step", EXCHANGE_COLUMNS, exchange_rows(result))
+def _exchange_table(result: ahead_of_time.Report) -> tables.Table:
+  return tables.Table(
+    "exchanges of a step",
+    (
+      "exchange",
+      "mesh axes",
+      "devices",
+      "count",
+      tables.Column("MB a chip", tables.fixed(2)),
+      tables.Column("ms", tables.fixed(2)),
+      "largest array",
+    ),
+    [
+      (
+        e.kind,
+        e.axes,
+        e.devices,
+        e.count,
+        e.bytes / 1e6,
+        None if e.seconds is None else e.seconds * 1e3,
+        e.largest,
+      )
+      for e in result.exchanges
+    ],
+  )
 
 
 def markdown(result: ahead_of_time.Report) -> str:
   """The report for the docs."""
-  parts = []
-  for title, rows in lines(result):
-    body = "".join(f"| {name} | {value} |\n" for name, value in rows)
-    parts.append(f"| {title} | |\n| -- | -- |\n{body}")
-  head = " | ".join(EXCHANGE_COLUMNS)
-  body = "".join(f"| {' | '.join(r)} |\n" for r in exchange_rows(result))
-  parts.append(f"| {head} |\n|{' -- |' * len(EXCHANGE_COLUMNS)}\n{body}")
-  return "\n".join(parts)
+  return "\n".join(map(tables.markdown, tables_of(result)))
 
 
 def to_json(result: ahead_of_time.Report) -> dict[str, Any]:

@@ -1,0 +1,255 @@
+"""Where metrics go: files, TensorBoard, and the trackers people use.
+
+All are of one interface: `write_scalars(step, scalars)`, as `trainer.Writer`,
+`flush()` and `close()`. A tracker is one gin line and an extra:
+
+    run.Run.trackers = (@trackers.wandb(),)  # pip install basemt_jax[wandb]
+
+`metrics.jsonl` and TensorBoard are always written. A tracker that fails is told
+of once and left out from then on: it never stops a run.
+"""
+
+import importlib
+import json
+import pathlib
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+from basemt_jax import metrics
+
+
+class Tracker(Protocol):
+  """A place for metrics."""
+
+  def write_scalars(self, step: int, scalars: Mapping[str, Any]) -> None:
+    """Takes the metrics of a step."""
+
+  def flush(self) -> None:
+    """Writes out what is buffered."""
+
+  def close(self) -> None:
+    """Ends."""
+
+
+# model_dir -> an open tracker.
+Opener = Callable[[str], Tracker]
+
+
+class JsonLines:
+  """Every metric, to `metrics.jsonl`."""
+
+  def __init__(self, model_dir: str):
+    pathlib.Path(model_dir).mkdir(parents=True, exist_ok=True)
+    path = pathlib.Path(model_dir) / "metrics.jsonl"
+    self._file = path.open("a", encoding="utf-8")
+
+  def write_scalars(self, step: int, scalars: Mapping[str, Any]) -> None:
+    """A line."""
+    line = {"step": step, "time": time.time(), **scalars}
+    self._file.write(json.dumps(line) + "\n")
+
+  def flush(self) -> None:
+    """Writes out what is buffered."""
+    self._file.flush()
+
+  def close(self) -> None:
+    """Ends."""
+    self._file.close()
+
+
+class Dashboard:
+  """A tracker of whom only `metrics.tag`s are shown.
+
+  Args:
+    write: (step, values by tag).
+    flush: () -> None.
+    close: () -> None.
+  """
+
+  def __init__(
+    self,
+    write: Callable[[int, dict[str, float]], Any],
+    flush: Callable[[], Any] = lambda: None,
+    close: Callable[[], Any] = lambda: None,
+  ):
+    self._write, self.flush, self.close = write, flush, close
+
+  def write_scalars(self, step: int, scalars: Mapping[str, Any]) -> None:
+    """Passes on what is shown."""
+    tags = {metrics.tag(name): value for name, value in scalars.items()}
+    self._write(step, {t: float(v) for t, v in tags.items() if t is not None})
+
+
+def tensorboard() -> Opener:
+  """TensorBoard's event files, in the model directory."""
+
+  def start(model_dir: str) -> Tracker:
+    from basemt_jax.commands import configuration
+
+    with configuration.native_output_hidden():  # Imports TensorFlow.
+      from clu import metric_writers
+    writer = metric_writers.SummaryWriter(model_dir)
+    return Dashboard(writer.write_scalars, writer.flush, writer.close)
+
+  return start
+
+
+def wandb(project: str, **options: Any) -> Opener:
+  """Weights & Biases.
+
+  Args:
+    project: its name.
+    **options: of `wandb.init`, such as `mode='offline'`.
+  """
+
+  def start(model_dir: str) -> Tracker:
+    library = _library("wandb")
+    run = library.init(
+      project=project, **{**_named(model_dir), "dir": model_dir, **options}
+    )
+    # Two lines of a step (training, dev) are two calls, and steps may be
+    # written again after a restart: the step is a value of its own.
+    run.define_metric("step")
+    run.define_metric("*", step_metric="step")
+    return Dashboard(
+      lambda step, values: run.log({"step": step, **values}), close=run.finish
+    )
+
+  return start
+
+
+def mlflow(experiment: str, tracking_uri: str | None = None) -> Opener:
+  """MLflow.
+
+  Args:
+    experiment: its name.
+    tracking_uri: server, or folder of files; None: MLFLOW_TRACKING_URI's.
+  """
+
+  def start(model_dir: str) -> Tracker:
+    library = _library("mlflow")
+    if tracking_uri:
+      library.set_tracking_uri(tracking_uri)
+    library.set_experiment(experiment)
+    library.start_run(run_name=pathlib.Path(model_dir).name)
+
+    def write(step: int, values: dict[str, float]) -> None:
+      # Names may not hold '>'.
+      named = {k.replace("->", " to "): v for k, v in values.items()}
+      library.log_metrics(named, step=step)
+
+    return Dashboard(write, close=library.end_run)
+
+  return start
+
+
+def trackio(project: str, **options: Any) -> Opener:
+  """Trackio.
+
+  Args:
+    project: its name.
+    **options: of `trackio.init`, such as `space_id`.
+  """
+
+  def start(model_dir: str) -> Tracker:
+    library = _library("trackio")
+    library.init(project=project, **{**_named(model_dir), **options})
+    return Dashboard(
+      lambda step, values: library.log(values, step=step),
+      close=library.finish,
+    )
+
+  return start
+
+
+def _named(model_dir: str) -> dict[str, str]:
+  return {"name": pathlib.Path(model_dir).name}
+
+
+def _library(name: str) -> Any:
+  try:
+    return importlib.import_module(name)
+  except ImportError as error:
+    raise ImportError(
+      f"{name} is not installed: pip install basemt_jax[{name}]"
+    ) from error
+
+
+class Guarded:
+  """A tracker that is left out once it has failed.
+
+  Args:
+    opener: opens it.
+    model_dir: of the run.
+  """
+
+  def __init__(self, opener: Opener, model_dir: str):
+    self._name = opener.__qualname__.partition(".")[0]
+    self._tracker: Tracker | None = None
+    self._guard(lambda: setattr(self, "_tracker", opener(model_dir)))
+
+  def _guard(self, call: Callable[[], Any]) -> None:
+    try:
+      call()
+    except Exception as error:  # Whatever it is, training goes on.
+      self._tracker = None
+      first = str(error).strip().splitlines() or [type(error).__name__]
+      print(
+        f"metrics no longer go to {self._name}: {first[0]}; training goes on",
+        file=sys.stderr,
+        flush=True,
+      )
+
+  def write_scalars(self, step: int, scalars: Mapping[str, Any]) -> None:
+    """Takes the metrics of a step."""
+    if self._tracker:
+      tracker = self._tracker
+      self._guard(lambda: tracker.write_scalars(step, scalars))
+
+  def flush(self) -> None:
+    """Writes out what is buffered."""
+    if self._tracker:
+      self._guard(self._tracker.flush)
+
+  def close(self) -> None:
+    """Ends."""
+    if self._tracker:
+      self._guard(self._tracker.close)
+
+
+class Writer:
+  """Metrics to `metrics.jsonl`, TensorBoard and trackers; a `trainer.Writer`.
+
+  Args:
+    model_dir: of the run.
+    trackers: besides.
+  """
+
+  def __init__(self, model_dir: str, trackers: Sequence[Opener] = ()):
+    self._model_dir, self._openers = model_dir, (tensorboard(), *trackers)
+    self._trackers: list[Tracker] = []
+
+  def __enter__(self) -> "Writer":
+    import jax
+
+    if jax.process_index() == 0:
+      self._trackers = [JsonLines(self._model_dir)]
+      self._trackers += [Guarded(o, self._model_dir) for o in self._openers]
+    return self
+
+  def write_scalars(self, step: int, scalars: Mapping[str, Any]) -> None:
+    """Takes the metrics of a step."""
+    for tracker in self._trackers:
+      tracker.write_scalars(step, scalars)
+
+  def flush(self) -> None:
+    """Writes out what is buffered."""
+    for tracker in self._trackers:
+      tracker.flush()
+
+  def __exit__(self, *exception: object) -> None:
+    for tracker in self._trackers:
+      tracker.flush()
+      tracker.close()

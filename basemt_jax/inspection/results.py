@@ -1,0 +1,120 @@
+"""What a model directory holds of a run: metrics, and results of evaluations.
+
+Metrics are lines of `metrics.jsonl`; an evaluation is a folder
+`evaluation/NAME` with `scores.json`, and a direction's `.hyp` and `.ref` beside
+it.
+"""
+
+import dataclasses
+import json
+import pathlib
+import re
+from collections.abc import Mapping
+from typing import Any
+
+# Values by step.
+Series = dict[int, float]
+
+
+def read_metrics(path: pathlib.Path) -> dict[str, Series]:
+  """Metrics by name and step; {} if there is no file.
+
+  A run that was killed and went on from a checkpoint has written some steps
+  twice: what came later counts, and what it made void is dropped.
+  """
+  lines: list[tuple[int, dict[str, Any]]] = []
+  if not path.exists():
+    return {}
+  for text in path.read_text(encoding="utf-8").split("\n"):
+    try:
+      values = json.loads(text)
+      step = int(values.pop("step"))
+    except (ValueError, KeyError, TypeError, AttributeError):
+      continue  # Half a line, of a process that was killed.
+    if "loss" in values:  # A step's first line.
+      while lines and lines[-1][0] >= step:
+        lines.pop()
+    lines.append((step, values))
+  series: dict[str, Series] = {}
+  for step, values in lines:
+    for name, value in values.items():
+      if isinstance(value, (int, float)):
+        series.setdefault(name, {})[step] = float(value)
+  return series
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluated:
+  """One evaluation.
+
+  Attributes:
+    name: test set and search: 'test, greedy', 'test, beam 4'.
+    step: of the checkpoint.
+    directory: where its files are.
+    directions: `evaluation.DirectionResult`s as dictionaries, by direction.
+  """
+
+  name: str
+  step: int
+  directory: pathlib.Path
+  directions: Mapping[str, Mapping[str, Any]]
+
+  def scores(self, metric: str) -> dict[str, float]:
+    """A metric's values by direction, where they were measured."""
+    return {
+      name: own[metric]
+      for name, own in self.directions.items()
+      if own.get(metric) is not None
+    }
+
+  def sentences(self, direction: str, suffix: str) -> list[str] | None:
+    """Lines of 'hyp' or 'ref'; None where there is no file."""
+    path = self.directory / f"{direction}.{suffix}"
+    if not path.exists():
+      return None
+    return path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
+
+
+def evaluations(
+  model_dir: pathlib.Path, step: int | None = None
+) -> dict[str, Evaluated]:
+  """The last evaluation of every test set and search.
+
+  Args:
+    model_dir: of the run.
+    step: later checkpoints are left out; None: none are.
+
+  Returns:
+    By name, sorted.
+  """
+  found: dict[str, Evaluated] = {}
+  for path in sorted(model_dir.glob("evaluation/*/scores.json")):
+    own = _read(path)
+    if own is None or (step is not None and own.step > step):
+      continue
+    if own.name not in found or found[own.name].step <= own.step:
+      found[own.name] = own
+  return dict(sorted(found.items()))
+
+
+def _read(path: pathlib.Path) -> Evaluated | None:
+  """One evaluation; None for a file that is not one."""
+  contents = json.loads(path.read_text(encoding="utf-8"))
+  split, _, number = path.parent.name.partition("_")
+  split, number = contents.get("split", split), contents.get("step", number)
+  step = re.match(r"\d+", str(number))
+  if step is None or "directions" not in contents:
+    return None
+  search = contents.get("search")
+  return Evaluated(
+    f"{split}, {search_name(search)}" if search else split,
+    int(step[0]),
+    path.parent,
+    {r["direction"]: r for r in contents["directions"]},
+  )
+
+
+def search_name(search: Mapping[str, Any]) -> str:
+  """'greedy' or 'beam 4'."""
+  beam = search.get("beam_size", 1)
+  return "greedy" if beam == 1 else f"beam {beam}"

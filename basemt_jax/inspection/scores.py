@@ -1,0 +1,96 @@
+"""Results of an evaluation: their table, signatures, and some translations."""
+
+import collections
+import math
+from collections.abc import Sequence
+from typing import TextIO
+
+from basemt_jax import evaluation, metrics
+from basemt_jax.inspection import tables
+
+SHOWN = tuple(metrics.named(name) for name in ("loss", "bleu", "chrf"))
+
+
+def table(
+  results: Sequence[evaluation.DirectionResult], pivot: str = "en"
+) -> tables.Table:
+  """A row for each direction, and below them the means.
+
+  Args:
+    results: in the order to show.
+    pivot: see `evaluation.summarise`.
+  """
+  means = []
+  for mean in evaluation.summarise(results, pivot):
+    resource = " resource" if mean.name in evaluation.BANDS else ""
+    scores = (getattr(mean, m.name) for m in SHOWN)
+    label = f"mean of {mean.name}{resource}"
+    means.append([label, f"{mean.directions} directions", "", "", *scores])
+  return tables.Table(
+    "",
+    [
+      "direction",
+      tables.Column("training pairs", tables.count),
+      "band",
+      tables.Column("test pairs", tables.count),
+      *(tables.Column(m.label, m.text) for m in SHOWN),
+    ],
+    [
+      [
+        r.direction,
+        r.train_pairs,
+        r.band,
+        r.test_pairs,
+        *(getattr(r, m.name) for m in SHOWN),
+      ]
+      for r in results
+    ],
+    foot=means,
+  )
+
+
+def print_scores(
+  results: Sequence[evaluation.DirectionResult],
+  file: TextIO | None = None,
+  pivot: str = "en",
+) -> None:
+  """Writes the table, with means and sacreBLEU's signatures."""
+  console = tables.terminal(file)
+  tables.show(table(results, pivot), console)
+  for line in _signature_lines(results):
+    console.print(line)
+
+
+def _signature_lines(
+  results: Sequence[evaluation.DirectionResult],
+) -> list[str]:
+  """A line for every signature, and who has the less common ones."""
+  lines = []
+  for metric in ("bleu", "chrf"):
+    directions = collections.defaultdict(list)
+    for r in results:
+      signature = getattr(r, f"{metric}_signature")
+      if signature:
+        directions[signature].append(r.direction)
+    ranked = sorted(directions.items(), key=lambda item: -len(item[1]))
+    for i, (signature, names) in enumerate(ranked):
+      who = f" ({', '.join(names)})" if i else ""
+      lines.append(f"{metrics.named(metric).label}{who}: {signature}")
+  return lines
+
+
+def sample_lines(
+  translations: Sequence[evaluation.DirectionTranslations], count: int = 5
+) -> list[str]:
+  """Some translations to look at: the middle one of `count` directions."""
+  some = [t for t in translations if t.sources]
+  chosen = some[:: max(1, math.ceil(len(some) / max(1, count)))][:count]
+  lines = []
+  for t in chosen:
+    i = len(t.sources) // 2
+    lines += [
+      f"{t.direction}  source      {t.sources[i]}",
+      f"{' ' * len(t.direction)}  hypothesis  {t.hypotheses[i]}",
+      f"{' ' * len(t.direction)}  reference   {t.references[i]}",
+    ]
+  return lines
