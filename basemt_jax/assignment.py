@@ -1,7 +1,7 @@
 """Balanced assignment of tokens to experts: scores in, experts out.
 
-Axes: S tokens of a group, E experts, C = ceil(S / E) slots of an expert,
-W tokens in an expert's repair window, Q tokens moved together, M bidders.
+Axes: S tokens of a group, E experts, `C = ceil(S / E)` slots of an expert,
+W tokens in an expert's repair window.
 
 The problem (BASE layers, Lewis et al. 2021, arXiv:2103.16716, section 3.1):
 
@@ -17,11 +17,7 @@ indifferent. The solver therefore
    solution's prices where they are given;
 2. lets every token choose, with one sort that orders the tokens of an expert
    by how much they would lose elsewhere;
-3. moves the few tokens that are too many along cheapest paths from over-full to
-   free experts (the primal-dual method for transportation problems, all
-   paths of a round at once), in a fixed number of rounds; where both experts
-   and their slots are many, one such round and then some rounds of bids, which
-   cost less and lose little there;
+3. moves the few tokens that are too many (`repair`);
 4. gives what is still left, and padding, the free slots in order.
 
 All trip counts are static: no host synchronisation, and work is bounded. After
@@ -37,6 +33,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from basemt_jax import repair
 from basemt_jax.kernels import assignment_kernels
 
 # Temperatures are in units of the scores' spread. Warm prices are off by the
@@ -57,20 +54,15 @@ _NUM_DOUBLINGS = 6
 _NOISE = 0.3
 
 # Repair: at least and at most so many tokens of an expert that may move, fewer
-# for more experts; moves of a path in one round, rounds, experts on a path.
+# for more experts; rounds.
 _MIN_WINDOW, _MAX_WINDOW = 16, 64
 _WINDOW_TOKENS = 512
-_MAX_MOVES = 8
 _REPAIR_ROUNDS = 8
-_HOPS = 4
-# A move this much worse than the best one may go with it.
-_TOLERANCE = 0.01
 
 # Bids take the place of most rounds of repair above so many experts with so
-# many slots; at most so many tokens bid, in so many rounds.
+# many slots; at most so many tokens bid.
 _BIDS_ABOVE_EXPERTS, _BIDS_FROM_SLOTS = 32, 64
 _BIDDERS_PER_EXPERT = 4
-_BID_ROUNDS = 4
 
 # Finite stand-ins for infinities; a million times more still fits float32.
 _HUGE = 1e30
@@ -142,6 +134,11 @@ def balanced_assignment(
   Returns:
     The assignment. With S a multiple of E and no padding, every expert has
     exactly C tokens.
+
+  Example:
+    >>> scores = jnp.array([[3.0, 0.0], [2.0, 0.0], [1.0, 0.0], [0.0, 0.5]])
+    >>> balanced_assignment(scores).expert.tolist()
+    [0, 0, 1, 1]
   """
   num_tokens, num_experts = affinities.shape
   values = _finite(affinities)
@@ -236,7 +233,8 @@ def _solve_dual(
   ratio = _FINAL_TEMPERATURE / first_temperature
 
   def step(newton_step, i, prices):
-    fraction = jnp.minimum(i / falling, 1.0)
+    # In float32 also where 64 bits are on.
+    fraction = jnp.minimum(jnp.float32(i) / falling, 1.0)
     temperature = first_temperature * jnp.power(ratio, fraction)
     return newton_step(
       scores.values,
@@ -349,12 +347,74 @@ def _order(
   return tokens.astype(jnp.int32), experts.astype(jnp.int32)
 
 
+class _Choice(NamedTuple):
+  """What every token chose, in the order of the choice.
+
+  Attributes:
+    order: [S] int32, tokens by expert, within one by falling gain.
+    expert: [S] int32, the expert of each token in that order; E on padding.
+    load: [E] int32, tokens that chose an expert.
+  """
+
+  order: jax.Array
+  expert: jax.Array
+  load: jax.Array
+
+  @property
+  def start(self) -> jax.Array:
+    """[E] int32, where in `order` the tokens of an expert begin."""
+    return jnp.cumsum(self.load, dtype=jnp.int32) - self.load
+
+
 def _balance(
   values: jax.Array, mask: jax.Array, prices: jax.Array
 ) -> jax.Array:
   """Slots [S] int32 from scores [E, S] = a - p and the prices p [E]."""
   num_experts, num_tokens = values.shape
   capacity = -(-num_tokens // num_experts)
+  choice = _choose(values, mask)
+  window = min(max(_WINDOW_TOKENS // num_experts, _MIN_WINDOW), _MAX_WINDOW)
+  window = min(window, num_tokens)
+  settled = jnp.maximum(choice.load - window, 0)
+  tokens = _movable(choice, settled, window, num_tokens)
+  has_room = jnp.sum(mask, dtype=jnp.int32) < num_experts * capacity
+  slack = jnp.where(has_room, prices, 0.0)
+  is_large = num_experts > _BIDS_ABOVE_EXPERTS and capacity >= _BIDS_FROM_SLOTS
+  rounds = 1 if is_large else _REPAIR_ROUNDS
+  if assignment_kernels.is_repair_supported(values):
+    tokens = assignment_kernels.repair(
+      values.T,
+      tokens,
+      choice.load,
+      slack,
+      capacity=capacity,
+      rounds=rounds,
+      hops=repair.HOPS,
+      max_moves=repair.MAX_MOVES,
+      tolerance=repair.TOLERANCE,
+    )
+  elif num_experts > 1:
+    tokens = repair.move_along_paths(
+      values.T, tokens, choice.load, slack, capacity, rounds
+    )
+  slot, load = _slots(choice, settled, tokens, capacity)
+  if is_large:
+    # Room for more late tokens than there usually are; `fill` takes the rest.
+    width = min(num_tokens, _BIDDERS_PER_EXPERT * num_experts)
+    is_late = (slot < 0) & mask
+    turn = jnp.cumsum(is_late, dtype=jnp.int32) - 1
+    place = jnp.where(is_late, turn, width)
+    late = jnp.full(width, num_tokens, jnp.int32)
+    position = jnp.arange(num_tokens, dtype=jnp.int32)
+    late = late.at[place].set(position, mode="drop")
+    late_slot, load = repair.bid(values, late, load, capacity)
+    slot = slot.at[late].set(late_slot, mode="drop")
+  return repair.fill(slot, load, capacity)
+
+
+def _choose(values: jax.Array, mask: jax.Array) -> _Choice:
+  """Every token at the expert with the highest priced score [E, S]."""
+  num_experts, num_tokens = values.shape
   experts = jnp.arange(num_experts, dtype=jnp.int32)
   # Noise splits equal tokens; the plain maximum would send all of them to one
   # expert.
@@ -368,43 +428,44 @@ def _balance(
     jnp.where(mask, choice, num_experts), gain, num_experts
   )
   count = jnp.sum(chosen & mask[None], axis=1, dtype=jnp.int32)
-  start = jnp.cumsum(count) - count
+  return _Choice(order, order_expert, count)
 
-  # The window holds the tokens of an expert that lose least by moving.
-  window = min(max(_WINDOW_TOKENS // num_experts, _MIN_WINDOW), _MAX_WINDOW)
-  window = min(window, num_tokens)
+
+def _movable(
+  choice: _Choice, settled: jax.Array, window: int, num_tokens: int
+) -> jax.Array:
+  """The tokens [E, W] of each expert that lose least by moving.
+
+  S marks a free place; a window has half as many more for what may come.
+  """
   spare = (window + 1) // 2
-  settled = jnp.maximum(count - window, 0)
   place = jnp.arange(window + spare, dtype=jnp.int32)
   rank = settled[:, None] + place[None]
-  filled = (rank < count[:, None]) & (place < window)[None]
-  index = jnp.minimum(start[:, None] + rank, num_tokens - 1)
-  tokens = jnp.where(filled, order[index], num_tokens)
-  slack = jnp.where(jnp.sum(mask) < num_experts * capacity, prices, 0.0)
-  is_large = num_experts > _BIDS_ABOVE_EXPERTS and capacity >= _BIDS_FROM_SLOTS
-  rounds = 1 if is_large else _REPAIR_ROUNDS
-  if assignment_kernels.is_repair_supported(values):
-    tokens = assignment_kernels.repair(
-      values.T,
-      tokens,
-      count,
-      slack,
-      capacity=capacity,
-      rounds=rounds,
-      hops=_HOPS,
-      max_moves=_MAX_MOVES,
-      tolerance=_TOLERANCE,
-    )
-  elif num_experts > 1:
-    tokens = _repair(values.T, tokens, count, slack, capacity, rounds)
+  filled = (rank < choice.load[:, None]) & (place < window)[None]
+  index = jnp.minimum(choice.start[:, None] + rank, num_tokens - 1)
+  return jnp.where(filled, choice.order[index], num_tokens)
 
-  # Slots: settled tokens by rank, the window's after them, then all others.
+
+def _slots(
+  choice: _Choice, settled: jax.Array, tokens: jax.Array, capacity: int
+) -> tuple[jax.Array, jax.Array]:
+  """Settled tokens by rank, the window's after them; -1 for all others.
+
+  Returns:
+    [S] int32; and the slots taken of each expert, [E] int32.
+  """
+  num_tokens, num_experts = choice.order.shape[0], settled.shape[0]
+  experts = jnp.arange(num_experts, dtype=jnp.int32)
   position = jnp.arange(num_tokens, dtype=jnp.int32)
-  order_rank = position - jnp.append(start, 0)[order_expert]
-  limit = jnp.append(jnp.minimum(settled, capacity), 0)[order_expert]
-  slot = jnp.where(order_rank < limit, order_expert * capacity + order_rank, -1)
+  order_rank = position - jnp.append(choice.start, 0)[choice.expert]
+  limit = jnp.append(jnp.minimum(settled, capacity), 0)[choice.expert]
+  slot = jnp.where(
+    order_rank < limit, choice.expert * capacity + order_rank, -1
+  )
   slot = (
-    jnp.full(num_tokens, -1, jnp.int32).at[order].set(slot, unique_indices=True)
+    jnp.full(num_tokens, -1, jnp.int32)
+    .at[choice.order]
+    .set(slot, unique_indices=True)
   )
   filled = tokens < num_tokens
   rank = settled[:, None] + jnp.cumsum(filled, axis=1, dtype=jnp.int32) - 1
@@ -412,227 +473,8 @@ def _balance(
   slot = slot.at[tokens].set(
     jnp.where(kept, experts[:, None] * capacity + rank, -1), mode="drop"
   )
-  load = jnp.minimum(settled + jnp.sum(filled, axis=1), capacity)
-  if is_large:
-    # Room for more late tokens than there usually are; _fill takes the rest.
-    width = min(num_tokens, _BIDDERS_PER_EXPERT * num_experts)
-    is_late = (slot < 0) & mask
-    place = jnp.where(is_late, jnp.cumsum(is_late) - 1, width)
-    late = jnp.full(width, num_tokens, jnp.int32)
-    late = late.at[place].set(position, mode="drop")
-    late_slot, load = _bid(values, late, load, capacity)
-    slot = slot.at[late].set(late_slot, mode="drop")
-  return _fill(slot, load, capacity)
-
-
-def _bid(
-  values: jax.Array, late: jax.Array, load: jax.Array, capacity: int
-) -> tuple[jax.Array, jax.Array]:
-  """Lets tokens without a slot bid for the free ones, in rounds.
-
-  In a round every token bids for its best expert with room, by what it would
-  lose at the next best, and an expert takes the highest bids while it has room
-  (Vogel's regret rule for transportation problems).
-
-  Args:
-    values: [E, S] priced scores.
-    late: [M] int32, the tokens; S where there is none.
-    load: [E] int32, slots taken.
-    capacity: C.
-
-  Returns:
-    [M] int32, the tokens' slots, -1 for those still without; the new load.
-  """
-  num_experts, num_tokens = values.shape
-  experts = jnp.arange(num_experts, dtype=jnp.int32)
-  turn = jnp.arange(late.shape[0], dtype=jnp.int32)
-  rows = values[:, jnp.minimum(late, num_tokens - 1)]
-  slot = jnp.full(late.shape, -1, jnp.int32) + 0 * late
-
-  for _ in range(_BID_ROUNDS):
-    is_bidding = (slot < 0) & (late < num_tokens)
-    open_rows = jnp.where((load < capacity)[:, None], rows, -_HUGE)
-    expert = jnp.argmax(open_rows, axis=0).astype(jnp.int32)
-    chosen = expert[None] == experts[:, None]
-    best = jnp.max(open_rows, axis=0)
-    bid = best - jnp.max(jnp.where(chosen, -_HUGE, open_rows), axis=0)
-    higher = bid[:, None] > bid[None]
-    higher |= (bid[:, None] == bid[None]) & (turn[:, None] < turn[None])
-    rival = (expert[:, None] == expert[None]) & is_bidding[:, None]
-    rank = jnp.sum(rival & higher, axis=0, dtype=jnp.int32)
-    position = jnp.sum(jnp.where(chosen, load[:, None], 0), axis=0) + rank
-    wins = is_bidding & (position < capacity)
-    slot = jnp.where(wins, expert * capacity + position, slot)
-    load += jnp.sum(chosen & wins[None], axis=1, dtype=jnp.int32)
-  return slot, load
-
-
-def _fill(slot: jax.Array, load: jax.Array, capacity: int) -> jax.Array:
-  """Gives tokens without a slot (-1) the free slots [load_e, C), in order."""
-  missing = slot < 0
-  turn = jnp.cumsum(missing, dtype=jnp.int32) - 1
-  free = jnp.cumsum(capacity - load)
-  expert = jnp.sum(free[None] <= turn[:, None], axis=1, dtype=jnp.int32)
-  expert = jnp.minimum(expert, load.shape[0] - 1)
-  # Slots still free after expert e are counted from the end of its row.
-  taken = (expert + 1) * capacity - (free[expert] - turn)
-  return jnp.where(missing, taken, slot).astype(jnp.int32)
-
-
-def _repair(
-  values: jax.Array,
-  tokens: jax.Array,
-  load: jax.Array,
-  slack: jax.Array,
-  capacity: int,
-  rounds: int,
-) -> jax.Array:
-  """Moves tokens from over-full to free experts along cheapest paths.
-
-  Every expert has at most one edge to every other one: its best token for it,
-  and equally good ones beside it. A round finds a forest of cheapest paths (at
-  most _HOPS edges) from all over-full experts, and moves tokens along one path
-  of every tree. Trees do not share experts, and every edge used is tight
-  for the distances as potentials, so the moves of a round do not disturb each
-  other (Ahuja, Magnanti & Orlin 1993, section 9.8).
-
-  Args:
-    values: [S, E] priced scores.
-    tokens: [E, W] the tokens that may move; S marks a free place.
-    load: [E] tokens of each expert, the settled ones included.
-    slack: [E] what a free slot of an expert is worth more than another's.
-    capacity: C.
-    rounds: Rounds.
-
-  Returns:
-    [E, W], the tokens' new places.
-  """
-  num_tokens, num_experts = values.shape
-  experts = jnp.arange(num_experts, dtype=jnp.int32)
-  itself = experts[:, None] == experts[None]
-  num_places = tokens.shape[1]
-  places = jnp.arange(num_places, dtype=jnp.int32)
-  max_moves = min(_MAX_MOVES, num_places)
-
-  def body(_, state):
-    tokens, rows, own, load = state
-    change = rows - own[:, :, None]
-    best = jnp.max(change, axis=1)
-    edge = jnp.where(itself, -jnp.inf, jnp.minimum(best, 0.0))
-    over = load > capacity
-    # Once no expert is over-full, a token may still go to a free expert whose
-    # price is not the lowest: such a price does not belong to a free slot.
-    any_over = jnp.any(over)
-    source = jnp.where(any_over, over, load > 0)
-    origin = jnp.where(any_over, 0.0, -slack)
-    distance, previous = _cheapest_paths(
-      edge, jnp.where(source, origin, -jnp.inf)
-    )
-    filled = tokens < num_tokens
-    free_places = jnp.sum(~filled, axis=1)
-    room = jnp.minimum(capacity - load, free_places)
-    # Experts on the way back from every expert, [_, E], and the tree's root.
-    path = [experts]
-    for _ in range(2 * _HOPS):
-      path.append(previous[path[-1]])
-    root = path[-1]
-    target = (room > 0) & source[root] & (previous[root] == root)
-    worth = distance + slack
-    target &= any_over | ((worth > _TOLERANCE) & (root != experts))
-    worth = jnp.where(target, worth, -jnp.inf)
-    of_root = root[None] == experts[:, None]
-    worth_of_root = jnp.where(of_root, worth[None], -jnp.inf)
-    last = jnp.argmax(worth_of_root, axis=1)
-    found = jnp.max(worth_of_root, axis=1) > -jnp.inf
-    is_last = jnp.any((last[:, None] == experts[None]) & found[:, None], axis=0)
-    steps = jnp.stack(path)
-    on_path = jnp.any(
-      (steps[:, :, None] == experts[None, None]) & is_last[None, :, None],
-      axis=(0, 1),
-    )
-    receives = on_path & (previous != experts)
-    follows = receives[None] & (previous[None] == experts[:, None])
-    sends = jnp.any(follows, axis=1)
-    following = jnp.argmax(follows, axis=1)
-    # The tokens to send, best first, and how many are about as good.
-    sent_change = rows[experts, :, following] - own
-    top = jnp.max(sent_change, axis=1, keepdims=True)
-    top_place = jnp.argmax(sent_change, axis=1).astype(jnp.int32)[:, None]
-    alike = sent_change >= jnp.minimum(top, 0.0) - _TOLERANCE
-    similar = jnp.minimum(jnp.sum(alike, axis=1), max_moves)
-    alike &= places[None] != top_place
-    top_place = jnp.concatenate(
-      [top_place, _first(alike, max_moves - 1)], axis=1
-    )
-    amount = jnp.where(sends, similar, max_moves)
-    amount = jnp.where(is_last, jnp.minimum(amount, room), amount)
-    excess = jnp.maximum(load - capacity, 1)
-    amount = jnp.where(root == experts, jnp.minimum(amount, excess), amount)
-    amount = jnp.min(
-      jnp.where(of_root & on_path[None], amount[None], max_moves), axis=1
-    )[root]
-    amount = jnp.where(on_path, amount, 0)
-    # Who receives takes the places of what it sends, or else free places.
-    free_place = _first(~filled, max_moves)
-    target_place = jnp.where(sends[:, None], top_place, free_place)
-    moved = jnp.arange(max_moves)[None] < amount[:, None]
-    sender = (previous[:, None], top_place[previous])
-    new_tokens = jnp.where(receives[:, None], tokens[sender], num_tokens)
-    target_place = jnp.where(moved, target_place, num_places)
-    where = (experts[:, None], target_place)
-    incoming = receives[:, None]
-    new_rows = jnp.where(incoming[:, :, None], rows[sender], -jnp.inf)
-    new_own = rows[(*sender, experts[:, None])]
-    new_own = jnp.where(incoming, new_own, 0.0)
-    tokens = tokens.at[where].set(new_tokens, mode="drop")
-    rows = rows.at[where].set(new_rows, mode="drop")
-    own = own.at[where].set(new_own, mode="drop")
-    load = load + jnp.where(receives, amount, 0) - jnp.where(sends, amount, 0)
-    return tokens, rows, own, load
-
-  filled = tokens < num_tokens
-  rows = values[jnp.minimum(tokens, num_tokens - 1)]
-  own = jnp.sum(jnp.where(itself[:, None, :], rows, 0.0), axis=2)
-  own = jnp.where(filled, own, 0.0)
-  rows = jnp.where(filled[:, :, None], rows, -jnp.inf)
-  state = (tokens, rows, own, load)
-  return lax.fori_loop(0, rounds, body, state)[0]
-
-
-def _first(flags: jax.Array, number: int) -> jax.Array:
-  """Indices [E, number] of each row's first set flags [E, W]; W if too few."""
-  width = flags.shape[1]
-  # A product with a triangle: running sums and sorts are slow for short rows.
-  triangle = np.triu(np.ones((width, width), np.float32))
-  running = flags.astype(jnp.float32) @ triangle
-  turn = jnp.arange(number, dtype=jnp.float32)
-  before = running[:, None] <= turn[None, :, None]
-  return jnp.sum(before, axis=2, dtype=jnp.int32)
-
-
-def _cheapest_paths(
-  edge: jax.Array, origin: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-  """Best sums of an origin [E] and edges [E, E] (<= 0) that lead to an expert.
-
-  Bellman and Ford's iteration, cut off after _HOPS edges.
-
-  Returns:
-    distance: [E], -inf where there is no path. (Nor is one started where the
-      origin is -inf.)
-    previous: [E] the expert before on the path; itself at the start.
-  """
-  num_experts = edge.shape[0]
-  distance = origin
-  previous = jnp.arange(num_experts, dtype=jnp.int32)
-  for _ in range(min(_HOPS, num_experts - 1)):
-    through = distance[:, None] + edge
-    best = jnp.max(through, axis=0)
-    better = best > distance
-    distance = jnp.where(better, best, distance)
-    source = jnp.argmax(through, axis=0).astype(jnp.int32)
-    previous = jnp.where(better, source, previous)
-  return distance, previous
+  taken = settled + jnp.sum(filled, axis=1, dtype=jnp.int32)
+  return slot, jnp.minimum(taken, capacity)
 
 
 def capacity_of(num_tokens: int, num_experts: int) -> int:

@@ -37,13 +37,13 @@ Metrics = dict[str, jax.Array]
 
 
 class BaseLayer(nn.Module):
-  """A layer of experts: out = h + g * (f_e(h) - h).
+  """A layer of experts: `out = h + g * (f_e(h) - h)`.
 
-  e is the token's expert, f_e a stack of residual feed-forward sublayers, and
-  g = gate_bias + gate_scale * sigmoid(h . w_e) with learned scalars; a router
-  may gate by something else than the sigmoid. The layer returns
-  h + g * (sum of the sublayers' outputs), so that with g = 1 it is exactly
-  h + FF(LN(h)).
+  Here `e` is the token's expert, `f_e` a stack of residual feed-forward
+  sublayers, and `g = gate_bias + gate_scale * sigmoid(h . w_e)` with learned
+  scalars; a router may gate by something else than the sigmoid. The layer
+  returns `h + g * (sum of the sublayers' outputs)`, so that with `g = 1` it is
+  exactly `h + FF(LN(h))`.
 
   Attributes:
     num_experts: E.
@@ -66,6 +66,19 @@ class BaseLayer(nn.Module):
       either.) Otherwise g = sigmoid(h . w_e), with centroids of norm 0.1.
     dtype: Of the experts' computation. Routing and gate are float32.
     mesh: Mesh with axes data, expert and model, or None for one device.
+
+  Example:
+    >>> layer = BaseLayer(num_experts=4, mlp_dim=32)
+    >>> h = jax.random.normal(jax.random.key(0), (2, 6, 8))
+    >>> variables = layer.init(jax.random.key(1), h, train=True)
+    >>> out, updates = layer.apply(
+    ...   variables, h, train=True, mutable=["prices", "intermediates"]
+    ... )
+    >>> out.shape
+    (2, 6, 8)
+    >>> expert, = updates["intermediates"]["expert"]
+    >>> jnp.bincount(expert.ravel(), length=4).tolist()
+    [3, 3, 3, 3]
   """
 
   num_experts: int
@@ -364,7 +377,7 @@ def _test(
 
 
 def _affinities(h: jax.Array, centroids: jax.Array) -> jax.Array:
-  """H . w_e, [B, L, E] float32 in full precision whatever the compute type."""
+  """`h . w_e`, [B, L, E] float32, in full precision whatever the type of h."""
   return jnp.einsum(
     "bld,ed->ble",
     h.astype(jnp.float32),
@@ -376,13 +389,13 @@ def _affinities(h: jax.Array, centroids: jax.Array) -> jax.Array:
 def _gate(
   params: dict[str, jax.Array], raw: jax.Array, mask: jax.Array
 ) -> jax.Array:
-  """G [N, K] of raw gates [N, K]; the bias is shared by a token's experts."""
+  """Gates [N, K] of raw ones [N, K]; a token's experts share the bias."""
   gate = params["bias"] / raw.shape[1] + params["scale"] * raw
   return jnp.where(mask.reshape(-1, 1), gate, 0.0)
 
 
 def _residual(h: jax.Array, gate: jax.Array, change: jax.Array) -> jax.Array:
-  """H + sum_k g_k change_k; [B, L, D], [N, K], [N, K, D] -> [B, L, D]."""
+  """`h + sum_k g_k change_k`: [B, L, D], [N, K], [N, K, D] to [B, L, D]."""
   change = jnp.sum(gate[:, :, None] * change.astype(jnp.float32), axis=1)
   out = h.astype(jnp.float32) + change.reshape(h.shape)
   return out.astype(h.dtype)

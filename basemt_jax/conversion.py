@@ -159,6 +159,14 @@ def convert_params(
 
   Raises:
     ValueError: See `plan`; or shapes do not fit, naming path, shapes, rule.
+
+  Example:
+    >>> rules = [Rule("experts/wi", "mlp/wi", stack=True), Rule("gate", None)]
+    >>> dense = {"mlp": {"wi": jnp.ones((8, 32))}}
+    >>> sparse = {"experts": {"wi": jnp.zeros((4, 8, 32))}, "gate": jnp.ones(4)}
+    >>> wi = convert_params(dense, sparse, rules)["experts"]["wi"]
+    >>> wi.shape, float(wi.min())
+    ((4, 8, 32), 1.0)
   """
   options = options or Options()
   flat_dense = traverse_util.flatten_dict(dense, sep="/")

@@ -43,6 +43,13 @@ def mixing_rates(sizes: ArrayLike, temperature: ArrayLike) -> np.ndarray:
 
   Raises:
     ValueError: sizes or temperatures outside those ranges.
+
+  Example:
+    >>> mixing_rates([900, 100], 1.0)
+    array([0.9, 0.1])
+    >>> mixing_rates([900, 100], [2.0, np.inf])
+    array([[0.75, 0.25],
+           [0.5 , 0.5 ]])
   """
   sizes = np.asarray(sizes, np.float64)
   if sizes.ndim != 1 or not sizes.size:

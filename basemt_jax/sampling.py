@@ -50,6 +50,15 @@ class Strategy:
     steps: Of the run, which `max_epochs` is about.
     sizes: Training pairs n_i by direction, such as a benchmark publishes them;
       None: as many as there are.
+
+  Example: a run of 100 steps that is heated from 1 to 5, and what it will draw
+  of the rows of two directions at its first and its last step.
+
+    >>> strategy = Strategy(heating.linear(1.0, 5.0, 100))
+    >>> plan = strategy.plan(["en-de", "en-is"], [9000, 1000], [900, 100], 32)
+    >>> plan.rates([0, 100]).round(2)
+    array([[0.9 , 0.1 ],
+           [0.61, 0.39]])
   """
 
   temperature: heating.Schedule

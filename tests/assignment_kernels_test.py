@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from basemt_jax import assignment
+from basemt_jax import assignment, repair
 from basemt_jax.kernels import assignment_kernels
 
 S = 96
@@ -102,19 +102,19 @@ def test_newton_steps_are_the_plain_ones_for_groups_and_free_slots():
 @pytest.mark.parametrize("is_full", [True, False])
 def test_repair_makes_the_plain_ones_moves(num_experts, is_full):
   capacity, width = S // num_experts, 24
-  repair = functools.partial(
+  moves = functools.partial(
     assignment_kernels.repair,
     capacity=capacity,
     rounds=assignment._REPAIR_ROUNDS,
-    hops=assignment._HOPS,
-    max_moves=assignment._MAX_MOVES,
-    tolerance=assignment._TOLERANCE,
+    hops=repair.HOPS,
+    max_moves=repair.MAX_MOVES,
+    tolerance=repair.TOLERANCE,
     interpret=True,
   )
-  repair = jax.jit(repair)
+  moves = jax.jit(moves)
   plain = jax.jit(
     functools.partial(
-      assignment._repair,
+      repair.move_along_paths,
       capacity=capacity,
       rounds=assignment._REPAIR_ROUNDS,
     )
@@ -140,7 +140,7 @@ def test_repair_makes_the_plain_ones_moves(num_experts, is_full):
       jnp.asarray(slack, jnp.float32),
     )
     expected = plain(*given)
-    np.testing.assert_array_equal(repair(*given), expected)
+    np.testing.assert_array_equal(moves(*given), expected)
     moved += int(np.sum(expected != tokens))
   assert moved > 20
 

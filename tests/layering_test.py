@@ -13,7 +13,7 @@ PACKAGE = ROOT / "basemt_jax"
 # The root's files for training and the network: what runs where only jax,
 # flax, optax and orbax are installed.
 LIGHT = {
-  *("assignment", "routing", "experts", "base_layer"),
+  *("assignment", "repair", "routing", "experts", "base_layer"),
   *("layers", "model", "losses"),
   *("heating", "sampling"),
   *(

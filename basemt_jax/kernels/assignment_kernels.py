@@ -302,7 +302,7 @@ def _repair_kernel(
   tolerance: float,
   barrier: Callable[[], None],
 ) -> None:
-  """Mirrors `assignment._repair`, with sums over masks in place of indices.
+  """`repair.move_along_paths` with sums over masks in place of indices.
 
   The tokens of every place and their scores stay in global memory, which the
   threads of the one program share; barriers part reading from writing.
@@ -369,7 +369,7 @@ def _repair_kernel(
     any_over = jnp.max(over.astype(jnp.int32)) > 0
     source = jnp.where(any_over, over, load > 0) & is_expert
     origin = jnp.where(any_over, jnp.zeros_like(slack), -slack)
-    # Cheapest paths, as in `assignment._cheapest_paths`.
+    # Cheapest paths, as in `repair._cheapest_paths`.
     distance = jnp.where(source, origin, -infinity)
     previous = expert
     for _ in range(hops):
