@@ -104,6 +104,17 @@ def locked(
     os.close(handle)
 
 
+# Tell a terminal what to do, or turn the order of what is around them.
+_TURNING = (*range(0x202A, 0x202F), *range(0x2066, 0x206A))
+_CONTROLS = {c: f"\\x{c:02x}" for c in (*range(32), *range(127, 160))}
+_CONTROLS |= {c: f"\\u{c:04x}" for c in _TURNING}
+
+
+def shown(text: str) -> str:
+  """Text of the data for a terminal: control characters are escaped."""
+  return text.translate(_CONTROLS)
+
+
 def json_text(value: Any) -> str:
   """The value as JSON, with null for numbers that JSON cannot hold."""
   return (

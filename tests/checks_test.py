@@ -50,17 +50,21 @@ def clean_gin():
   gin.clear_config()
 
 
-def configured(*bindings, files=("models/tiny", "recipes/base_heated")):
+GIVEN = (
+  *("MODEL_DIR=/nowhere/run", "MIXTURE_OR_TASK_NAME=none"),
+  *("TRAIN_STEPS=100", "WARMUP_STEPS=10"),
+)
+
+
+def configured(
+  *bindings, files=("models/tiny", "recipes/base_heated"), given=GIVEN
+):
   """The run of a command line; nothing is packed, compiled or written."""
   gin.clear_config()
   options = cli._parser().parse_args(
     ["train", *(f"--gin_file={ROOT / 'gin' / name}.gin" for name in files)]
   )
-  options.bindings = [
-    *("MODEL_DIR=/nowhere/run", "MIXTURE_OR_TASK_NAME=none"),
-    *("TRAIN_STEPS=100", "WARMUP_STEPS=10"),
-    *bindings,
-  ]
+  options.bindings = [*given, *bindings]
   return configuration.configured(options)
 
 

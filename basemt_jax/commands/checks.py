@@ -11,6 +11,7 @@ import collections.abc
 import dataclasses
 import difflib
 import functools
+import re
 import reprlib
 import types
 import typing
@@ -81,6 +82,30 @@ def check_fields(instance: Any) -> None:
       )
     if dataclasses.is_dataclass(value) and _is_ours(type(value)):
       check_fields(value)
+
+
+def nearest(message: str) -> str:
+  """The name that gin's message about an unknown name is closest to, or ''."""
+  parameter = re.search(
+    r"'([\w./]+)' doesn't have a parameter named '(\w+)'", message
+  )
+  names = dict(_registered())
+  if parameter:
+    owner = parameter[1].rpartition(".")[2]
+    known = [
+      field
+      for name, wrapped in names.items()
+      if name.rpartition(".")[2] == owner
+      for field in _hints(wrapped)
+    ]
+    near = difflib.get_close_matches(parameter[2], known, 1)
+  else:
+    unknown = re.search(
+      r"(?:matching reference '@|matching '|selector )([\w./]+)", message
+    )
+    wanted = unknown[1].rpartition("/")[2] if unknown else ""
+    near = difflib.get_close_matches(wanted, names, 1)
+  return near[0] if near else ""
 
 
 # --------------------------------------------------------------- macros
