@@ -9,7 +9,8 @@ import pytest
 import toy
 
 import gin
-from basemt_jax import cli, conversion, translation
+from basemt_jax import cli, conversion, training, translation
+from basemt_jax import run as run_lib
 from basemt_jax.commands import checks, configuration
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -206,3 +207,33 @@ def test_every_annotation_that_can_be_bound_is_understood():
         assert name in hints, (wrapped, name)
         checks._errors(object(), hints[name])  # No exception.
   assert len(gin_config._REGISTRY.items()) > 15
+
+
+def test_devices_that_do_not_fit_are_found_before_anything_is_packed(
+  monkeypatch,
+):
+  def packed(self, progress=None):
+    raise AssertionError("rows were packed")
+
+  monkeypatch.setattr(run_lib.Run, "store", packed)
+  for bindings, text in (
+    (("BATCH_SIZE=12",), "batch of 12 rows .* 8 devices"),
+    (("BATCH_SIZE=64",), r"64 rows, .* rows_per_group=16 rows on 8 devices"),
+    (
+      ("steps.Settings.microbatches=2",),
+      r"64 rows, .* multiple of 128: 128, 256, 384",
+    ),
+    (("MODEL_DEVICES=16",), "model=16 needs a multiple of 16 devices"),
+  ):
+    run = configured(*bindings)
+    with pytest.raises(ValueError, match=text):
+      training.train(run, None, run_lib.SILENT)
+
+
+def test_a_warm_up_longer_than_the_run_is_told():
+  assert configured().doubts() == []
+  (doubt,) = configured("WARMUP_STEPS=101").doubts()
+  assert "still rises at the last step, 99" in doubt
+  decays = "LEARNING_RATE_SCHEDULE=@optimizer.cosine_decay()"
+  assert configured(decays).doubts() == []
+  assert len(configured(decays, "WARMUP_STEPS=200").doubts()) == 1
