@@ -4,12 +4,14 @@ import dataclasses
 import inspect
 import pathlib
 import re
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import toy
 
 import gin
-from basemt_jax import cli, conversion, training, translation
+from basemt_jax import cli, conversion, heating, training, translation
 from basemt_jax import run as run_lib
 from basemt_jax.commands import checks, configuration
 
@@ -237,3 +239,16 @@ def test_a_warm_up_longer_than_the_run_is_told():
   decays = "LEARNING_RATE_SCHEDULE=@optimizer.cosine_decay()"
   assert configured(decays).doubts() == []
   assert len(configured(decays, "WARMUP_STEPS=200").doubts()) == 1
+
+
+def test_a_class_whose_objects_are_called_is_no_slip():
+  class Module:
+    def __call__(self) -> float:
+      return 1.0
+
+  for gives in (Module, object, Any):
+    assert not checks._errors(Module, Callable[..., gives])
+  # As a maker of schedules is, where a schedule is wanted.
+  (error,) = checks._errors(heating.linear, heating.Schedule)
+  assert "function that gives" in error["msg"]
+  assert not checks._errors(heating.linear(1, 2, 3), heating.Schedule)

@@ -80,7 +80,9 @@ def check_fields(instance: Any) -> None:
         f"{type(instance).__name__}.{field.name} is {reprlib.repr(value)}; it "
         f"must be {_expected([error])}"
       )
-    if dataclasses.is_dataclass(value) and _is_ours(type(value)):
+    # What can be called (a schedule, a layer) has checked itself.
+    is_settings = dataclasses.is_dataclass(value) and not callable(value)
+    if is_settings and _is_ours(type(value)):
       check_fields(value)
 
 
@@ -236,10 +238,10 @@ def _errors(value: Any, annotation: Any) -> list[Any]:
   gives = _gives(annotation)
   if gives is not None and callable(value):
     result = _result(value)
+    # Its result would be the function that is wanted, or is clearly another.
     is_maker = result is not Any and _fits(result, annotation)
-    if is_maker or (
-      (_is_record(result) or _is_record(gives)) and not _fits(result, gives)
-    ):
+    is_other = is_maker or _is_record(result) or _is_record(gives)
+    if is_other and not _fits(result, gives):
       text = f"a function that gives {_name(gives)}"
       return [{"loc": (), "input": value, "type": "gives", "msg": text}]
   try:
