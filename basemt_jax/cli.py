@@ -8,6 +8,7 @@ is configured is in `commands/configuration.py`.
 
 import argparse
 import contextlib
+import errno
 import importlib
 import importlib.metadata
 import logging
@@ -57,7 +58,7 @@ def _guarded(
     )
     return 130
   except (ValueError, OSError, ImportError) as error:
-    text = _output_lost() or configuration.one_sentence(error)
+    text = _output_lost(error) or configuration.one_sentence(error)
     if options.traceback:
       raise
     print(
@@ -68,16 +69,22 @@ def _guarded(
     return 1
 
 
-def _output_lost() -> str:
+def _output_lost(error: Exception) -> str:
   """A sentence if standard output is closed or full; it is then given up."""
+  lost = error if isinstance(error, BrokenPipeError) else None
   try:
     sys.stdout.flush()
-  except OSError as error:
+  except OSError as again:
+    lost = again
+  if lost is not None:
     # Python would try again at exit, and show a trace.
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, sys.stdout.fileno())
     os.close(nowhere)
-    return f"standard output: {error.strerror}; not all was written there"
+    return f"standard output: {lost.strerror}; not all was written there"
+  if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+    place = error.filename or "standard output or a file"
+    return f"{place} could not be written: {error.strerror}"
   return ""
 
 
