@@ -20,7 +20,8 @@ from typing import Any, NoReturn
 # Quiet C++ logs; set before TensorFlow or XLA are loaded.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
-from basemt_jax.commands import configuration, console, flags
+from basemt_jax import files
+from basemt_jax.commands import configuration, flags
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -62,7 +63,7 @@ def _guarded(
     if options.traceback:
       raise
     print(
-      console.printable(f"basemt: error{who()}: {text}"),
+      files.printable(f"basemt: error{who()}: {text}"),
       file=sys.stderr,
     )
     print("(--traceback shows where it came from)", file=sys.stderr)
@@ -71,7 +72,9 @@ def _guarded(
 
 def _output_lost(error: Exception) -> str:
   """A sentence if standard output is closed or full; it is then given up."""
-  lost = error if isinstance(error, BrokenPipeError) else None
+  lost: OSError | None = None
+  if isinstance(error, BrokenPipeError):
+    lost = error
   try:
     sys.stdout.flush()
   except OSError as again:

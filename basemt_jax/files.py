@@ -7,6 +7,7 @@ import glob
 import json
 import math
 import os
+import re
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -104,15 +105,16 @@ def locked(
     os.close(handle)
 
 
-# Tell a terminal what to do, or turn the order of what is around them.
-_TURNING = (*range(0x202A, 0x202F), *range(0x2066, 0x206A))
-_CONTROLS = {c: f"\\x{c:02x}" for c in (*range(32), *range(127, 160))}
-_CONTROLS |= {c: f"\\u{c:04x}" for c in _TURNING}
+# Control characters but line ends and tabs, marks that turn text around, and
+# what is left of bytes that are no UTF-8.
+_UNPRINTABLE = re.compile(
+  "[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
+)
 
 
-def shown(text: str) -> str:
-  """Text of the data for a terminal: control characters are escaped."""
-  return text.translate(_CONTROLS)
+def printable(text: str) -> str:
+  r"""The text with what a terminal would obey written out, such as '\x1b'."""
+  return _UNPRINTABLE.sub(lambda m: ascii(m[0])[1:-1], text)
 
 
 def json_text(value: Any) -> str:

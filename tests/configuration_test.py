@@ -185,8 +185,8 @@ def test_a_full_standard_output_is_one_sentence(monkeypatch, capsys, tmp_path):
 
 def test_text_tells_a_terminal_nothing():
   text = "\x1b[2Ja\tb\x07\x9b1m\u202egfed\u2066 ž語 \u200d"
-  assert files.shown(text) == (
-    "\\x1b[2Ja\\x09b\\x07\\x9b1m\\u202egfed\\u2066 ž語 \u200d"
+  assert files.printable(text) == (
+    "\\x1b[2Ja\tb\\x07\\x9b1m\\u202egfed\\u2066 ž語 \u200d"
   )
 
 

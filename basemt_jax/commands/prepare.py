@@ -5,6 +5,7 @@ import pathlib
 import sys
 from typing import Any
 
+from basemt_jax import files
 from basemt_jax.commands import configuration, console, flags
 
 SUMMARY = "Turn downloaded text into training, dev, test files."
@@ -102,10 +103,10 @@ def run(options: argparse.Namespace) -> None:
       *arguments,
       processes=options.processes,
       progress=console.every_few_seconds(
-        lambda text: print(console.printable(text), file=sys.stderr, flush=True)
+        lambda text: print(files.printable(text), file=sys.stderr, flush=True)
       ),
     )
-  print(console.printable(preparation.table(report)))
+  print(files.printable(preparation.table(report)))
   print(
     f"{pathlib.Path(options.out, preparation.REPORT)}: all of this, by file"
   )
