@@ -159,7 +159,7 @@ def _commands() -> dict[str, Any]:
   """Modules by command: this package's, then those of other packages.
 
   Others add theirs as entry points of the group `basemt_jax.commands`; see
-  docs/extending.md.
+  docs/commands.md.
   """
   found = {
     name: importlib.import_module(f"basemt_jax.commands.{name}")

@@ -7,7 +7,6 @@ import glob
 import json
 import math
 import os
-import re
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -105,18 +104,6 @@ def locked(
     os.close(handle)
 
 
-# Control characters but line ends and tabs, marks that turn text around, and
-# what is left of bytes that are no UTF-8.
-_UNPRINTABLE = re.compile(
-  "[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
-)
-
-
-def printable(text: str) -> str:
-  r"""The text with what a terminal would obey written out, such as '\x1b'."""
-  return _UNPRINTABLE.sub(lambda m: ascii(m[0])[1:-1], text)
-
-
 def json_text(value: Any) -> str:
   """The value as JSON, with null for numbers that JSON cannot hold."""
   return (
@@ -134,3 +121,20 @@ def _finite(value: Any) -> Any:
   if isinstance(value, float) and not math.isfinite(value):
     return None
   return value
+
+
+# Control characters but line ends and tabs, marks that turn text around, and
+# what is left of bytes that are no UTF-8.
+_UNPRINTABLE = {
+  code: ascii(chr(code))[1:-1]
+  for codes in (
+    *(range(0x00, 0x09), range(0x0B, 0x20), range(0x7F, 0xA0)),
+    *(range(0x2028, 0x202F), range(0x2066, 0x206A), range(0xD800, 0xE000)),
+  )
+  for code in codes
+}
+
+
+def printable(text: str) -> str:
+  r"""The text with what a terminal would obey written out, such as '\x1b'."""
+  return text.translate(_UNPRINTABLE)
