@@ -156,7 +156,11 @@ class BaseLayer(nn.Module):
       key = self.make_rng("dropout")
     params = {"centroids": centroids, "gate": gate, "experts": weights}
     if train:
-      rows = _rows_per_group(batch, self.rows_per_group, settings)
+      rows = rows_in_group(
+        batch,
+        self.rows_per_group,
+        settings.axis_size("data") * settings.axis_size("expert"),
+      )
       apply = functools.partial(_train, settings, self.router, rows)
     else:
       apply = functools.partial(_test, settings, self.router)
@@ -212,9 +216,18 @@ class BaseLayer(nn.Module):
     )
 
 
-def _rows_per_group(batch: int, wanted: int, settings: experts.Settings) -> int:
-  """Rows of a group; raises where groups would not lie on one device each."""
-  devices = settings.axis_size("data") * settings.axis_size("expert")
+def rows_in_group(batch: int, wanted: int, devices: int) -> int:
+  """Rows of the groups that a training batch is routed in.
+
+  Args:
+    batch: B.
+    wanted: Rows that compete for experts together; fewer on one device whose
+      batch is smaller.
+    devices: Of the mesh axes data x expert.
+
+  Raises:
+    ValueError: Groups would not lie on one device each.
+  """
   if devices == 1 and 0 < batch < wanted:
     return batch
   if batch % (wanted * devices) or batch == 0:

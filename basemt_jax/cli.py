@@ -8,24 +8,30 @@ is configured is in `commands/configuration.py`.
 
 import argparse
 import contextlib
+import errno
 import importlib
+import importlib.metadata
 import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 # Quiet C++ logs; set before TensorFlow or XLA are loaded.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
-from basemt_jax.commands import configuration, console, flags
+from basemt_jax import files
+from basemt_jax.commands import configuration, flags
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
   """Runs a command; returns the exit code.
 
   An error of the user's is one sentence on standard error; `--traceback`
-  shows where it came from.
+  shows where it came from. What nobody foresaw shows it anyway.
+
+  Exit codes: 0, done (or stopped by a signal with a checkpoint to go on from);
+  1, an error; 2, wrong flags; 130, interrupted.
   """
   arguments = list(sys.argv[1:] if arguments is None else arguments)
   bindings = [a[len("--gin.") :] for a in arguments if a.startswith("--gin.")]
@@ -43,7 +49,9 @@ def _guarded(
 ) -> int:
   """Calls a function; returns the exit code, having said what went wrong."""
   try:
-    return function(options) or 0
+    code = function(options) or 0
+    sys.stdout.flush()  # Now, where it can still be told.
+    return code
   except KeyboardInterrupt:
     print(
       f"basemt: interrupted{who()}; the same command goes on, or starts again",
@@ -51,16 +59,36 @@ def _guarded(
     )
     return 130
   except (ValueError, OSError, ImportError) as error:
+    text = _output_lost(error) or configuration.one_sentence(error)
     if options.traceback:
       raise
     print(
-      console.printable(
-        f"basemt: error{who()}: {configuration.one_sentence(error)}"
-      ),
+      files.printable(f"basemt: error{who()}: {text}"),
       file=sys.stderr,
     )
     print("(--traceback shows where it came from)", file=sys.stderr)
     return 1
+
+
+def _output_lost(error: Exception) -> str:
+  """A sentence if standard output is closed or full; it is then given up."""
+  lost: OSError | None = None
+  if isinstance(error, BrokenPipeError):
+    lost = error
+  try:
+    sys.stdout.flush()
+  except OSError as again:
+    lost = again
+  if lost is not None:
+    # Python would try again at exit, and show a trace.
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, sys.stdout.fileno())
+    os.close(nowhere)
+    return f"standard output: {lost.strerror}; not all was written there"
+  if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+    place = error.filename or "standard output or a file"
+    return f"{place} could not be written: {error.strerror}"
+  return ""
 
 
 def _start(options: argparse.Namespace) -> int | None:
@@ -127,6 +155,28 @@ COMMANDS = (
 )
 
 
+def _commands() -> dict[str, Any]:
+  """Modules by command: this package's, then those of other packages.
+
+  Others add theirs as entry points of the group `basemt_jax.commands`; see
+  docs/commands.md.
+  """
+  found = {
+    name: importlib.import_module(f"basemt_jax.commands.{name}")
+    for name in COMMANDS
+  }
+  for entry in importlib.metadata.entry_points(group="basemt_jax.commands"):
+    try:
+      found.setdefault(entry.name, entry.load())
+    except Exception as error:  # Another package's, and no reason to stop.
+      print(
+        f"basemt: warning: the command {entry.name} ({entry.value}) cannot be "
+        f"loaded: {configuration.one_sentence(error)}",
+        file=sys.stderr,
+      )
+  return found
+
+
 def _parser() -> argparse.ArgumentParser:
   parser = _Parser(
     prog="basemt",
@@ -134,8 +184,7 @@ def _parser() -> argparse.ArgumentParser:
     "translate.",
   )
   commands = parser.add_subparsers(required=True, metavar="COMMAND")
-  for name in COMMANDS:
-    module = importlib.import_module(f"basemt_jax.commands.{name}")
+  for name, module in _commands().items():
     sub = commands.add_parser(
       name, help=module.SUMMARY, description=module.SUMMARY, allow_abbrev=False
     )

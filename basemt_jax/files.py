@@ -121,3 +121,20 @@ def _finite(value: Any) -> Any:
   if isinstance(value, float) and not math.isfinite(value):
     return None
   return value
+
+
+# Control characters but line ends and tabs, marks that turn text around, and
+# what is left of bytes that are no UTF-8.
+_UNPRINTABLE = {
+  code: ascii(chr(code))[1:-1]
+  for codes in (
+    *(range(0x00, 0x09), range(0x0B, 0x20), range(0x7F, 0xA0)),
+    *(range(0x2028, 0x202F), range(0x2066, 0x206A), range(0xD800, 0xE000)),
+  )
+  for code in codes
+}
+
+
+def printable(text: str) -> str:
+  r"""The text with what a terminal would obey written out, such as '\x1b'."""
+  return text.translate(_UNPRINTABLE)

@@ -11,6 +11,7 @@ import os
 import pathlib
 import random
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -134,6 +135,7 @@ def _initialize(
       process_id,
       initialization_timeout=START_SECONDS,
       heartbeat_timeout_seconds=heartbeat_seconds,
+      coordinator_bind_address=_bind_address(coordinator_address),
     )
   except (ValueError, TypeError) as error:
     raise ValueError(
@@ -146,6 +148,22 @@ def _initialize(
       f"cannot join the other processes at {coordinator_address}: {error}; is "
       "the address the first process's, and its port free?"
     ) from error
+
+
+def _bind_address(address: str | None) -> str | None:
+  """Where the first process listens: at the address that was told.
+
+  None, JAX's default of all interfaces, where nothing was told, or where the
+  address is not of an interface of this host (but of a router before it).
+  """
+  host = (address or "").rpartition(":")[0]
+  if not host:
+    return None
+  try:
+    with socket.create_server((host.strip("[]"), 0)):
+      return address
+  except (OSError, OverflowError):
+    return None
 
 
 @contextlib.contextmanager

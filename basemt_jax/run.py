@@ -17,6 +17,7 @@ import numpy as np
 import optax
 
 from basemt_jax import (
+  base_layer,
   description,
   evaluation,
   heating,
@@ -114,6 +115,33 @@ class Run:
       raise ValueError(
         f"mlp_dim is {config.mlp_dim}, which the {self.model_devices} "
         "devices of model_devices do not divide; use a multiple of that"
+      )
+
+  def doubts(self) -> list[str]:
+    """What is possible, but hardly meant; a sentence each."""
+    last = self.settings.train_steps - 1
+    rate = self.settings.learning_rate
+    if last > 0 and float(rate(last)) > float(rate(last - 1)):
+      return [
+        f"the learning rate still rises at the last step, {last}: its warm-up "
+        "is longer than the run; set --gin.WARMUP_STEPS"
+      ]
+    return []
+
+  def check_devices(self) -> None:
+    """Checks the numbers against the devices at hand, before rows are packed.
+
+    Raises:
+      ValueError: Names the numbers that do not fit.
+    """
+    self.host_rows()
+    config = self.network(vocab_size=1)
+    if config.feed_forward == "experts":
+      shape = self.mesh().shape
+      base_layer.rows_in_group(
+        self.batch_size // self.settings.microbatches,
+        config.rows_per_group,
+        shape["data"] * shape["expert"],
       )
 
   def store(

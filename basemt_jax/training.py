@@ -46,6 +46,9 @@ def train(
     ValueError: The directory holds another run, which this is not a
       continuation of.
   """
+  run.check_devices()
+  for doubt in run.doubts():
+    console.message(doubt)
   store = run.store(console.building)
   processes.check_shared(run.model_dir)
   mesh = run.mesh()

@@ -4,12 +4,15 @@ import dataclasses
 import inspect
 import pathlib
 import re
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import toy
 
 import gin
-from basemt_jax import cli, conversion, translation
+from basemt_jax import cli, conversion, heating, training, translation
+from basemt_jax import run as run_lib
 from basemt_jax.commands import checks, configuration
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -50,17 +53,21 @@ def clean_gin():
   gin.clear_config()
 
 
-def configured(*bindings, files=("models/tiny", "recipes/base_heated")):
+GIVEN = (
+  *("MODEL_DIR=/nowhere/run", "MIXTURE_OR_TASK_NAME=none"),
+  *("TRAIN_STEPS=100", "WARMUP_STEPS=10"),
+)
+
+
+def configured(
+  *bindings, files=("models/tiny", "recipes/base_heated"), given=GIVEN
+):
   """The run of a command line; nothing is packed, compiled or written."""
   gin.clear_config()
   options = cli._parser().parse_args(
     ["train", *(f"--gin_file={ROOT / 'gin' / name}.gin" for name in files)]
   )
-  options.bindings = [
-    *("MODEL_DIR=/nowhere/run", "MIXTURE_OR_TASK_NAME=none"),
-    *("TRAIN_STEPS=100", "WARMUP_STEPS=10"),
-    *bindings,
-  ]
+  options.bindings = [*given, *bindings]
   return configuration.configured(options)
 
 
@@ -202,3 +209,46 @@ def test_every_annotation_that_can_be_bound_is_understood():
         assert name in hints, (wrapped, name)
         checks._errors(object(), hints[name])  # No exception.
   assert len(gin_config._REGISTRY.items()) > 15
+
+
+def test_devices_that_do_not_fit_are_found_before_anything_is_packed(
+  monkeypatch,
+):
+  def packed(self, progress=None):
+    raise AssertionError("rows were packed")
+
+  monkeypatch.setattr(run_lib.Run, "store", packed)
+  for bindings, text in (
+    (("BATCH_SIZE=12",), "batch of 12 rows .* 8 devices"),
+    (("BATCH_SIZE=64",), r"64 rows, .* rows_per_group=16 rows on 8 devices"),
+    (
+      ("steps.Settings.microbatches=2",),
+      r"64 rows, .* multiple of 128: 128, 256, 384",
+    ),
+    (("MODEL_DEVICES=16",), "model=16 needs a multiple of 16 devices"),
+  ):
+    run = configured(*bindings)
+    with pytest.raises(ValueError, match=text):
+      training.train(run, None, run_lib.SILENT)
+
+
+def test_a_warm_up_longer_than_the_run_is_told():
+  assert configured().doubts() == []
+  (doubt,) = configured("WARMUP_STEPS=101").doubts()
+  assert "still rises at the last step, 99" in doubt
+  decays = "LEARNING_RATE_SCHEDULE=@optimizer.cosine_decay()"
+  assert configured(decays).doubts() == []
+  assert len(configured(decays, "WARMUP_STEPS=200").doubts()) == 1
+
+
+def test_a_class_whose_objects_are_called_is_no_slip():
+  class Module:
+    def __call__(self) -> float:
+      return 1.0
+
+  for gives in (Module, object, Any):
+    assert not checks._errors(Module, Callable[..., gives])
+  # As a maker of schedules is, where a schedule is wanted.
+  (error,) = checks._errors(heating.linear, heating.Schedule)
+  assert "function that gives" in error["msg"]
+  assert not checks._errors(heating.linear(1, 2, 3), heating.Schedule)

@@ -248,7 +248,6 @@ def fails(capsys, *arguments):
     ("MODEL_DEVICES=16", "model=16.*multiple of 16 devices.*there are 8"),
     ("BATCH_SIZE=12", "batch of 12 rows.*8 devices"),
     ("TEMPERATURE=@heating.lineal()", "heating.lineal"),
-    ("run.Run.store_dir='/nowhere'", "No row store in /nowhere"),
   ],
 )
 def test_wrong_bindings_are_one_sentence(
@@ -262,6 +261,19 @@ def test_wrong_bindings_are_one_sentence(
     f"--gin.{binding}",
   )
   assert re.search(text, error), error
+
+
+def test_a_store_that_is_not_there_is_one_sentence(
+  folder, one_device, capsys, tmp_path
+):
+  error = fails(
+    capsys,
+    "train",
+    f"--gin_file={folder}/sparse.gin",
+    f"--model_dir={tmp_path}",
+    "--gin.run.Run.store_dir='/nowhere'",
+  )
+  assert re.search("no row store in /nowhere", error, re.IGNORECASE), error
 
 
 def test_what_is_missing_is_one_sentence(folder, tmp_path, capsys):
@@ -300,7 +312,7 @@ def test_what_is_missing_is_one_sentence(folder, tmp_path, capsys):
   assert "NETWORK has no value: give a model" in error
 
 
-def test_unknown_mixture_is_one_sentence(tmp_path, capsys):
+def test_unknown_mixture_is_one_sentence(tmp_path, one_device, capsys):
   pytest.importorskip("seqio")
   error = fails(
     capsys,

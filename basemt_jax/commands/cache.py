@@ -3,7 +3,7 @@
 import argparse
 import sys
 
-from basemt_jax.commands import configuration, console
+from basemt_jax.commands import configuration, console, flags
 
 SUMMARY = "Build a run's packed rows ahead of training."
 
@@ -13,6 +13,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
   parser.add_argument(
     "--seqio_dir",
     metavar="DIR",
+    type=flags.path,
     help="build SeqIO's own cache of the tasks there instead, for T5X",
   )
 

@@ -11,6 +11,7 @@ import collections.abc
 import dataclasses
 import difflib
 import functools
+import re
 import reprlib
 import types
 import typing
@@ -79,8 +80,34 @@ def check_fields(instance: Any) -> None:
         f"{type(instance).__name__}.{field.name} is {reprlib.repr(value)}; it "
         f"must be {_expected([error])}"
       )
-    if dataclasses.is_dataclass(value) and _is_ours(type(value)):
+    # What can be called (a schedule, a layer) has checked itself.
+    is_settings = dataclasses.is_dataclass(value) and not callable(value)
+    if is_settings and _is_ours(type(value)):
       check_fields(value)
+
+
+def nearest(message: str) -> str:
+  """The name that gin's message about an unknown name is closest to, or ''."""
+  parameter = re.search(
+    r"'([\w./]+)' doesn't have a parameter named '(\w+)'", message
+  )
+  names = dict(_registered())
+  if parameter:
+    owner = parameter[1].rpartition(".")[2]
+    known = [
+      field
+      for name, wrapped in names.items()
+      if name.rpartition(".")[2] == owner
+      for field in _hints(wrapped)
+    ]
+    near = difflib.get_close_matches(parameter[2], known, 1)
+  else:
+    unknown = re.search(
+      r"(?:matching reference '@|matching '|selector )([\w./]+)", message
+    )
+    wanted = unknown[1].rpartition("/")[2] if unknown else ""
+    near = difflib.get_close_matches(wanted, names, 1)
+  return near[0] if near else ""
 
 
 # --------------------------------------------------------------- macros
@@ -211,10 +238,10 @@ def _errors(value: Any, annotation: Any) -> list[Any]:
   gives = _gives(annotation)
   if gives is not None and callable(value):
     result = _result(value)
+    # Its result would be the function that is wanted, or is clearly another.
     is_maker = result is not Any and _fits(result, annotation)
-    if is_maker or (
-      (_is_record(result) or _is_record(gives)) and not _fits(result, gives)
-    ):
+    is_other = is_maker or _is_record(result) or _is_record(gives)
+    if is_other and not _fits(result, gives):
       text = f"a function that gives {_name(gives)}"
       return [{"loc": (), "input": value, "type": "gives", "msg": text}]
   try:

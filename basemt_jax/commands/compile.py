@@ -4,7 +4,7 @@ import argparse
 import os
 import pathlib
 
-from basemt_jax.commands import configuration
+from basemt_jax.commands import configuration, flags
 
 SUMMARY = (
   "Compile a run's training step ahead of time, and report what it costs."
@@ -30,7 +30,9 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
   parser.add_argument(
     "--directions", type=int, default=30, help="used with --vocab_size"
   )
-  parser.add_argument("--json", metavar="FILE", help="the report for programs")
+  parser.add_argument(
+    "--json", metavar="FILE", type=flags.path, help="the report for programs"
+  )
 
 
 def run(options: argparse.Namespace) -> int:

@@ -9,6 +9,7 @@ sentence.
 import argparse
 import ast
 import contextlib
+import dataclasses
 import difflib
 import functools
 import logging
@@ -24,6 +25,13 @@ from basemt_jax.commands import checks
 PACKAGE = pathlib.Path(__file__).parent.parent
 CONFIG_FILE = "config.gin"
 OPERATIVE_FILE = "operative_config.gin"
+
+
+# Errors of gin and of Python whose text says what is wrong without their name.
+_TELLING = (
+  *(ValueError, AttributeError, NameError, SyntaxError),
+  *(ImportError, OSError),
+)
 
 
 class UsageError(ValueError):
@@ -50,12 +58,22 @@ def configured(
   processes.check_same("the configuration", gin.config_str())
   try:
     run = processes.in_turn(run_class)  # May make a vocabulary.
-    checks.check_fields(run)  # What functions of the configuration returned.
-    checks.check_fields(run.network(vocab_size=1))
-    run.check()
   except TypeError as error:  # A value is missing.
     raise UsageError(f"configuration: {str(error).splitlines()[0]}") from error
-  return run
+  return _checked(run)
+
+
+def _checked(run: Any) -> Any:
+  """The run with its paths as the file system knows them, or an error."""
+  checks.check_fields(run)  # What functions of the configuration returned.
+  checks.check_fields(run.network(vocab_size=1))
+  run.check()
+  paths = {
+    name: os.path.expanduser(value)
+    for name in ("model_dir", "store_dir", "cache_dir")
+    if (value := getattr(run, name)) is not None
+  }
+  return dataclasses.replace(run, **paths)
 
 
 # What may be set for a model that is used as it was trained, by the fields of
@@ -84,13 +102,12 @@ def trained(options: argparse.Namespace) -> Any:
   found = run.described(options.model_dir, options.module)
   for binding in _as_gin(options.bindings):
     found = _use(found, binding)
+  checks.check_fields(found)
   return found
 
 
 def _use(run: Any, binding: str) -> Any:
   """The run with `NAME = VALUE`, if it is about how a model is used."""
-  import dataclasses
-
   import gin
 
   name, _, text = binding.partition(" = ")
@@ -140,6 +157,7 @@ def _parse(
     *_roots(),
   ):
     gin.add_config_file_search_path(path)
+  _look_in_working_directory()
   bindings = [f"{name} = {value!r}" for name, value in macros.items()]
   # gin logs an error for every place where an include is not.
   logging.disable(logging.ERROR)
@@ -156,18 +174,8 @@ def _parse(
       gin.finalize()
       if "seqio" in sys.modules:
         from basemt_jax.data import mixtures  # noqa: F401
-  except (
-    ValueError,
-    LookupError,
-    AttributeError,
-    NameError,
-    SyntaxError,
-  ) as error:
-    raise UsageError(f"configuration: {one_sentence(error)}") from error
-  except ImportError as error:
-    raise UsageError(
-      f"configuration: a module it imports is missing: {error}"
-    ) from error
+  except Exception as error:  # Modules that it imports raise anything.
+    raise UsageError(f"configuration: {_what_is_wrong(error)}") from error
   finally:
     logging.disable(logging.NOTSET)
   try:
@@ -235,6 +243,8 @@ def _as_gin(bindings: Sequence[str]) -> list[str]:
       raise UsageError(
         f"--gin.{binding} has no value; write --gin.{binding}=VALUE"
       )
+    if value.startswith("~"):
+      value = os.path.expanduser(value)
     if not _is_literal(value) and not re.match(r"[@%]|[(\[{].*[@%]", value):
       value = repr(value)
     result.append(f"{name.strip()} = {value}")
@@ -250,15 +260,55 @@ def _is_literal(text: str) -> bool:
   return True
 
 
+def _what_is_wrong(error: Exception) -> str:
+  """One sentence, with the nearest name where one was mistyped."""
+  text = one_sentence(error)
+  # gin raises a class of its own, which has lost the module's name.
+  if missing := re.search(r"No module named '([\w.]+)'", text):
+    near = difflib.get_close_matches(missing[1], _module_names(), 1, 0.75)
+    where = "the current folder, PYTHONPATH and what is installed"
+    hint = f"did you mean {near[0]}?" if near else f"looked in {where}"
+    return f"a module it imports is missing: {text}; {hint}"
+  if isinstance(error, RecursionError):
+    return "a gin file includes itself; take that include out"
+  if isinstance(error, UnicodeDecodeError):
+    return f"a gin file is no UTF-8 text ({text})"
+  if name := checks.nearest(text):
+    return f"{text.rstrip('.')}; did you mean {name}?"
+  if isinstance(error, _TELLING):
+    return text
+  return f"{type(error).__name__}: {text}"
+
+
+def _module_names() -> list[str]:
+  """What a configuration may mean when it imports `task.cldr`."""
+  import pkgutil
+
+  roots = [("tasks", PACKAGE.parent / "tasks"), ("basemt_jax", PACKAGE)]
+  return [
+    f"{root}.{module.name}"
+    for root, folder in roots
+    for module in pkgutil.iter_modules([str(folder)])
+  ] + [root for root, _ in roots]
+
+
+def _look_in_working_directory() -> None:
+  """Lets modules of the working directory be imported, after all others."""
+  if os.getcwd() not in sys.path:
+    sys.path.append(os.getcwd())
+
+
 def import_modules(names: Sequence[str]) -> None:
   """Imports the user's modules, from the working directory too."""
   import importlib
 
-  if names and os.getcwd() not in sys.path:
-    sys.path.append(os.getcwd())
+  _look_in_working_directory()
   with native_output_hidden():
     for name in names:
-      importlib.import_module(name)
+      try:
+        importlib.import_module(name)
+      except Exception as error:
+        raise UsageError(f"--module {name}: {_what_is_wrong(error)}") from error
     if "seqio" in sys.modules:
       from basemt_jax.data import mixtures  # noqa: F401
 

@@ -3,22 +3,10 @@
 Imports JAX only when it is used: some commands do not need it.
 """
 
-import re
 import sys
 import time
 from collections.abc import Callable
 from typing import Any
-
-# Control characters but line ends and tabs, marks that turn text around, and
-# what is left of bytes that are no UTF-8.
-_UNPRINTABLE = re.compile(
-  "[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
-)
-
-
-def printable(text: str) -> str:
-  r"""The text with what a terminal would obey written out, such as '\x1b'."""
-  return _UNPRINTABLE.sub(lambda m: ascii(m[0])[1:-1], text)
 
 
 def standard() -> Any:

@@ -13,10 +13,10 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
   flags.checkpoint(parser)
   flags.modules(parser)
   parser.add_argument(
-    "--from", dest="source", required=True, metavar="DENSE_DIR"
+    "--from", dest="source", required=True, metavar="DENSE_DIR", type=flags.path
   )
   parser.add_argument(
-    "--to", dest="target", required=True, metavar="SPARSE_DIR"
+    "--to", dest="target", required=True, metavar="SPARSE_DIR", type=flags.path
   )
 
 

@@ -1,6 +1,18 @@
 """Flags that several commands share."""
 
 import argparse
+import os
+
+
+def path(text: str) -> str:
+  """A path from the command line: `~` is the home directory, '' no path.
+
+  Raises:
+    ArgumentTypeError: The text is empty.
+  """
+  if not text:
+    raise argparse.ArgumentTypeError("the path is empty; is a variable unset?")
+  return os.path.expanduser(text)
 
 
 def configuration(parser: argparse.ArgumentParser) -> None:
@@ -8,6 +20,7 @@ def configuration(parser: argparse.ArgumentParser) -> None:
   parser.add_argument(
     "--gin_file",
     action="append",
+    type=path,
     default=[],
     metavar="FILE",
     help="configuration; repeatable, later files win",
@@ -21,13 +34,18 @@ def configuration(parser: argparse.ArgumentParser) -> None:
   parser.add_argument(
     "--model_dir",
     metavar="DIR",
+    type=path,
     help="short for --gin.MODEL_DIR; for a trained model its saved "
     "configuration is used unless --gin_file is given",
   )
   parser.add_argument(
     "--traceback", action="store_true", help="show where an error came from"
   )
-  parser.epilog = "--gin.NAME=VALUE overrides any binding, as in T5X."
+  parser.epilog = (
+    "--gin.NAME=VALUE overrides any binding, as in T5X. Exit codes: 0 done, or "
+    "stopped to go on later; 1 an error, told in one sentence; 2 wrong flags; "
+    "130 interrupted."
+  )
 
 
 def checkpoint(parser: argparse.ArgumentParser) -> None:

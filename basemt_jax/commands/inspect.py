@@ -66,8 +66,12 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     default=10.0,
     help="warn of directions that are gone through more often",
   )
-  parser.add_argument("--html", metavar="FILE", help="write a page with plots")
-  parser.add_argument("--json", metavar="FILE", help="write the numbers")
+  parser.add_argument(
+    "--html", metavar="FILE", type=flags.path, help="write a page with plots"
+  )
+  parser.add_argument(
+    "--json", metavar="FILE", type=flags.path, help="write the numbers"
+  )
 
 
 def run(options: argparse.Namespace) -> None:

@@ -5,7 +5,8 @@ import pathlib
 import sys
 from typing import Any
 
-from basemt_jax.commands import configuration, console
+from basemt_jax import files
+from basemt_jax.commands import configuration, console, flags
 
 SUMMARY = "Turn downloaded text into training, dev, test files."
 
@@ -17,9 +18,15 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     choices=("wmt15", "ml50", "opus100", "files"),
     help="benchmark, or 'files': any with the names of docs/data.md",
   )
-  parser.add_argument("--raw", required=True, metavar="DIR", help="downloads")
   parser.add_argument(
-    "--out", required=True, metavar="DIR", help="for the result"
+    "--raw", required=True, metavar="DIR", type=flags.path, help="downloads"
+  )
+  parser.add_argument(
+    "--out",
+    required=True,
+    metavar="DIR",
+    type=flags.path,
+    help="for the result",
   )
   parser.add_argument(
     "--languages",
@@ -96,10 +103,10 @@ def run(options: argparse.Namespace) -> None:
       *arguments,
       processes=options.processes,
       progress=console.every_few_seconds(
-        lambda text: print(console.printable(text), file=sys.stderr, flush=True)
+        lambda text: print(files.printable(text), file=sys.stderr, flush=True)
       ),
     )
-  print(console.printable(preparation.table(report)))
+  print(files.printable(preparation.table(report)))
   print(
     f"{pathlib.Path(options.out, preparation.REPORT)}: all of this, by file"
   )

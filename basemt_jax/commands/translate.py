@@ -26,9 +26,11 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     metavar="XX",
     help="language of the text; asked for where the model needs it",
   )
-  parser.add_argument("--input", metavar="FILE", help="default: standard input")
   parser.add_argument(
-    "--output", metavar="FILE", help="default: standard output"
+    "--input", metavar="FILE", type=flags.path, help="default: standard input"
+  )
+  parser.add_argument(
+    "--output", metavar="FILE", type=flags.path, help="default: standard output"
   )
   parser.add_argument(
     "--n_best", type=int, default=1, help="hypotheses a line, with scores"

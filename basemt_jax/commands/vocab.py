@@ -2,7 +2,7 @@
 
 import argparse
 
-from basemt_jax.commands import configuration
+from basemt_jax.commands import configuration, flags
 
 SUMMARY = "Train a SentencePiece vocabulary."
 
@@ -13,7 +13,9 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
   parser.add_argument(
     "--module", action="append", default=[], help="imported first: your tasks"
   )
-  parser.add_argument("--output", required=True, metavar="FILE")
+  parser.add_argument(
+    "--output", required=True, metavar="FILE", type=flags.path
+  )
   parser.add_argument("--size", type=int, default=8000, help="pieces")
   parser.add_argument(
     "--temperature",

@@ -93,7 +93,8 @@ def print_sections(
     for name, examples in chosen[::step]:
       console.print(rich.text.Text(f"\n{name}", style="bold"))
       for part in _example(examples[0]):
-        console.print(rich.text.Text(f"  {part['label']:<15} {part['text']}"))
+        text = files.printable(part["text"])
+        console.print(rich.text.Text(f"  {part['label']:<15} {text}"))
 
 
 def _example(example: text_report.Example) -> list[dict[str, Any]]:

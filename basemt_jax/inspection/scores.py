@@ -5,7 +5,7 @@ import math
 from collections.abc import Sequence
 from typing import TextIO
 
-from basemt_jax import evaluation, metrics
+from basemt_jax import evaluation, files, metrics
 from basemt_jax.inspection import tables
 
 SHOWN = tuple(metrics.named(name) for name in ("loss", "bleu", "chrf"))
@@ -88,9 +88,12 @@ def sample_lines(
   lines = []
   for t in chosen:
     i = len(t.sources) // 2
-    lines += [
-      f"{t.direction}  source      {t.sources[i]}",
-      f"{' ' * len(t.direction)}  hypothesis  {t.hypotheses[i]}",
-      f"{' ' * len(t.direction)}  reference   {t.references[i]}",
-    ]
+    head = t.direction
+    for label, texts in (
+      ("source", t.sources),
+      ("hypothesis", t.hypotheses),
+      ("reference", t.references),
+    ):
+      lines.append(f"{head}  {label:<10}  {files.printable(texts[i])}")
+      head = " " * len(head)
   return lines
