@@ -189,6 +189,8 @@ class Trainer:
 
   def _start(self) -> None:
     """Restores the latest checkpoint, or initialises."""
+    for line in self._checkpoints.set_aside:
+      self._hooks.message(line)
     step = self._checkpoints.latest_step()
     is_sparse = self._config.feed_forward == "experts"
     if step is None:
