@@ -64,6 +64,7 @@ def train(
       writer,
       dev_batches=trained.dev_batches(run, store, "validation"),
       hooks=_hooks(run, store, mesh, console),
+      verify=run.verify,
     )
     with contextlib.closing(loop):
       if processes.is_first():
