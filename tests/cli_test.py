@@ -235,6 +235,7 @@ def test_a_configuration_is_data_to_those_who_only_use_a_model(
   for command in ("evaluate", "inspect"):
     assert cli.main([command, f"--model_dir={stranger}"]) == 0
     gin.clear_config()
+  capsys.readouterr()
   assert not mark.exists()
   known = json.loads((stranger / "model.json").read_text())
   router = known["description"]["network"]["fields"]["router"]
@@ -257,6 +258,7 @@ def test_a_model_alone_is_translated_with_converted_and_looked_at(
   known["checksum"] = description._checksum(known["description"])
   (alone / "model.json").write_text(json.dumps(known))
   (alone / "config.gin").unlink()
+  capsys.readouterr()
   assert expected == translated(
     alone, lines, monkeypatch=monkeypatch, capsys=capsys
   )
