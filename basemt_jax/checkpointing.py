@@ -5,6 +5,7 @@ Directory layout, T5X's own plus one item:
     MODEL_DIR/checkpoint_N/state/     {target, state, flax_mutables} (Orbax)
     MODEL_DIR/checkpoint_N/position/  JSON: data position, phase, best loss
     MODEL_DIR/checkpoint_N/metrics/   JSON: dev loss, if it was measured
+    MODEL_DIR/checkpoint_N/checksums.json   of all these files
 
 Orbax writes in a background thread into a temporary directory and renames it
 when complete, so a killed process leaves whole checkpoints only. It needs the
@@ -14,9 +15,12 @@ of reading them once, wherever one fits (see `has_room`).
 """
 
 import concurrent.futures
+import contextlib
+import itertools
 import math
 import pathlib
-from collections.abc import Mapping
+import shutil
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -26,6 +30,8 @@ import orbax.checkpoint as ocp
 from etils import epath
 from flax import serialization, traverse_util
 from orbax.checkpoint import checkpoint_managers
+
+from basemt_jax import checksums, processes
 
 State = Any
 Tree = Any
@@ -108,6 +114,9 @@ class Checkpoints:
   ):
     self.directory = epath.Path(directory)
     self._verify = verify
+    self._whole: set[int] = set()
+    self._saving: int | None = None
+    self.set_aside: list[str] = []
     if read_only and not self.directory.is_dir():
       raise ValueError(
         f"no checkpoints: {directory} is not a directory; give the MODEL_DIR "
@@ -128,25 +137,116 @@ class Checkpoints:
         ]
       ),
       best_fn=lambda metrics: -metrics["dev_loss"],
+      async_options=ocp.AsyncOptions(post_finalization_callback=self._seal),
     )
-    self._idle_manager = _Manager(
-      epath.Path(directory).absolute(),
+    if not read_only:
+      processes.in_turn(self._set_damaged_aside)
+    try:
+      self._idle_manager = self._opened(options)
+    except Exception as error:  # Orbax reads all metrics.
+      bad = [n for n in self._steps_there() if self.damage(n)]
+      why = [f"{self.path(n)} is damaged: {self.damage(n)[0]}" for n in bad]
+      raise ValueError(
+        "; ".join(why or [f"{directory} cannot be read: {_first_line(error)}"])
+        + "; move it out of the directory, and the others can be used"
+      ) from error
+    self._thread = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
+    self._start: concurrent.futures.Future[Any] | None = None
+    self._room: dict[int, bool] = {}
+
+  def _opened(self, options: ocp.CheckpointManagerOptions) -> _Manager:
+    return _Manager(
+      epath.Path(self.directory).absolute(),
       options=options,
       item_handlers={
         "state": ocp.PyTreeCheckpointHandler(),
         "position": ocp.JsonCheckpointHandler(),
       },
     )
-    self._thread = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
-    self._start: concurrent.futures.Future[Any] | None = None
-    self._room: dict[int, bool] = {}
+
+  def _seal(self) -> None:
+    """Adds checksums to a checkpoint that is complete but for its name."""
+    if jax.process_index() == 0 and self._is_local:
+      name = f"{PREFIX}_{self._saving}.orbax-checkpoint-tmp*"
+      for path in pathlib.Path(self.directory).glob(name):
+        # Orbax writes times into the one, and nothing reads either.
+        checksums.seal(path, but=("_CHECKPOINT_METADATA", "commit_success.txt"))
+
+  @property
+  def _is_local(self) -> bool:
+    return "://" not in str(self.directory)
+
+  def _set_damaged_aside(self) -> None:
+    """Renames what is damaged and newer than the newest whole checkpoint.
+
+    Raises:
+      ValueError: There are checkpoints, and none of them is whole.
+    """
+    if jax.process_index() or not self._is_local:
+      return
+    root, steps = pathlib.Path(self.directory), self._steps_there()
+    bad = list(itertools.takewhile(self.damage, steps))
+    lines = [f"{self.path(n)} is damaged: {self.damage(n)[0]}" for n in bad]
+    if bad and len(bad) == len(steps):
+      raise ValueError(
+        f"{'; '.join(lines)}; there is no whole checkpoint to go on from: take "
+        "one from a copy, or begin anew in another directory"
+      )
+    for step, line in zip(bad, lines, strict=True):
+      aside = root / f"damaged_{PREFIX}_{step}"
+      shutil.rmtree(aside, ignore_errors=True)
+      (root / f"{PREFIX}_{step}").rename(aside)
+      self.set_aside.append(f"{line}; it is now {aside.name}")
+
+  def _steps_there(self) -> list[int]:
+    """Steps of all checkpoints by their names, damaged ones too; falling."""
+    paths = pathlib.Path(self.directory).glob(f"{PREFIX}_*")
+    names = [path.name.removeprefix(f"{PREFIX}_") for path in paths]
+    return sorted((int(n) for n in names if n.isdigit()), reverse=True)
+
+  def damage(self, step: int) -> list[str]:
+    """What is wrong with the files of a checkpoint; nothing if it is whole.
+
+    One without checksums, of T5X, is looked at less closely.
+    """
+    path = pathlib.Path(self.directory) / f"{PREFIX}_{step}"
+    if step in self._whole or not self._is_local:
+      return []
+    if not path.is_dir():
+      return ["it is not there"]
+    if self._verify and checksums.is_sealed(path):
+      found = checksums.damage(path)
+    else:
+      state = path / "state"
+      has_files = state.is_dir() and any(state.iterdir())
+      found = [] if has_files else ["it holds no arrays"]
+    if not found:
+      self._whole.add(step)
+    return found
+
+  def _check(self, step: int) -> None:
+    """Refuses a damaged checkpoint, and names the newest whole one."""
+    found = self.damage(step)
+    if found:
+      raise self._damaged(step, "; ".join(found))
+
+  def _damaged(self, step: int, why: str) -> ValueError:
+    others = (n for n in reversed(self.steps()) if n != step)
+    whole = next((n for n in others if not self.damage(n)), None)
+    remedy = (
+      "there is no other that is whole"
+      if whole is None
+      else f"the newest whole one is of step {whole}"
+    )
+    return ValueError(f"{self.path(step)} is damaged: {why}; {remedy}")
 
   @property
   def _manager(self) -> ocp.CheckpointManager:
     """Orbax's, which only one thread may use: not while a save starts in it."""
     if self._start is not None:
       start, self._start = self._start, None
-      start.result()
+      with self._writing():
+        start.result()
     return self._idle_manager
 
   def latest_step(self) -> int | None:
@@ -160,6 +260,21 @@ class Checkpoints:
   def steps(self) -> list[int]:
     """Steps of all complete checkpoints, ascending."""
     return sorted(self._manager.all_steps())
+
+  @contextlib.contextmanager
+  def _writing(self) -> Iterator[None]:
+    """Says in one sentence why a checkpoint could not be written."""
+    try:
+      yield
+    except Exception as error:  # Of Orbax, tensorstore, the file system.
+      text = _first_line(error)
+      is_full = "No space left" in str(error)
+      why = "its file system is full" if is_full else text
+      raise ValueError(
+        f"checkpoint {self._saving} could not be written to {self.directory}: "
+        f"{why}; those before it are as they were, and training goes on from "
+        "there when it is started again"
+      ) from error
 
   def step_of(self, which: str | int) -> int:
     """The step of 'latest', 'best' (lowest dev loss) or a number.
@@ -204,10 +319,10 @@ class Checkpoints:
       position: JSON-able.
       dev_loss: Decides which checkpoint is best.
     """
-    manager = self._manager
 
     def start(tree: dict[str, Any]) -> None:
-      manager.save(
+      self._saving = step
+      self._idle_manager.save(
         step,
         args=ocp.args.Composite(
           state=ocp.args.PyTreeSave(tree),
@@ -217,10 +332,18 @@ class Checkpoints:
         force=True,
       )
 
+    manager = self._manager
+    with self._writing():
+      manager.wait_until_finished()  # Orbax keeps the last copy until then.
+      self._start_with_copies(start, tree)
+
+  def _start_with_copies(
+    self, start: Callable[[Tree], None], tree: Tree
+  ) -> None:
+    """Calls `start`, in another thread and with copies where they fit."""
     size = _bytes_per_device(tree)
     if size not in self._room:  # Later the peak includes the copies.
       self._room[size] = jax.process_count() == 1 and has_room(size)
-    manager.wait_until_finished()  # Orbax keeps the last copy until then.
     if self._room[size]:
       self._start = self._thread.submit(start, _copied(tree))
     else:
@@ -228,11 +351,19 @@ class Checkpoints:
 
   def position(self, step: int) -> dict[str, Any]:
     """The stored position of a step; {} for a checkpoint T5X wrote."""
+    self._check(step)
     if not (self.path(step) / "position").exists():
       return {}
-    return self._manager.restore(
-      step, args=ocp.args.Composite(position=ocp.args.JsonRestore())
-    )["position"]
+    try:
+      found = self._manager.restore(
+        step, args=ocp.args.Composite(position=ocp.args.JsonRestore())
+      )["position"]
+      if not isinstance(found, dict):
+        raise ValueError("it is no object")
+    except (ValueError, OSError) as error:
+      why = f"its position cannot be read ({_first_line(error)})"
+      raise self._damaged(step, why) from error
+    return found
 
   def path(self, step: int) -> epath.Path:
     """Directory of a step's checkpoint."""
@@ -240,12 +371,17 @@ class Checkpoints:
 
   def shapes(self, step: int) -> dict[str, tuple[int, ...]]:
     """Path ('target/encoder/...') and shape of every stored array."""
-    metadata = self._manager.item_metadata(step)["state"]
-    tree = getattr(metadata, "tree", metadata)
-    return {
-      path: tuple(leaf.shape)
-      for path, leaf in traverse_util.flatten_dict(tree, sep="/").items()
-    }
+    self._check(step)
+    try:
+      metadata = self._manager.item_metadata(step)["state"]
+      tree = getattr(metadata, "tree", metadata)
+      return {
+        path: tuple(leaf.shape)
+        for path, leaf in traverse_util.flatten_dict(tree, sep="/").items()
+      }
+    except Exception as error:  # Whatever Orbax makes of broken files.
+      why = f"what it holds cannot be read ({_first_line(error)})"
+      raise self._damaged(step, why) from error
 
   def phase(self, step: int) -> str:
     """'sparse' if the checkpoint holds experts, else 'dense'.
@@ -283,20 +419,28 @@ class Checkpoints:
           f"{what} needs {tuple(leaf.shape)}; use the configuration it was "
           "trained with"
         )
-    return self._manager.restore(
-      step,
-      args=ocp.args.Composite(
-        state=ocp.args.PyTreeRestore(
-          item=like,
-          restore_args=jax.tree.map(_restore_args, like),
-          partial_restore=True,
-        )
-      ),
-    )["state"]
+    try:
+      return self._manager.restore(
+        step,
+        args=ocp.args.Composite(
+          state=ocp.args.PyTreeRestore(
+            item=like,
+            restore_args=jax.tree.map(_restore_args, like),
+            partial_restore=True,
+          )
+        ),
+      )["state"]
+    except jax.errors.JaxRuntimeError:
+      raise  # No room on the devices: nothing is wrong with the files.
+    except Exception as error:  # Whatever tensorstore makes of broken files.
+      why = f"its arrays cannot be read ({_first_line(error)})"
+      raise self._damaged(step, why) from error
 
   def wait(self) -> None:
     """Blocks until everything is on disk."""
-    self._manager.wait_until_finished()
+    manager = self._manager
+    with self._writing():
+      manager.wait_until_finished()
 
   def close(self) -> None:
     """Waits, then frees the background threads."""
@@ -305,6 +449,12 @@ class Checkpoints:
     finally:
       self._idle_manager.close()
       self._thread.shutdown()
+
+
+def _first_line(error: BaseException) -> str:
+  """What an exception says first, and its kind if it says nothing."""
+  lines = str(error).strip().splitlines()
+  return lines[0][:200] if lines else type(error).__name__
 
 
 def has_room(size: int) -> bool:

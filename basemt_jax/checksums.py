@@ -9,7 +9,7 @@ import concurrent.futures
 import json
 import os
 import pathlib
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 
 import xxhash
 
@@ -30,21 +30,27 @@ def file_checksum(path: str | os.PathLike[str]) -> str:
   return digest.hexdigest()
 
 
-def text_checksum(text: str) -> str:
-  """The same of a text in UTF-8."""
-  return xxhash.xxh3_128(text.encode()).hexdigest()
+def bytes_checksum(data: bytes) -> str:
+  """The same of bytes at hand."""
+  return xxhash.xxh3_128(data).hexdigest()
 
 
-def seal(directory: str | os.PathLike[str]) -> None:
+def seal(directory: str | os.PathLike[str], but: Container[str] = ()) -> None:
   """Writes the checksums of all files that a finished directory holds.
 
   Files whose names begin with a dot (locks, half-written ones) do not count.
+
+  Args:
+    directory: whose files will not change any more.
+    but: names of those that will.
   """
   root = pathlib.Path(directory)
   names = sorted(
     path.relative_to(root).as_posix()
     for path in root.rglob("*")
-    if path.is_file() and not _is_left_out(path.relative_to(root))
+    if path.is_file()
+    and path.name not in but
+    and not _is_left_out(path.relative_to(root))
   )
   sums = _all(root, names)
   files.write_atomically(

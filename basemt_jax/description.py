@@ -135,7 +135,7 @@ def write(
 
 
 def _checksum(values: Mapping[str, Any]) -> str:
-  return checksums.text_checksum(json.dumps(values, sort_keys=True))
+  return checksums.bytes_checksum(json.dumps(values, sort_keys=True).encode())
 
 
 def exists(directory: str | pathlib.Path) -> bool:

@@ -7,12 +7,46 @@ import glob
 import json
 import math
 import os
+import pathlib
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, BinaryIO
 
 DISK_FULL = frozenset((errno.ENOSPC, errno.EDQUOT))
+
+
+@contextlib.contextmanager
+def named(path: str | os.PathLike[str]) -> Iterator[None]:
+  """Gives errors of the file system the file's name where they lack it.
+
+  "No space left on device" helps little without the device.
+  """
+  try:
+    yield
+  except OSError as error:
+    if error.filename is not None or error.errno is None:
+      raise
+    raise OSError(error.errno, error.strerror, os.fspath(path)) from error
+
+
+def check_writable(path: str | os.PathLike[str]) -> None:
+  """Refuses, before the work is done, what could not be written after it.
+
+  Raises:
+    ValueError: the path is a folder, or in none that can be written to.
+  """
+  file = pathlib.Path(path)
+  if file.is_dir():
+    raise ValueError(f"{path} is a folder: name a file")
+  there = next(p for p in (file, *file.absolute().parents) if p.exists())
+  if there != file and not there.is_dir():
+    raise ValueError(f"{path} cannot be written: {there} is not a folder")
+  if not os.access(there, os.W_OK):
+    raise ValueError(
+      f"{path} cannot be written: {there} is read-only to this user; choose "
+      "another place"
+    )
 
 
 @contextlib.contextmanager
@@ -28,7 +62,7 @@ def atomic(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
   _remove_abandoned(directory, prefix)
   handle, temporary = tempfile.mkstemp(dir=directory or ".", prefix=prefix)
   try:
-    with open(handle, "wb") as file:
+    with named(path), open(handle, "wb") as file:
       _lock(handle)
       yield file
       file.flush()
@@ -42,6 +76,12 @@ def atomic(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     with contextlib.suppress(FileNotFoundError):
       os.unlink(temporary)
     raise
+
+
+def remove_left_behind(directory: str | os.PathLike[str]) -> None:
+  """Removes what killed writers left half written in a folder and below."""
+  for folder, _, _ in os.walk(directory):
+    _remove_abandoned(folder, ".writing-")
 
 
 def _remove_abandoned(directory: str, prefix: str) -> None:
@@ -74,6 +114,11 @@ def write_atomically(
     content: text is written in UTF-8.
   """
   data = content.encode("utf-8") if isinstance(content, str) else content
+  if os.path.exists(path) and not os.path.isfile(path):
+    # A pipe or a terminal: it cannot be replaced, and must not be.
+    with open(path, "wb") as file:
+      file.write(data)
+    return
   with atomic(path) as file:
     file.write(data)
 

@@ -21,6 +21,7 @@ from basemt_jax import (
   checkpointing,
   description,
   evaluation,
+  files,
   partitioning,
   phases,
   plain_data,
@@ -294,6 +295,9 @@ def evaluate(
     NoPairsError: The split has no pairs.
     ValueError: See `load`; or the data is not what the model was trained on.
   """
+  folder = pathlib.Path(run.model_dir) / "evaluation"
+  if processes.is_first() and folder.parent.is_dir():
+    files.check_writable(folder / "scores.json")
   trained = load(run, console, which)
   store = trained.store
   if split is None:
@@ -319,9 +323,7 @@ def evaluate(
     run.bands,
     console.translating,
   )
-  directory = (
-    pathlib.Path(run.model_dir) / "evaluation" / f"{split}_{trained.step}"
-  )
+  directory = folder / f"{split}_{trained.step}"
   if processes.is_first():
     evaluation.write_translations(directory, translations)
     evaluation.write_scores(

@@ -147,6 +147,7 @@ class Trainer:
     writer: Takes metrics.
     dev_batches: () -> this host's rows of the dev batches; None: no dev set.
     hooks: See `Hooks`.
+    verify: Compare the checkpoint to go on from with its checksums.
   """
 
   def __init__(
@@ -160,6 +161,7 @@ class Trainer:
     writer: Writer,
     dev_batches: Callable[[], Iterable[Batch]] | None = None,
     hooks: Hooks | None = None,
+    verify: bool = True,
   ):
     self._config, self._settings, self._mesh = config, settings, mesh
     self._directions = tuple(directions)
@@ -167,7 +169,7 @@ class Trainer:
     self._writer, self._hooks = writer, hooks or Hooks()
     self._programs: dict[str, steps.Program] = {}
     self._checkpoints = checkpointing.Checkpoints(
-      model_dir, settings.keep_checkpoints
+      model_dir, settings.keep_checkpoints, verify=verify
     )
     self._metrics: dict[str, Any] | None = None
     self._dispatched: collections.deque[_Dispatched] = collections.deque()
@@ -189,6 +191,8 @@ class Trainer:
 
   def _start(self) -> None:
     """Restores the latest checkpoint, or initialises."""
+    for line in self._checkpoints.set_aside:
+      self._hooks.message(line)
     step = self._checkpoints.latest_step()
     is_sparse = self._config.feed_forward == "experts"
     if step is None:

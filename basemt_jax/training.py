@@ -12,6 +12,8 @@ from basemt_jax import (
   checkpointing,
   description,
   evaluation,
+  files,
+  locking,
   partitioning,
   phases,
   plain_data,
@@ -50,26 +52,36 @@ def train(
   for doubt in run.doubts():
     console.message(doubt)
   store = run.store(console.building)
-  processes.check_shared(run.model_dir)
-  mesh = run.mesh()
-  own = run_lib.describe(run, store)
-  _check_continues(run, own, console)
-  loop = trainer.Trainer(
-    run.config(store),
-    run.settings,
-    mesh,
-    store.directions,
-    run.train_batches(store),
-    run.model_dir,
-    writer,
-    dev_batches=trained.dev_batches(run, store, "validation"),
-    hooks=_hooks(run, store, mesh, console),
-  )
-  with contextlib.closing(loop):
-    if processes.is_first():
-      description.write(run.model_dir, own, description.pieces_of(store))
-    started()
-    return loop.run()
+  with _only_writer(run.model_dir):
+    processes.check_shared(run.model_dir)
+    mesh = run.mesh()
+    own = run_lib.describe(run, store)
+    _check_continues(run, own, console)
+    loop = trainer.Trainer(
+      run.config(store),
+      run.settings,
+      mesh,
+      store.directions,
+      run.train_batches(store),
+      run.model_dir,
+      writer,
+      dev_batches=trained.dev_batches(run, store, "validation"),
+      hooks=_hooks(run, store, mesh, console),
+      verify=run.verify,
+    )
+    with contextlib.closing(loop):
+      if processes.is_first():
+        files.remove_left_behind(run.model_dir)
+        description.write(run.model_dir, own, description.pieces_of(store))
+      started()
+      return loop.run()
+
+
+def _only_writer(model_dir: str) -> contextlib.AbstractContextManager[None]:
+  """Holds the directory; the first of several processes does it for all."""
+  if not processes.is_first() or "://" in model_dir:
+    return contextlib.nullcontext()
+  return locking.only_writer(model_dir, "the model directory")
 
 
 def _check_continues(
@@ -149,7 +161,11 @@ def _hooks(
 
 
 def convert(
-  run: run_lib.Run, dense_dir: str, which: str | int, console: run_lib.Console
+  run: run_lib.Run,
+  dense_dir: str,
+  which: str | int,
+  console: run_lib.Console,
+  converted: Callable[[], None] = lambda: None,
 ) -> tuple[int, float]:
   """Converts a dense checkpoint; `run.model_dir` gets the sparse one.
 
@@ -163,6 +179,8 @@ def convert(
     dense_dir: Model directory of the dense run.
     which: See `trained.load`.
     console: Takes progress.
+    converted: Called when the function has proved to be the same, before the
+      checkpoint is written: one that is there is complete.
 
   Returns:
     The step, and the relative error of the function on a training batch.
@@ -171,6 +189,18 @@ def convert(
     ValueError: Nothing to convert, models that do not belong together, or a
       function that is not preserved; nothing is written then.
   """
+  with _only_writer(run.model_dir):
+    return _convert(run, dense_dir, which, console, converted)
+
+
+def _convert(
+  run: run_lib.Run,
+  dense_dir: str,
+  which: str | int,
+  console: run_lib.Console,
+  converted: Callable[[], None],
+) -> tuple[int, float]:
+  """`convert`, with the directory held."""
   mesh = run.mesh()
   processes.check_shared(run.model_dir)
   known, pieces, store = _dense_data(run, dense_dir, console)
@@ -203,7 +233,7 @@ def convert(
       source.restore(step, dense.abstract_tree(), "the dense model")
     )
     batch = _some_batch(run, store, known.header, step)
-    converted, error = trainer.convert_state(
+    sparse_state, error = trainer.convert_state(
       dense, sparse, state, partitioning.put_batch(batch, mesh)
     )
     if processes.is_first():
@@ -211,7 +241,8 @@ def convert(
       description.write(
         run.model_dir, dataclasses.replace(known, **own), pieces
       )
-    target.save(step, converted.tree(), {"data": None})
+    converted()
+    target.save(step, sparse_state.tree(), {"data": None})
     target.wait()
   return step, error
 

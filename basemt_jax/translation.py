@@ -215,11 +215,18 @@ class Translator:
       )
     )
     for row in range(len(cut)):
-      yield [
+      hypotheses = [
         Hypothesis(float(score), _strip(ids))
         for score, ids in zip(found.scores[row], found.ids[row], strict=True)
         if score > -np.inf
       ]
+      if not hypotheses:
+        raise ValueError(
+          "the model gives no translation, because its scores are not finite: "
+          "training has diverged or the parameters are damaged; use another "
+          "checkpoint"
+        )
+      yield hypotheses
 
   def _warn_of_long(self, sources: Sequence[Sequence[int]]) -> None:
     longest = self.options.max_source_length

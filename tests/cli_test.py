@@ -13,7 +13,7 @@ import pytest
 import toy
 
 import gin
-from basemt_jax import cli
+from basemt_jax import cli, description
 from basemt_jax import run as run_lib
 from basemt_jax.commands import configuration
 
@@ -218,6 +218,80 @@ def test_without_test_split_the_dev_split_is_evaluated(
     assert cli.main(train) == 0
     gin.clear_config()
     assert text in capsys.readouterr().out
+
+
+def test_a_configuration_is_data_to_those_who_only_use_a_model(
+  dense, one_device, tmp_path, monkeypatch, capsys
+):
+  """Nothing that `config.gin` names is imported or called, by any command."""
+  stranger = shutil.copytree(dense, tmp_path / "stranger")
+  mark = tmp_path / "it-ran"
+  text = (stranger / "config.gin").read_text()
+  (stranger / "config.gin").write_text(
+    f"import subprocess\n{text}\nsubprocess.getoutput.cmd = 'touch {mark}'\n"
+    "run.Run.model_dir = @subprocess.getoutput()\n"
+  )
+  translated(stranger, "no 12\n", monkeypatch=monkeypatch, capsys=capsys)
+  for command in ("evaluate", "inspect"):
+    assert cli.main([command, f"--model_dir={stranger}"]) == 0
+    gin.clear_config()
+  capsys.readouterr()
+  assert not mark.exists()
+  known = json.loads((stranger / "model.json").read_text())
+  router = known["description"]["network"]["fields"]["router"]
+  router["class"] = "subprocess.Popen"
+  # With a checksum that fits, as somebody who means it would write.
+  known["checksum"] = description._checksum(known["description"])
+  (stranger / "model.json").write_text(json.dumps(known))
+  error = fails(capsys, "evaluate", f"--model_dir={stranger}")
+  assert "it needs subprocess.Popen" in error and "--module" in error
+
+
+def test_a_model_alone_is_translated_with_converted_and_looked_at(
+  dense, folder, one_device, tmp_path, monkeypatch, capsys
+):
+  lines = "no 12\n\nno 345\n"
+  expected = translated(dense, lines, monkeypatch=monkeypatch, capsys=capsys)
+  alone = shutil.copytree(dense, tmp_path / "alone")
+  known = json.loads((alone / "model.json").read_text())
+  known["description"]["store"] = str(tmp_path / "gone")
+  known["checksum"] = description._checksum(known["description"])
+  (alone / "model.json").write_text(json.dumps(known))
+  (alone / "config.gin").unlink()
+  capsys.readouterr()
+  assert expected == translated(
+    alone, lines, monkeypatch=monkeypatch, capsys=capsys
+  )
+  error = fails(capsys, "evaluate", f"--model_dir={alone}")
+  assert f"no longer in {tmp_path}/gone" in error
+  assert cli.main(["inspect", f"--model_dir={alone}"]) == 0
+  gin.clear_config()
+  assert "en-fr" in capsys.readouterr().out
+  convert = [
+    "convert",
+    f"--gin_file={folder}/sparse.gin",
+    "--gin.run.Run.store_dir='/gone'",
+    f"--from={alone}",
+    f"--to={tmp_path}/sparse",
+  ]
+  assert cli.main(convert) == 0
+  gin.clear_config()
+  assert toy.saved(tmp_path / "sparse") == {4: "sparse"}
+  assert (tmp_path / "sparse" / "model.json").exists()
+
+
+def test_a_failed_start_leaves_no_files(folder, tmp_path, capsys, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  for binding in ("BATCH_SIZE=12", "run.Run.store_dir='/nowhere'"):
+    fails(
+      capsys,
+      "train",
+      f"--gin_file={folder}/sparse.gin",
+      "--model_dir=runs/new",
+      f"--gin.{binding}",
+    )
+    gin.clear_config()
+  assert not list(tmp_path.iterdir())
 
 
 # -------------------------------------------------------------- refusals

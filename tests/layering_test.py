@@ -26,7 +26,7 @@ LIGHT = {
   ),
   *("steps", "metrics", "prefetch", "trainer"),
   *("decoding", "translation"),
-  *("files", "checksums", "plain_data", "ranges"),
+  *("files", "checksums", "locking", "plain_data", "ranges"),
 }
 # What a room may import besides itself and the rooms of `BELOW`. The rest of
 # the root (`run`, `evaluation`) counts as the room "".

@@ -145,6 +145,62 @@ def _assert_same_row(ours, row, theirs):
     np.testing.assert_array_equal(ours[name][row], value, err_msg=name)
 
 
+def _upper(dataset):
+  return dataset.map(lambda x: {**x, "targets": tf.strings.upper(x["targets"])})
+
+
+def _last_differs(dataset):
+  last = f"{SIZES['en_de'] - 1} "
+  return dataset.map(
+    lambda x: {
+      **x,
+      "targets": tf.where(
+        tf.strings.regex_full_match(x["targets"], f"{last}.*"),
+        "other",
+        x["targets"],
+      ),
+    }
+  )
+
+
+@pytest.mark.parametrize("change", [_upper, _last_differs])
+def test_what_names_and_stamps_do_not_tell_is_noticed(change, tmp_path, caplog):
+  """Another preprocessor, or other data of the same name and number."""
+
+  def registered(extra):
+    seqio.TaskRegistry.remove("corpus.en_de")
+    feature = seqio.Feature(seqio.ByteVocabulary(), add_eos=True)
+    return seqio.TaskRegistry.add(
+      "corpus.en_de",
+      source=_source(SIZES["en_de"]),
+      preprocessors=[*extra, seqio.preprocessors.tokenize, EOS],
+      output_features={"inputs": feature, "targets": feature},
+    )
+
+  before = mixtures.ensure_store(registered([]), LENGTHS, tmp_path)
+  rows = _files(before.directory)
+  header = before.directory / row_store.HEADER
+  made = header.stat().st_mtime_ns
+  same = mixtures.ensure_store(registered([_same]), LENGTHS, tmp_path)
+  assert header.stat().st_mtime_ns == made and not caplog.text
+  after = mixtures.ensure_store(registered([change]), LENGTHS, tmp_path)
+  assert same.directory == before.directory == after.directory
+  assert "it is packed again" in caplog.text
+  found = _files(after.directory)
+  assert found.keys() == rows.keys()
+  assert found["train/en-de.rows"] != rows["train/en-de.rows"]
+
+
+def test_a_finished_store_needs_no_lock(corpus, tmp_path, monkeypatch):
+  mixtures.build_store("corpus", LENGTHS, tmp_path)
+
+  def refuse(*_):
+    raise OSError("read-only")
+
+  monkeypatch.setattr(mixtures.files, "locked", refuse)
+  assert mixtures.build_store("corpus", LENGTHS, tmp_path, verify=True)
+
+
 def test_layout_is_that_of_seqio_on_the_same_rows(corpus, tmp_path):
   store = mixtures.build_store("corpus", LENGTHS, tmp_path, splits=["train"])
   rows = store.read("train", "en-fr", np.arange(store.rows("train")[2]))

@@ -332,6 +332,8 @@ def save_config(model_dir: str) -> None:
 def one_sentence(error: Exception) -> str:
   """The error's text without gin's and Python's trailing explanations."""
   text = str(error).strip() or type(error).__name__
+  if isinstance(error, OSError) and error.filename and error.strerror:
+    text = f"{error.filename}: {error.strerror}"
   # gin repeats the whole configuration there.
   text = text.split(" in config string:")[0]
   lines = [line.strip() for line in text.splitlines() if line.strip()]

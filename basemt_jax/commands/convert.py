@@ -31,9 +31,12 @@ def run(options: argparse.Namespace) -> None:
     arguments = {"mixture_or_task_name": options.source}
   run = configuration.configured(options, arguments, MODEL_DIR=options.target)
   step, error = training.convert(
-    run, options.source, options.checkpoint, console.standard()
+    run,
+    options.source,
+    options.checkpoint,
+    console.standard(),
+    lambda: configuration.save_config(run.model_dir),
   )
-  configuration.save_config(run.model_dir)
   print(
     f"{run.model_dir}/checkpoint_{step}: converted; largest relative "
     f"difference of the function on a training batch {error:.1e}"

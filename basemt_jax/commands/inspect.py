@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from basemt_jax import description, evaluation
+from basemt_jax import description, evaluation, files
 from basemt_jax.commands import configuration, console, flags
 from basemt_jax.data import row_store
 from basemt_jax.inspection import (
@@ -76,6 +76,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
   """Prints and writes the views that the flags ask for."""
+  for path in filter(None, (options.json, options.html)):
+    files.check_writable(path)
   configuration.import_modules(options.module)
   views = options.view or _views_there_are(options)
   run = _inspected_run(options, views)

@@ -222,6 +222,9 @@ class Guarded:
 class Writer:
   """Metrics to `metrics.jsonl`, TensorBoard and trackers; a `trainer.Writer`.
 
+  Files are made by `open`, or with the first metrics: a run that fails at its
+  start leaves none.
+
   Args:
     model_dir: of the run.
     trackers: besides.
@@ -232,15 +235,19 @@ class Writer:
     self._trackers: list[Tracker] = []
 
   def __enter__(self) -> "Writer":
+    return self
+
+  def open(self) -> None:
+    """Makes the files, unless that has been done."""
     import jax
 
-    if jax.process_index() == 0:
+    if jax.process_index() == 0 and not self._trackers:
       self._trackers = [JsonLines(self._model_dir)]
       self._trackers += [Guarded(o, self._model_dir) for o in self._openers]
-    return self
 
   def write_scalars(self, step: int, scalars: Mapping[str, Any]) -> None:
     """Takes the metrics of a step."""
+    self.open()
     for tracker in self._trackers:
       tracker.write_scalars(step, scalars)
 

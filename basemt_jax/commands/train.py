@@ -24,11 +24,16 @@ def run(options: argparse.Namespace) -> int:
 
   run = configuration.configured(options)
   with trackers.Writer(run.model_dir, run.trackers) as writer:
+
+    def started() -> None:
+      configuration.save_config(run.model_dir)
+      writer.open()
+
     outcome = training.train(
       run,
       writer,
       console.standard(),
-      lambda: configuration.save_config(run.model_dir),
+      started,
     )
     if outcome == "interrupted":
       print(

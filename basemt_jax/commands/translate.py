@@ -1,10 +1,8 @@
 """`basemt translate`: translate lines of text."""
 
 import argparse
-import contextlib
 import pathlib
 import sys
-from typing import Any
 
 from basemt_jax.commands import configuration, console, evaluate, flags
 
@@ -41,9 +39,11 @@ def run(options: argparse.Namespace) -> None:
   """Runs the command."""
   import dataclasses
 
-  from basemt_jax import evaluation, processes
+  from basemt_jax import evaluation, files, processes
   from basemt_jax import trained as trained_lib
 
+  if options.output:
+    files.check_writable(options.output)
   run = evaluate.with_search(
     configuration.trained(options), options, options.n_best
   )
@@ -60,15 +60,15 @@ def run(options: argparse.Namespace) -> None:
   nbest = evaluation.translate_texts(
     trained.translator(search), trained.pieces, lines, tag
   )
-  with contextlib.ExitStack() as stack:
-    output: Any = sys.stdout
-    if options.output:
-      output = stack.enter_context(open(options.output, "w", encoding="utf-8"))
-    for hypotheses in nbest:
-      for score, text in hypotheses:
-        output.write(
-          f"{score:.4f}\t{text}\n" if options.n_best > 1 else f"{text}\n"
-        )
+  text = "".join(
+    f"{score:.4f}\t{line}\n" if options.n_best > 1 else f"{line}\n"
+    for hypotheses in nbest
+    for score, line in hypotheses
+  )
+  if options.output:
+    files.write_atomically(options.output, text)
+  else:
+    sys.stdout.write(text)
 
 
 def _read_lines(path: str | None) -> list[str]:

@@ -315,10 +315,16 @@ class TrainBatches:
         "temperatures with HEATING_STEPS, and its cap on epochs with "
         "CAP_STEPS), or begin a new run."
       )
-    self.step = self._plan_start = self._plan_end = int(state["step"])
-    self._counters = np.array(
-      [state["counters"][name] for name in self.directions], np.int64
-    )
+    try:
+      step = int(state["step"])
+      drawn = [int(state["counters"][name]) for name in self.directions]
+    except (KeyError, TypeError, ValueError) as error:
+      raise ValueError(
+        f"The saved data position is damaged (no {error}): go on from another "
+        "checkpoint."
+      ) from error
+    self.step = self._plan_start = self._plan_end = step
+    self._counters = np.array(drawn, np.int64)
 
   def seek(self, step: int) -> None:
     """Goes to a step, computing the position from nothing."""

@@ -7,19 +7,19 @@ read, for SeqIO's and T5X's own tools. Training does not read it: it reads a
 `row_store.RowStore`, which `ensure_store` builds once from the mixture's tasks.
 """
 
-import contextlib
 import copy
 import difflib
-import fcntl
 import functools
 import hashlib
 import inspect
 import itertools
 import json
+import logging
 import os
 import pathlib
 import re
 import shutil
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
@@ -27,11 +27,13 @@ import numpy as np
 import seqio
 import tensorflow as tf
 
-from basemt_jax import heating, sampling
+from basemt_jax import files, heating, sampling
 from basemt_jax.data import packing, row_store, vocabulary
 
 # TensorFlow only reads data here; it would take JAX's accelerator memory.
 tf.config.set_visible_devices([], "GPU")
+
+_log = logging.getLogger(__name__)
 
 MixtureOrTask: TypeAlias = str | seqio.Task | seqio.Mixture
 Progress = Callable[[str, str, int, int | None], None]
@@ -373,9 +375,10 @@ def build_store(
 ) -> row_store.RowStore:
   """Tokenises and packs every task of a mixture, direction by direction.
 
-  A finished store is opened as it is; an interrupted build goes on where it
-  stopped. Several processes may call this at once: one builds, the others
-  wait.
+  A finished store is opened as it is, if its tasks still give the pairs that
+  it holds (`_gives_the_same`), and is built again if not; an interrupted build
+  goes on where it stopped. Several processes may call this at once: one builds,
+  the others wait.
 
   Args:
     mixture: a registered name, or a mixture or task.
@@ -401,24 +404,29 @@ def build_store(
   pieces = _vocabulary(get_mixture(mixture))
   layout = packing.RowLayout.of(task_feature_lengths, pieces.vocab_size)
   directory = pathlib.Path(directory)
+  # Without a lock first: a finished store may be where nothing can be written.
+  store = _finished(directory, parts, verify)
+  if store and _gives_the_same(tasks, store):
+    return store
   directory.mkdir(parents=True, exist_ok=True)
-  with _lock(directory):
-    if (directory / "store.json").exists():
-      header = row_store.read_header(directory)
-      stale = _differences(header["fingerprint"], parts)
-      if not stale and header["complete"]:
-        return row_store.RowStore(directory, verify)
-      if stale and not overwrite:
-        raise ValueError(
-          f"The row store in {directory} was built from something else (other "
-          f"{', '.join(stale)}): delete it or choose another directory."
-        )
-      if stale:
-        _remove_rows(directory)
+  with files.locked(directory):
+    store = _finished(directory, parts, verify)
+    if store and not _gives_the_same(tasks, store):
+      _log.warning(
+        "%s: its text or its preprocessing is not what was packed into %s; it "
+        "is packed again",
+        get_mixture(mixture).name,
+        directory,
+      )
+      _remove_rows(directory)
+    elif store:
+      return store
+    elif (directory / row_store.HEADER).exists():
+      _check_stale(directory, parts, overwrite)
     file = None if pieces.model is None else "vocabulary.model"
     if file:
       pieces.save(directory / file)
-    header = {
+    header: dict[str, Any] = {
       "layout": layout,
       "vocabulary": {
         "kind": pieces.kind,
@@ -439,6 +447,87 @@ def build_store(
       }
     row_store.write_header(directory, **header, splits=stats)
   return row_store.RowStore(directory)
+
+
+def _finished(
+  directory: pathlib.Path, parts: Mapping[str, str], verify: bool
+) -> row_store.RowStore | None:
+  """The store that was built there from these parts, if it was finished."""
+  if not (directory / row_store.HEADER).exists():
+    return None
+  header = row_store.read_header(directory)
+  is_same = not _differences(header.get("fingerprint", {}), parts)
+  if not is_same or not header.get("complete"):
+    return None
+  return row_store.RowStore(directory, verify)
+
+
+def _check_stale(
+  directory: pathlib.Path, parts: Mapping[str, str], overwrite: bool
+) -> None:
+  """Removes what was built there from something else, or refuses to."""
+  header = row_store.read_header(directory)
+  stale = _differences(header.get("fingerprint", {}), parts)
+  if stale and not overwrite:
+    raise ValueError(
+      f"The row store in {directory} was built from something else (other "
+      f"{', '.join(stale)}): delete it or choose another directory."
+    )
+  if stale:
+    _remove_rows(directory)
+
+
+# Seconds in which a store is compared with its tasks, about.
+_CHECK_SECONDS = 1.0
+
+
+def _gives_the_same(
+  tasks: Mapping[str, seqio.Task], store: row_store.RowStore
+) -> bool:
+  """Whether tasks still give the pairs that were packed.
+
+  Names, sizes and times of files do not tell of a changed preprocessor, or of
+  what a function reads. So the first pairs are tokenised again: of one
+  direction of every split at least, of the others in a random order (the same
+  for a store every time), as far as a second goes.
+  """
+  order = np.random.default_rng(len(tasks)).permutation(len(tasks))
+  names = [list(tasks)[i] for i in order]
+  end = time.monotonic() + _CHECK_SECONDS
+  for rank, name in enumerate(names):
+    for split in store.splits:
+      if rank and time.monotonic() > end:
+        return True
+      source_split = _task_split(tasks[name], split)
+      noted = store.stats(split, name).first_pairs
+      if not source_split or not noted:
+        continue
+      found, is_all = _first_pairs(tasks[name], source_split, store.layout, end)
+      if found != (noted if is_all else noted[: len(found)]):
+        return False
+  return True
+
+
+def _first_pairs(
+  task: seqio.Task, split: str, layout: packing.RowLayout, end: float
+) -> tuple[list[str], bool]:
+  """As `RowStats.first_pairs`, until `end`; and whether these are all."""
+  features = task.output_features
+  eos = features["inputs"].add_eos and features["targets"].add_eos
+  found: list[str] = []
+  # Blocks as the writer has them, from blocks as they are read.
+  per_read = _BLOCK // row_store.SAMPLE_BLOCK
+  for inputs, targets, _ in read_task(task, split, layout):
+    found += row_store.block_digests(
+      inputs.truncate(layout.inputs, eos)[0],
+      targets.truncate(layout.targets, eos)[0],
+      per_read,
+    )
+    if len(found) >= row_store.SAMPLE_BLOCKS:
+      break
+    if time.monotonic() > end:
+      return found, False
+  return found[: row_store.SAMPLE_BLOCKS], True
 
 
 def _build_direction(
@@ -705,14 +794,6 @@ def _differences(old: Mapping[str, str], new: Mapping[str, str]) -> list[str]:
 
 def _remove_rows(directory: pathlib.Path) -> None:
   """Empties a store's directory, and nothing that is not a store's."""
-  (directory / "store.json").unlink()
+  (directory / row_store.HEADER).unlink()
   for rows in directory.glob("*/*.rows"):
     shutil.rmtree(rows.parent, ignore_errors=True)
-
-
-@contextlib.contextmanager
-def _lock(directory: pathlib.Path) -> Iterator[None]:
-  """One builder at a time; the lock goes when its process ends, however."""
-  with open(directory / ".lock", "w") as file:
-    fcntl.flock(file, fcntl.LOCK_EX)
-    yield

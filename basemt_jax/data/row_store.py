@@ -26,6 +26,9 @@ HEADER = "store.json"
 FORMAT = "basemt_jax row store"
 VERSION = 1
 
+# The pairs whose digests tell later whether a task still gives the same.
+SAMPLE_BLOCK, SAMPLE_BLOCKS = 256, 64
+
 PathLike = str | os.PathLike[str]
 
 
@@ -51,6 +54,8 @@ class RowStats:
     text_bytes: size of the file of raw texts.
     crc32: checksum of the rows.
     finished: all pairs are in.
+    first_pairs: digests of the first blocks of `SAMPLE_BLOCK` pairs as they
+      were tokenised, at most `SAMPLE_BLOCKS`; the last may be shorter.
   """
 
   pairs: int = 0
@@ -62,6 +67,7 @@ class RowStats:
   text_bytes: int = 0
   crc32: int = 0
   finished: bool = False
+  first_pairs: list[str] = dataclasses.field(default_factory=list)
 
 
 class RowStoreWriter:
@@ -123,8 +129,10 @@ class RowStoreWriter:
       stats = RowStats(**json.loads(self._record_path.read_text("utf-8")))
       with open(self._rows_path, "r+b") as rows:
         rows.truncate(stats.rows * self._layout.row_bytes)
-      with open(self._texts_path, "a+b") as texts:
-        texts.truncate(stats.text_bytes)
+      # A finished direction without texts has no file for them.
+      if stats.text_bytes or not stats.finished:
+        with open(self._texts_path, "a+b") as texts:
+          texts.truncate(stats.text_bytes)
       if _checksum(self._rows_path) == stats.crc32:
         return stats
     except (FileNotFoundError, ValueError, TypeError):
@@ -183,6 +191,7 @@ class RowStoreWriter:
     texts, self._texts = self._texts[:count], self._texts[count:]
     inputs, cut_inputs = inputs.truncate(self._layout.inputs, self._eos)
     targets, cut_targets = targets.truncate(self._layout.targets, self._eos)
+    self._note_first_pairs(inputs, targets)
     if self._shuffle:
       size = np.full(count, count)
       key = np.full(
@@ -210,9 +219,33 @@ class RowStoreWriter:
     # The record comes last: it only ever speaks of what is on disk.
     _write_json(self._record_path, dataclasses.asdict(stats))
 
+  def _note_first_pairs(
+    self, inputs: packing.Ragged, targets: packing.Ragged
+  ) -> None:
+    """Adds digests of the blocks of a chunk, as long as there is room."""
+    noted = self.stats.first_pairs
+    room = SAMPLE_BLOCKS - len(noted)
+    # After a chunk that no block divides no more can be told apart.
+    if self.stats.pairs == len(noted) * SAMPLE_BLOCK and room > 0:
+      noted.extend(block_digests(inputs, targets, room))
+
+
+def block_digests(
+  inputs: packing.Ragged, targets: packing.Ragged, count: int
+) -> list[str]:
+  """Digests of the first `count` blocks of tokenised pairs, cut to length."""
+  found: list[str] = []
+  while len(inputs.lengths) and len(found) < count:
+    first_inputs, inputs = inputs.split(SAMPLE_BLOCK)
+    first_targets, targets = targets.split(SAMPLE_BLOCK)
+    parts = (*first_inputs, *first_targets)
+    data = b"".join(x.astype("<i8").tobytes() for x in parts)
+    found.append(checksums.bytes_checksum(data)[:16])
+  return found
+
 
 def _append(path: pathlib.Path, data: bytes) -> None:
-  with open(path, "ab") as file:
+  with files.named(path), open(path, "ab") as file:
     file.write(data)
     file.flush()
     os.fsync(file.fileno())

@@ -15,8 +15,11 @@ from typing import Any
 import seqio
 import tensorflow as tf
 
+from basemt_jax import checksums
 from basemt_jax.data import mixtures, row_store
 
+# Examples of every split that tell whether a task still gives the same.
+_FIRST = 64
 _FILES = ("{split}.tfrecord-00000-of-00001", "stats.{split}.json")
 
 
@@ -59,6 +62,7 @@ def cache_task(
   folder.mkdir(parents=True, exist_ok=True)
   lengths = {"inputs": 0, "targets": 0}  # Whole sequences are cached.
   made_of = mixtures.fingerprint(task, lengths)
+  made_of["first examples"] = _first_examples(task)
   note = folder / "made_of.json"
   if note.exists() and json.loads(note.read_text()) != made_of:
     raise ValueError(
@@ -75,6 +79,21 @@ def cache_task(
   return folder
 
 
+def _first_examples(task: seqio.Task) -> str:
+  """Stands for what the task gives now, whatever its files are called."""
+  found = [
+    seqio.dict_to_tfexample(example).SerializeToString(deterministic=True)
+    for split in task.splits
+    for example in _examples(task, split).take(_FIRST).as_numpy_iterator()
+  ]
+  return checksums.bytes_checksum(b"".join(found))
+
+
+def _examples(task: seqio.Task, split: str) -> tf.data.Dataset:
+  dataset = task.source.get_dataset(split=split, shuffle=False)
+  return task.preprocess_precache(dataset)
+
+
 def _write_split(
   task: seqio.Task,
   split: str,
@@ -82,8 +101,7 @@ def _write_split(
   progress: Callable[[str, int], None],
 ) -> dict[str, Any]:
   """Writes examples and statistics; returns what is in an example."""
-  dataset = task.source.get_dataset(split=split, shuffle=False)
-  dataset = task.preprocess_precache(dataset)
+  dataset = _examples(task, split)
   records, stats = (folder / name.format(split=split) for name in _FILES)
   counts: Counter[str] = Counter()
   longest: dict[str, int] = {}
