@@ -106,5 +106,6 @@ def test_what_compares_as_the_same():
   assert key("\u092b\u0932") != key("\u092b\u0942\u0932")  # Fruit, flower.
   assert key("ma\u0301") != key("ma\u0300") != key("ma")
   assert key("\u05d3\u05b7\u05d2") != key("\u05d3\u05d2")
+  assert key("ma\u02e5") != key("ma\u02e7\u02e9") != key("ma")
   assert key("?!") == "?!" and key("?") != key("!")
   assert key("\u0645\u06cc\u200c\u062e") == key("\u0645\u06cc\u062e")

@@ -32,9 +32,11 @@ _IDLE_JOINERS = regex.compile(
   regex.VERSION1,
 )
 # What is left of a sentence for comparing: letters, marks (vowel signs, tones,
-# vocalisation) and digits, but no selectors of a variant of the same letter.
+# vocalisation, tone letters, which count as symbols) and digits, but no
+# selectors of a variant of the same letter.
 _NOT_COMPARED = regex.compile(
-  r"[^\p{L}\p{M}\p{N}]|[\u034f\ufe00-\ufe0f\U000e0100-\U000e01ef]"
+  r"[^\p{L}\p{M}\p{N}\u02e5-\u02eb\ua700-\ua716]"
+  r"|[\u034f\ufe00-\ufe0f\U000e0100-\U000e01ef]"
 )
 
 
