@@ -18,7 +18,6 @@ import optax
 
 from basemt_jax import (
   description,
-  evaluation,
   heating,
   partitioning,
   phases,
@@ -31,7 +30,7 @@ from basemt_jax import (
   translation,
 )
 from basemt_jax import model as model_lib
-from basemt_jax.data import batches, row_store, source_tags
+from basemt_jax.data import batches, languages, row_store, source_tags
 
 
 @runtime_checkable
@@ -84,7 +83,7 @@ class Run:
   model_devices: ranges.Count = 1
   store_dir: ranges.Path | None = None
   cache_dir: ranges.Path | None = None
-  bands: evaluation.BandThresholds = evaluation.BandThresholds()  # noqa: RUF009
+  bands: languages.BandThresholds = languages.BandThresholds()  # noqa: RUF009
   search: translation.SearchOptions = translation.SearchOptions()  # noqa: RUF009
   bleu_every: ranges.Steps = 0
   bleu_sentences: ranges.Count = 50

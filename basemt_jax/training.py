@@ -22,7 +22,7 @@ from basemt_jax import (
 )
 from basemt_jax import model as model_lib
 from basemt_jax import run as run_lib
-from basemt_jax.data import packing, row_store, vocabulary
+from basemt_jax.data import doubts, languages, packing, row_store, vocabulary
 
 
 def train(
@@ -62,6 +62,8 @@ def train(
     dev_batches=trained.dev_batches(run, store, "validation"),
     hooks=_hooks(run, store, mesh, console),
   )
+  for doubt in doubts.of_data(run.mixture_or_task_name, store):
+    console.message(f"warning: {doubt}")
   with contextlib.closing(loop):
     if processes.is_first():
       description.write(run.model_dir, own, description.pieces_of(store))
@@ -134,7 +136,7 @@ def _hooks(
     evaluate=bleu if has_dev and run.bleu_every else None,
     evaluate_every=run.bleu_every,
     bands={
-      name: evaluation.band(int(pairs), run.bands)
+      name: languages.band(int(pairs), run.bands)
       for name, pairs in zip(
         store.directions, store.pairs("train"), strict=True
       )
