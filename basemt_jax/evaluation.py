@@ -388,6 +388,22 @@ def _result(
   return dataclasses.replace(result, **dataclasses.asdict(scores))
 
 
+def missing_tokenizers(results: Sequence[DirectionResult]) -> list[str]:
+  """A sentence for each language that lacks the field's tokenizer here."""
+  targets = {
+    languages.Direction.parse(r.direction).target
+    for r in results
+    if "tok:char" in r.bleu_signature
+  }
+  extras = {"Jpan": "ja", "Kore": "ko"}
+  return [
+    f"BLEU into {target} is of characters and does not compare with others' "
+    f"figures: for words, install basemt_jax[{extras[writing]}]"
+    for target in sorted(targets)
+    if (writing := languages.writing_of(target)) in extras
+  ]
+
+
 @dataclasses.dataclass(frozen=True)
 class Mean:
   """Mean over some directions; None where none of them has the value.

@@ -152,6 +152,28 @@ def test_the_text_decides_on_the_tokenizer(
   assert evaluation.sacrebleu_tokenizer(language, [text]) == tokenizer
 
 
+def test_a_missing_tokenizer_is_told():
+  made = [
+    evaluation.DirectionResult(
+      direction,
+      9,
+      "low",
+      9,
+      bleu=1.0,
+      bleu_signature=f"nrefs:1|tok:{tokenizer}",
+    )
+    for direction, tokenizer in (
+      ("en-ja", "char"),
+      ("en-th", "char"),
+      ("en-ko", "ko-mecab-0.1"),
+      ("ja-en", "13a"),
+    )
+  ]
+  (sentence,) = evaluation.missing_tokenizers(made)
+  assert sentence.startswith("BLEU into ja is of characters")
+  assert sentence.endswith("install basemt_jax[ja]")
+
+
 @pytest.mark.parametrize("form", ["NFC", "NFD"])
 @pytest.mark.parametrize("mark", ["", "\ufeff"])
 def test_the_form_of_text_costs_no_score(form, mark):

@@ -58,6 +58,8 @@ def print_scores(
   """Writes the table, with means and sacreBLEU's signatures."""
   console = tables.terminal(file)
   tables.show(table(results, pivot), console)
+  for sentence in evaluation.missing_tokenizers(results):
+    print(sentence, file=file)
   for line in _signature_lines(results):
     console.print(line)
 
