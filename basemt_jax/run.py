@@ -19,7 +19,6 @@ import optax
 from basemt_jax import (
   base_layer,
   description,
-  evaluation,
   heating,
   partitioning,
   phases,
@@ -32,7 +31,7 @@ from basemt_jax import (
   translation,
 )
 from basemt_jax import model as model_lib
-from basemt_jax.data import batches, row_store, source_tags
+from basemt_jax.data import batches, languages, row_store, source_tags
 
 
 @runtime_checkable
@@ -85,7 +84,7 @@ class Run:
   model_devices: ranges.Count = 1
   store_dir: ranges.Path | None = None
   cache_dir: ranges.Path | None = None
-  bands: evaluation.BandThresholds = evaluation.BandThresholds()  # noqa: RUF009
+  bands: languages.BandThresholds = languages.BandThresholds()  # noqa: RUF009
   search: translation.SearchOptions = translation.SearchOptions()  # noqa: RUF009
   bleu_every: ranges.Steps = 0
   bleu_sentences: ranges.Count = 50

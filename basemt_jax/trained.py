@@ -32,7 +32,14 @@ from basemt_jax import (
 )
 from basemt_jax import model as model_lib
 from basemt_jax import run as run_lib
-from basemt_jax.data import batches, packing, row_store, source_tags, vocabulary
+from basemt_jax.data import (
+  batches,
+  languages,
+  packing,
+  row_store,
+  source_tags,
+  vocabulary,
+)
 
 
 class NoPairsError(ValueError):
@@ -104,15 +111,21 @@ def choose_tag(
   source: str | None = None,
 ) -> source_tags.SourceTag:
   """The tag that asks for a language; see `Trained.tag`."""
-  languages = {name: evaluation.split_direction(name) for name in tags}
-  into = {name: a for name, (a, b) in languages.items() if b == to}
-  if not into:
-    known = ", ".join(sorted({b for _, b in languages.values()}))
+  directions = {name: languages.Direction.parse(name) for name in tags}
+  targets = sorted({d.target for d in directions.values()})
+  meant = languages.matching(to, targets)
+  if len(meant) > 1:
+    raise UnknownTagError(
+      f"that may be {' or '.join(meant)}; say which one is wanted"
+    )
+  if not meant:
     raise UnknownTagError(
       "the model was not trained to translate into that language; it knows "
-      f"{known}"
+      f"{', '.join(targets)}"
     )
-  names = [name for name, a in into.items() if source in (None, a)]
+  into = {name: d.source for name, d in directions.items() if d.target in meant}
+  sources = languages.matching(source, into.values()) if source else ()
+  names = [name for name, a in into.items() if source is None or a in sources]
   if not names:
     raise UnknownTagError(
       f"the model was not trained to translate from {source} into it, but from "

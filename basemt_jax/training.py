@@ -24,7 +24,7 @@ from basemt_jax import (
 )
 from basemt_jax import model as model_lib
 from basemt_jax import run as run_lib
-from basemt_jax.data import packing, row_store, vocabulary
+from basemt_jax.data import doubts, languages, packing, row_store, vocabulary
 
 
 def train(
@@ -52,6 +52,8 @@ def train(
   for doubt in run.doubts():
     console.message(doubt)
   store = run.store(console.building)
+  for doubt in doubts.of_data(run.mixture_or_task_name, store):
+    console.message(f"warning: {doubt}")
   with _only_writer(run.model_dir):
     processes.check_shared(run.model_dir)
     mesh = run.mesh()
@@ -149,7 +151,7 @@ def _hooks(
     evaluate=bleu if has_dev and run.bleu_every else None,
     evaluate_every=run.bleu_every,
     bands={
-      name: evaluation.band(int(pairs), run.bands)
+      name: languages.band(int(pairs), run.bands)
       for name, pairs in zip(
         store.directions, store.pairs("train"), strict=True
       )

@@ -52,7 +52,7 @@ from basemt_jax import (
   translation,
 )
 from basemt_jax import model as model_lib
-from basemt_jax.data import batches, row_store
+from basemt_jax.data import batches, languages, row_store
 from basemt_jax.inspection import run_report
 
 
@@ -126,8 +126,8 @@ SYSTEMS: dict[str, System] = {
   "base_static_5": System(start=5.0),
   "dense_heated": System("dense", schedule="linear", **_DENSE),
 }
-BANDS = evaluation.BandThresholds(high=20_000, low=5_000)
-_DEV_BLEU = [f"dev/bleu/{band}" for band in ("all", *evaluation.BANDS)]
+BANDS = languages.BandThresholds(high=20_000, low=5_000)
+_DEV_BLEU = [f"dev/bleu/{band}" for band in ("all", *languages.BANDS)]
 
 
 @dataclasses.dataclass(frozen=True)

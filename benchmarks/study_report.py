@@ -30,7 +30,7 @@ import matplotlib
 import numpy as np
 
 from basemt_jax import evaluation, steps, trained
-from basemt_jax.data import row_store
+from basemt_jax.data import languages, row_store
 from benchmarks import study
 
 matplotlib.use("Agg")
@@ -41,7 +41,7 @@ from matplotlib import pyplot as plt
 plt.rcParams["svg.hashsalt"] = "study"
 
 BASELINE = "base"
-_BANDS = evaluation.BANDS
+_BANDS = languages.BANDS
 BANDS = ("all", *_BANDS)
 
 
@@ -119,7 +119,7 @@ def read(path: pathlib.Path) -> Finished:
   pairs = header["pairs"]
   bands = study.BANDS
   if "bands" in header:
-    bands = evaluation.BandThresholds(**header["bands"])
+    bands = languages.BandThresholds(**header["bands"])
   return Finished(
     header["system"],
     header["seed"],
@@ -128,7 +128,7 @@ def read(path: pathlib.Path) -> Finished:
     np.full(len(evaluations), np.nan),
     {d: np.array([r[prefix + d] for r in evaluations]) for d in directions},
     pairs,
-    {d: evaluation.band(n, bands) for d, n in pairs.items()},
+    {d: languages.band(n, bands) for d, n in pairs.items()},
     {(r["beam"], r["test"]): (r["bleu"], r["chrf"]) for r in tests},
     {
       r["layer"]: (r["languages"], np.array(r["expert_shares"]))
@@ -501,7 +501,7 @@ def bootstrap(
           pair[0][direction],  # type: ignore[index]
           pair[1][direction],  # type: ignore[index]
           references[direction],
-          evaluation.split_direction(direction)[1],
+          languages.Direction.parse(direction).target,
         )[0]
         outcome = "alike"
         if bleu.p_value < 0.05:

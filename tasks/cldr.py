@@ -36,8 +36,6 @@ import hashlib
 import importlib.metadata
 import pathlib
 import random
-import re
-import unicodedata
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Literal, TypeVar
@@ -47,6 +45,7 @@ import num2words
 import seqio
 from babel import dates, lists, numbers, units
 
+from basemt_jax.data import languages, normalisation
 from basemt_jax.data import vocabulary as vocabulary_lib
 from tasks import common
 
@@ -114,19 +113,10 @@ _RELATIVE = (
 _IN_WORDS = frozenset(_words("de es fi fr id ja ru vi"))
 _FIRST_DAY, _LAST_DAY = datetime.date(1990, 1, 1), datetime.date(2029, 12, 31)
 
-_SPACES = re.compile(r"\s+")
-_MARKS = re.compile("[\u061c\u200b\u200e\u200f]")
-
 T = TypeVar("T")
 Length = Literal["full", "long"]
 Style = Literal["standard", "or"]
 _LENGTHS: tuple[Length, ...] = ("full", "long")
-
-
-def _plain(text: str) -> str:
-  """NFC, plain single spaces, no invisible direction marks."""
-  text = _MARKS.sub("", unicodedata.normalize("NFC", text))
-  return _SPACES.sub(" ", text).strip()
 
 
 class _Writer:
@@ -382,10 +372,10 @@ def _fill(
   seen_english: set[str] = set()
   seen_foreign: set[str] = set()
   for phrase in _phrases(language, split):
-    source = _plain(phrase(english))
+    source = normalisation.normalise(phrase(english))
     if _split_of(source) != split or source in seen_english or source in taken:
       continue
-    target = _plain(phrase(foreign))
+    target = normalisation.normalise(phrase(foreign))
     if target in seen_foreign or target in taken:
       continue
     seen_english.add(source)
@@ -492,7 +482,9 @@ def train_vocabulary(path: pathlib.Path = MODEL_PATH) -> None:
     texts(),
     path,
     VOCAB_SIZE,
-    tags=[common.tag(code) for code in sorted([*TRAIN_PAIRS, "en"])],
+    tags=[
+      languages.Language(code).tag for code in sorted([*TRAIN_PAIRS, "en"])
+    ],
     character_coverage=1.0,
   )
 

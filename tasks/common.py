@@ -4,8 +4,8 @@ A *direction* is `en-de`: source language, target language. Its SeqIO task is
 named `corpus.en_de` (SeqIO allows no hyphen): the direction is what follows
 the last dot. Codes that hold an underscore themselves are joined by two:
 `corpus.eng_Latn__deu_Latn` is the direction `eng_Latn-deu_Latn`. The source
-text begins with a tag for the language wanted, `<2de>`. (A direction is read
-back from a task's name by `basemt_jax.data.mixtures.direction_of`.)
+text begins with a tag for the language wanted, `<2de>`. See
+`basemt_jax.data.languages`.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ import numpy as np
 import seqio
 import tensorflow as tf
 
+from basemt_jax.data import languages
+
 SPLITS = ("train", "validation", "test")
 # Pairs handed to TensorFlow at a time; one by one is ten times slower.
 _CHUNK = 1000
@@ -27,17 +29,6 @@ _SHUFFLE_BUFFER = 10_000
 Pair = tuple[str, str]
 ReadPairs = Callable[[str], Iterator[Pair]]
 NumPairs = Mapping[str, int] | Callable[[], Mapping[str, int]]
-
-
-def tag(language: str) -> str:
-  """The tag that asks for a language, '<2de>' for 'de'."""
-  return f"<2{language}>"
-
-
-def task_name(corpus: str, source: str, target: str) -> str:
-  """The name of a direction's task, such as 'cldr.en_de'."""
-  joint = "__" if "_" in source + target else "_"
-  return f"{corpus}.{source}{joint}{target}"
 
 
 class PairSource(seqio.DataSource):
@@ -157,7 +148,7 @@ def bleu(targets: list[str], predictions: list[str], *, language: str) -> dict:
 
   from basemt_jax import evaluation
 
-  tokenizer = evaluation.sacrebleu_tokenizer(language)
+  tokenizer = evaluation.sacrebleu_tokenizer(language, targets)
   score = sacrebleu.corpus_bleu(predictions, [targets], tokenize=tokenizer)
   return {"bleu": score.score}
 
@@ -194,7 +185,8 @@ def add_direction(
     The task. Its examples have `inputs` and `targets`, int32 ids with EOS, and
     their texts as `inputs_pretokenized` (tagged) and `targets_pretokenized`.
   """
-  pairs = PairSource(read, num_pairs, fingerprint, prefix=f"{tag(target)} ")
+  tag = languages.Language.parse(target).tag
+  pairs = PairSource(read, num_pairs, fingerprint, prefix=f"{tag} ")
   return add_task(corpus, source, target, pairs, vocabulary)
 
 
@@ -217,7 +209,9 @@ def add_task(
     first_steps: SeqIO preprocessors.
   """
   return seqio.TaskRegistry.add(
-    task_name(corpus, source, target),
+    languages.Direction(*map(languages.Language.parse, (source, target))).task(
+      corpus
+    ),
     source=data,
     preprocessors=[
       *first_steps,

@@ -1,71 +1,72 @@
 """The user's own parallel text: a folder of files becomes a SeqIO mixture.
 
-A folder may mix these, each also gzipped (`.gz`), in UTF-8:
+A folder may mix these, each also compressed (`.gz`, `.bz2`, `.xz`):
 
 - `en-de.train.tsv`: a line is `English<TAB>German`;
-- `train.en-de.en` and `train.en-de.de`: Moses pairs, line n beside line n;
+- `train.en-de.en` and `train.en-de.de`: Moses pairs, line n beside line n; or
+  `train.en` and `train.de`, where the folder has no other languages;
 - `en-de.train.jsonl`: a line is `{"en": "...", "de": "..."}`, or has that
-  object as its `translation`; other keys are ignored.
+  object as its `translation`; other keys are ignored;
+- `en-de.train.tmx`: a translation memory.
 
-TSV and JSONL files may be in shards, `en-de.train-00000-of-00004.tsv.gz`.
+All but Moses files may be in shards, `en-de.train-00000-of-00004.tsv.gz`.
 Splits are `train`, `dev` (also `valid`, `validation`) and `test`; only `train`
-is required. Languages are two or three small letters, with script or region
-(`pt_BR`, `zh-Hans`, `deu_Latn`). Both directions of every pair of languages
-are made, whatever the order in the file's name; only when there are dev or test
-files of both orders is each of its own direction (as WMT's are since 2019).
+is required. Languages are codes in any spelling, with script or region
+(`pt_BR`, `zh-Hans`, `deu_Latn`; see `data.languages`). Both directions of every
+pair of languages are made, whatever the order in the file's name; only when
+there are dev or test files of both orders is each of its own direction (as
+WMT's are since 2019).
 
-A line that cannot be used is logged with its file and number, counted and
-skipped: see `Summary`. What puts a whole file in doubt is an error instead:
-Moses files of unequal length (any line may be the misplaced one), a broken
-gzip file, a split without a usable line.
+Text is normalised (`data.normalisation`). A line that cannot be used is counted
+and skipped: `Summary.warnings` tells how many, with the first of them, and
+training shows that when it starts. What puts a whole file in doubt is an error
+instead: Moses files of unequal length (any line may be the misplaced one), a
+broken archive, a split without a usable line, languages that are none.
 
 Files are read as streams, with memory for a line at a time. `mixture` reads
-them once, to count (about 300,000 lines a second), unless `basemt prepare` made
+them once, to count (about 200,000 lines a second), unless `basemt prepare` made
 and counted them; later reads check that the count is still the same.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
-import gzip
 import hashlib
-import itertools
 import json
-import logging
 import os
 import pathlib
 import re
-import zlib
-from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import seqio
 
 from basemt_jax.corpora import preparation
-from basemt_jax.data import row_store
+from basemt_jax.data import languages as languages_lib
+from basemt_jax.data import parallel_text, row_store
 from basemt_jax.data import vocabulary as vocabulary_lib
 from tasks import common
 
 MAX_CHARACTERS = 1000
-_LOGGED_PER_FILE = 5
-_LANGUAGE = r"[a-z]{2,3}(?:[-_][A-Z0-9][A-Za-z0-9]*)*"
-_PAIR = rf"(?P<first>{_LANGUAGE})-(?P<second>{_LANGUAGE})"
-_SPLIT = r"(?P<split>train|dev|valid|validation|test)"
-_SHARD = r"(?:-(?P<shard>\d{5})-of-(?P<shards>\d{5}))?"
-_NAMES = (
-  re.compile(rf"{_PAIR}\.{_SPLIT}{_SHARD}\.(?P<kind>tsv|jsonl)(?:\.gz)?"),
-  re.compile(rf"{_SPLIT}\.{_PAIR}\.(?P<side>{_LANGUAGE})(?:\.gz)?"),
+_SPLITS = {
+  **{"train": "train", "test": "test"},
+  **dict.fromkeys(("dev", "valid", "validation"), "validation"),
+}
+_PACKED = "|".join(map(re.escape, parallel_text.COMPRESSIONS))
+_LANGUAGE = r"[A-Za-z]{2,3}(?:[-_][A-Za-z0-9]+)*"
+# 'en-de.train.tsv', 'train.en-de.en', 'train.en'; the split may be unknown.
+_WHOLE = re.compile(
+  r"(?P<pair>[^.]+[-_][^.]+)\.(?P<split>[^.]+?)"
+  r"(?:-(?P<shard>\d{5})-of-(?P<shards>\d{5}))?"
+  rf"(?P<kind>\.[^.]+?)(?:{_PACKED})?"
 )
-_SPLIT_NAMES = {"dev": "validation", "valid": "validation"}
+_SIDE = re.compile(
+  rf"(?P<split>[^.]+)(?:\.(?P<pair>[^.]+[-_][^.]+))?\.(?P<side>{_LANGUAGE})"
+  rf"(?:{_PACKED})?"
+)
 _LAYOUTS = "en-de.train.tsv, train.en-de.en with train.en-de.de, or"
 _LAYOUTS += " en-de.train.jsonl (each also with .gz)"
-
-_log = logging.getLogger(__name__)
-
-
-class _UnusableLineError(Exception):
-  """A line cannot be used; the message says why."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,45 +74,21 @@ class SplitFile:
   """The file, shards, or two Moses files, of a split of two languages.
 
   Attributes:
-    kind: 'tsv', 'jsonl' or 'moses'.
+    kind: a suffix of `parallel_text.FORMATS`, or 'moses'.
     split: 'train', 'validation' or 'test'.
-    first: language of the first column or file, as it is spelled in the name.
-    second: the other language.
+    languages: of the first and the second column or file.
     paths: one path, one for every shard, or two for Moses.
   """
 
   kind: str
   split: str
-  first: str
-  second: str
+  languages: languages_lib.Direction
   paths: tuple[pathlib.Path, ...]
-
-  @property
-  def languages(self) -> tuple[str, str]:
-    """Both languages with underscores, as tags and task names have them."""
-    return self.first.replace("-", "_"), self.second.replace("-", "_")
 
   def __str__(self) -> str:
     if len(self.paths) > 2:
       return f"{self.paths[0]} ... {self.paths[-1].name}"
     return " and ".join(str(path) for path in self.paths)
-
-
-@dataclasses.dataclass
-class FileReport:
-  """What was found in one file.
-
-  Attributes:
-    file: the path, or both paths of a Moses pair.
-    pairs: usable lines.
-    skipped: reason to number of lines that could not be used.
-    examples: 'file:line: reason' of the first few of them.
-  """
-
-  file: str
-  pairs: int = 0
-  skipped: Counter[str] = dataclasses.field(default_factory=Counter)
-  examples: list[str] = dataclasses.field(default_factory=list)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,14 +106,29 @@ class Summary:
 
   folder: str
   files: dict[tuple[str, str], dict[str, SplitFile]]
-  reports: dict[SplitFile, FileReport]
+  reports: dict[SplitFile, parallel_text.Report]
   ignored: tuple[str, ...]
   max_characters: int
 
   @property
   def skipped(self) -> int:
     """Lines that could not be used, in all files."""
-    return sum(sum(r.skipped.values()) for r in self.reports.values())
+    return sum(r.skipped.total() for r in self.reports.values())
+
+  @property
+  def warnings(self) -> list[str]:
+    """What is odd about the folder, a sentence each."""
+    found = [
+      f"{report}; the first: {report.examples[0]}"
+      for report in self.reports.values()
+      if report.skipped
+    ]
+    if self.ignored:
+      found.append(
+        f"{self.folder}: not used, because the names are not like "
+        f"en-de.train.tsv with train, dev or test: {', '.join(self.ignored)}"
+      )
+    return found
 
   def direction(self, source: str, target: str) -> dict[str, SplitFile]:
     """The files of a direction, by split: of its order, else of the other."""
@@ -162,6 +154,11 @@ class FilesMixture(seqio.Mixture):
 
   summary: Summary
   identity: tuple[object, ...]
+
+  @property
+  def warnings(self) -> list[str]:
+    """What is odd about the data; shown when training starts."""
+    return self.summary.warnings
 
 
 def mixture(
@@ -236,16 +233,13 @@ def languages_with_text(
 
   Goes by the names of the files, and finds no fault with any of them.
   """
-  found = set()
+  found: set[tuple[str, str]] = set()
   for path in pathlib.Path(data_dir).iterdir():
-    matches = (pattern.fullmatch(path.name) for pattern in _NAMES)
-    match = next((m for m in matches if m and m["split"] == "train"), None)
-    if match:
-      pair = (
-        match["first"].replace("-", "_"),
-        match["second"].replace("-", "_"),
-      )
-      found |= {pair, pair[::-1]}
+    match = _WHOLE.fullmatch(path.name) or _SIDE.fullmatch(path.name)
+    if match and match["split"] == "train" and match["pair"]:
+      with contextlib.suppress(ValueError):
+        pair = languages_lib.Direction.parse(match["pair"])
+        found |= {(pair.source, pair.target), (pair.target, pair.source)}
   return found
 
 
@@ -303,9 +297,7 @@ def vocabulary_file(
 
 def read_pairs(file: SplitFile, max_characters: int) -> Iterator[common.Pair]:
   """The usable pairs of a file, in order, first language first."""
-  for _, pair in _lines(file, max_characters):
-    if not isinstance(pair, _UnusableLineError):
-      yield pair
+  return _read(file, max_characters, None)
 
 
 def read_direction(
@@ -317,7 +309,7 @@ def read_direction(
     ValueError: at the end, for a file that changed since it was counted.
   """
   file, count = summary.direction(source, target)[split], 0
-  backwards = file.languages[0] != source
+  backwards = file.languages.source != source
   for pair in read_pairs(file, summary.max_characters):
     count += 1
     yield pair[::-1] if backwards else pair
@@ -414,9 +406,11 @@ def _discover(
   for file in [*whole, *_moses_pairs(sides)]:
     first, second = file.languages
     if first == second:
-      raise ValueError(f"{file} pairs {first!r} with itself.")
+      raise ValueError(f"{file} pairs {str(first)!r} with itself.")
     # The same languages in the other order are the same directions.
-    key = (second, first) if (second, first) in found else (first, second)
+    key: tuple[str, str] = (first, second)
+    if key[::-1] in found:
+      key = key[::-1]
     same = found.get(key, {}).get(file.split)
     if same and same.languages != file.languages and file.split != "train":
       key = (first, second) if same.languages == key else key[::-1]
@@ -431,11 +425,11 @@ def _discover(
       f"There is no parallel text in {str(folder)!r}: its files must be named"
       f" {_LAYOUTS}."
     )
-  for (first, second), splits in found.items():
-    if "train" not in splits | found.get((second, first), {}):
+  for pair, splits in found.items():
+    if "train" not in splits | found.get(pair[::-1], {}):
       raise ValueError(
         f"{next(iter(splits.values()))} has no training file beside it: add"
-        f" {first}-{second}.train.tsv or remove it."
+        f" {'-'.join(pair)}.train.tsv or remove it."
       )
   return {key: _in_order(found[key]) for key in sorted(found)}, ignored
 
@@ -447,26 +441,27 @@ def _in_order(splits: dict[str, SplitFile]) -> dict[str, SplitFile]:
 def _match_names(
   folder: pathlib.Path,
 ) -> tuple[list[SplitFile], list[tuple[str, SplitFile]], tuple[str, ...]]:
-  """Sorts a folder's files: whole ones, Moses sides, and those ignored."""
+  """Sorts a folder's files: whole ones, Moses sides, and those ignored.
+
+  Raises:
+    ValueError: a file of a split that names languages which are none.
+  """
   whole, sides, ignored = [], [], []
   shards: dict[SplitFile, dict[int, pathlib.Path]] = {}
-  for path in sorted(folder.iterdir()):
-    if path.name.startswith(".") or not path.is_file():
+  paths = [path for path in sorted(folder.iterdir()) if path.is_file()]
+  pair_of_sides = _only_pair(paths)
+  for path in paths:
+    if path.name.startswith(".") or path.name == preparation.REPORT:
       continue
-    if path.name == preparation.REPORT:
-      continue
-    matches = (pattern.fullmatch(path.name) for pattern in _NAMES)
-    match = next((m for m in matches if m), None)
-    if match is None:
+    groups = _groups(path.name)
+    pair = groups.get("pair") or pair_of_sides
+    if not groups or groups["split"] not in _SPLITS or pair is None:
       ignored.append(path.name)
       continue
-    groups = match.groupdict()
-    split = _SPLIT_NAMES.get(groups["split"], groups["split"])
     file = SplitFile(
       groups.get("kind", "moses"),
-      split,
-      groups["first"],
-      groups["second"],
+      _SPLITS[groups["split"]],
+      _languages(path, pair),
       (path,),
     )
     if groups.get("shards"):
@@ -475,12 +470,39 @@ def _match_names(
       shards.setdefault(key, {})[int(groups["shard"])] = path
     elif "side" not in groups:
       whole.append(file)
-    elif groups["side"] in (file.first, file.second):
-      sides.append((groups["side"], file))
+    elif side := languages_lib.matching(groups["side"], file.languages):
+      sides.append((side[0], file))
     else:
       ignored.append(path.name)
   whole += [_all_shards(key, found) for key, found in shards.items()]
   return whole, sides, tuple(ignored)
+
+
+def _groups(name: str) -> dict[str, str]:
+  """The parts of a file's name; none if it is not like parallel text."""
+  match = _WHOLE.fullmatch(name)
+  if match and match["kind"] in parallel_text.FORMATS:
+    return match.groupdict()
+  match = _SIDE.fullmatch(name)
+  return match.groupdict() if match else {}
+
+
+def _languages(path: pathlib.Path, pair: str) -> languages_lib.Direction:
+  try:
+    return languages_lib.Direction.parse(pair)
+  except ValueError as error:
+    raise ValueError(f"{path}: {error}") from None
+
+
+def _only_pair(paths: Iterable[pathlib.Path]) -> str | None:
+  """The languages of `train.en` and `train.de`, if they are the only ones."""
+  sides: set[str] = set()
+  for path in paths:
+    groups = _groups(path.name)
+    if "side" in groups and not groups["pair"] and groups["split"] in _SPLITS:
+      sides.add(groups["side"])
+  sides.discard("txt")  # More often a suffix than the language Citak.
+  return "-".join(sorted(sides)) if len(sides) == 2 else None
 
 
 def _all_shards(key: SplitFile, found: dict[int, pathlib.Path]) -> SplitFile:
@@ -496,21 +518,21 @@ def _all_shards(key: SplitFile, found: dict[int, pathlib.Path]) -> SplitFile:
 
 def _moses_pairs(sides: list[tuple[str, SplitFile]]) -> list[SplitFile]:
   """Puts the two sides of each Moses pair together."""
-  found: dict[tuple[str, str, str], dict[str, SplitFile]] = {}
+  found: dict[tuple[str, languages_lib.Direction], dict[str, SplitFile]] = {}
   for side, file in sides:
-    key = (file.split, file.first, file.second)
+    key = (file.split, file.languages)
     other = found.setdefault(key, {}).setdefault(side, file)
     if other is not file:
       raise ValueError(
         f"{other} and {file} are the same side of the same split: keep one."
       )
   pairs = []
-  for (_, first, second), both in found.items():
+  for (_, (first, second)), both in found.items():
     if len(both) == 1:
       side, file = next(iter(both.items()))
       missing = second if side == first else first
       raise ValueError(
-        f"{file} is one side of a Moses pair and the {missing!r} side is"
+        f"{file} is one side of a Moses pair and the {str(missing)!r} side is"
         " missing: add it or remove this one."
       )
     paths = both[first].paths + both[second].paths
@@ -527,9 +549,7 @@ def _scan(
   ignored: tuple[str, ...],
   max_characters: int,
 ) -> Summary:
-  """Reads every file once: counts pairs, logs and counts unusable lines."""
-  if ignored:
-    _log.warning("%s: not parallel text: %s", folder, ", ".join(ignored))
+  """Reads every file once: counts pairs, and lines that are of no use."""
   counted = _counted(folder, max_characters)
   reports = {
     file: _known_report(file, counted) or _report(file, max_characters)
@@ -551,7 +571,7 @@ def _counted(folder: pathlib.Path, max_characters: int) -> dict[str, dict]:
 
 def _known_report(
   file: SplitFile, counted: dict[str, dict]
-) -> FileReport | None:
+) -> parallel_text.Report | None:
   """The report of files that were counted and have not changed since."""
   pairs = 0
   for path in file.paths:
@@ -559,31 +579,15 @@ def _known_report(
     if known is None or known["bytes"] != path.stat().st_size:
       return None
     pairs += known["pairs"]
-  return FileReport(str(file), pairs) if pairs else None
+  return parallel_text.Report(str(file), pairs) if pairs else None
 
 
-def _report(file: SplitFile, max_characters: int) -> FileReport:
-  report = FileReport(str(file))
-  for place, pair in _lines(file, max_characters):
-    if not isinstance(pair, _UnusableLineError):
-      report.pairs += 1
-      continue
-    reason = str(pair)
-    report.skipped[reason] += 1
-    if len(report.examples) < _LOGGED_PER_FILE:
-      report.examples.append(f"{place}: {reason}")
-      _log.warning("%s: %s; the line is skipped", place, reason)
-  total = sum(report.skipped.values())
-  if total:
-    reasons = ", ".join(f"{n} {why}" for why, n in report.skipped.most_common())
-    _log.warning(
-      "%s: %d of %d lines skipped: %s",
-      report.file,
-      total,
-      total + report.pairs,
-      reasons,
-    )
+def _report(file: SplitFile, max_characters: int) -> parallel_text.Report:
+  report = parallel_text.Report(str(file))
+  for _ in _read(file, max_characters, report):
+    pass
   if not report.pairs:
+    total = report.skipped.total()
     what = f"none of its {total} lines can be used" if total else "it is empty"
     example = f" ({report.examples[0]})" if total else ""
     raise ValueError(
@@ -592,96 +596,14 @@ def _report(file: SplitFile, max_characters: int) -> FileReport:
   return report
 
 
-def _lines(
-  file: SplitFile, max_characters: int
-) -> Iterator[tuple[str, common.Pair | _UnusableLineError]]:
-  """Every line: its 'file:number', and its pair or why it has none."""
-  parse = {"tsv": _parse_tsv, "jsonl": _parse_json, "moses": _parse_moses}
-  for place, lines in _places(file):
-    try:
-      texts = [line.decode("utf-8") for line in lines]
-      sides = parse[file.kind](texts, file)
-      yield place, _checked(sides, max_characters)
-    except UnicodeDecodeError:
-      yield place, _UnusableLineError("bad UTF-8")
-    except _UnusableLineError as reason:
-      yield place, reason
-
-
-def _places(file: SplitFile) -> Iterator[tuple[str, tuple[bytes, ...]]]:
-  """'file:number' and line of each shard, or of both Moses files."""
-  parts = [file.paths] if file.kind == "moses" else [(p,) for p in file.paths]
+def _read(
+  file: SplitFile, max_characters: int, report: parallel_text.Report | None
+) -> Iterator[common.Pair]:
+  """The usable pairs of a file, or of its shards one after the other."""
+  is_moses = file.kind == "moses"
+  parts = [file.paths] if is_moses else [(path,) for path in file.paths]
+  read = parallel_text.moses if is_moses else parallel_text.FORMATS[file.kind]
   for paths in parts:
-    part = dataclasses.replace(file, paths=tuple(paths))
-    for number, lines in enumerate(_raw_lines(part), start=1):
-      yield f"{paths[0]}:{number}", lines
-
-
-def _raw_lines(file: SplitFile) -> Iterator[tuple[bytes, ...]]:
-  """Line n of the file, or of both Moses files, without line ends.
-
-  Raises:
-    ValueError: Moses files of unequal length.
-  """
-  streams = [_stream(path) for path in file.paths]
-  for number, lines in enumerate(itertools.zip_longest(*streams)):
-    if None in lines:
-      shorter = file.paths[lines.index(None)]
-      raise ValueError(
-        f"{file} are not parallel: {shorter.name} ends after {number} lines and"
-        " the other goes on, so any line may be the misplaced one."
-      )
-    yield lines
-
-
-def _stream(path: pathlib.Path) -> Iterator[bytes]:
-  """Lines of a plain or gzipped file; only LF and CR LF end a line."""
-  number = 0
-  with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as lines:
-    try:
-      for number, line in enumerate(lines, start=1):
-        if number == 1:
-          line = line.removeprefix(b"\xef\xbb\xbf")  # Byte-order mark.
-        yield line.removesuffix(b"\n").removesuffix(b"\r")
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-      raise ValueError(
-        f"{path} is not a whole gzip file: it breaks off after line {number}"
-        f" ({error})."
-      ) from error
-
-
-def _parse_tsv(texts: list[str], file: SplitFile) -> list[str]:
-  sides = texts[0].split("\t")
-  if len(sides) != 2:
-    many = "no tab" if len(sides) == 1 else f"{len(sides) - 1} tabs"
-    raise _UnusableLineError(f"{many} instead of one")
-  return sides
-
-
-def _parse_moses(texts: list[str], file: SplitFile) -> list[str]:
-  return texts
-
-
-def _parse_json(texts: list[str], file: SplitFile) -> list[str]:
-  try:
-    values = json.loads(texts[0])
-  except ValueError:  # The decoder's position would make each reason unique.
-    raise _UnusableLineError("bad JSON") from None
-  if isinstance(values, dict) and isinstance(values.get("translation"), dict):
-    values = values["translation"]
-  keys = (file.first, file.second)
-  if not isinstance(values, dict) or not all(
-    isinstance(values.get(key), str) for key in keys
-  ):
-    raise _UnusableLineError(f"no texts {keys[0]!r} and {keys[1]!r} in JSON")
-  return [values[key] for key in keys]
-
-
-def _checked(sides: list[str], max_characters: int) -> common.Pair:
-  """Both sides without outer spaces, if they can be used."""
-  first, second = (side.strip() for side in sides)
-  if not first or not second:
-    raise _UnusableLineError("empty side")
-  if max(len(first), len(second)) > max_characters:
-    raise _UnusableLineError(f"longer than {max_characters} characters")
-  return first, second
+    yield from parallel_text.read(
+      read, paths, file.languages, max_characters, report
+    )

@@ -24,6 +24,7 @@ import seqio
 import tensorflow as tf
 
 from basemt_jax.corpora import raw_text
+from basemt_jax.data import languages
 from tasks import benchmark, common
 
 # Training pairs with English, and the year of the test set (and of TFDS's
@@ -116,7 +117,7 @@ def _texts(
   dataset: tf.data.Dataset, source: str, target: str
 ) -> tf.data.Dataset:
   """TFDS's {language: text} as tagged inputs, and targets."""
-  prefix = common.tag(target) + " "
+  prefix = languages.Language(target).tag + " "
   return dataset.map(
     lambda example: {
       "inputs": prefix + example[source],

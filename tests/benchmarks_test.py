@@ -95,13 +95,14 @@ def test_sizes_are_those_published(monkeypatch):
   mixture = wmt15.mixture()
   assert mixture.num_input_examples("train") == 2 * 200_499_032
   sizes = {
-    mixtures.direction_of(t.name): mixture.get_rate(t) for t in mixture.tasks
+    mixtures.direction_or_name(t.name): mixture.get_rate(t)
+    for t in mixture.tasks
   }
   assert sizes == wmt15.sizes()
   to_english = seqio.get_mixture_or_task("wmt15_to_english").tasks
-  pairs = [sizes[mixtures.direction_of(t.name)] for t in to_english]
+  pairs = [sizes[mixtures.direction_or_name(t.name)] for t in to_english]
   shares = 100 * heating.mixing_rates(pairs, [1, 2, 5])
-  names = [mixtures.direction_of(t.name)[:2] for t in to_english]
+  names = [mixtures.direction_or_name(t.name)[:2] for t in to_english]
   for language, expected in SHARES.items():
     found = shares[:, names.index(language)]
     np.testing.assert_allclose(found, expected, atol=0.006)

@@ -1,6 +1,7 @@
 import importlib.util
 import subprocess
 import sys
+import unicodedata
 
 import hypothesis
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 from hypothesis import strategies as st
 
 from basemt_jax import evaluation, translation
+from basemt_jax.data import languages
 
 REFERENCES = {
   "de": [
@@ -113,59 +115,74 @@ def test_tokenizer(language, tokenizer):
   "language, package", [("ja_XX", "MeCab"), ("ko", "mecab_ko")]
 )
 def test_tokenizer_of_optional_packages(monkeypatch, language, package):
-  choose = evaluation.sacrebleu_tokenizer.__wrapped__
+  monkeypatch.setattr(evaluation, "has_mecab", evaluation.has_mecab.__wrapped__)
   monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
-  assert choose(language) == language[:2] + "-mecab"
+  assert evaluation.sacrebleu_tokenizer(language) == language[:2] + "-mecab"
   monkeypatch.setattr(
     importlib.util,
     "find_spec",
     lambda name: None if name == package else object(),
   )
-  assert choose(language) == "char"
+  assert evaluation.sacrebleu_tokenizer(language) == "char"
+
+
+CHINESE, JAPANESE = "\u6211\u7231\u732b", "\u732b\u304c\u597d\u304d"
+THAI, KOREAN = "\u0e09\u0e31\u0e19\u0e23\u0e31\u0e01", "\uace0\uc591\uc774"
 
 
 @pytest.mark.parametrize(
-  "direction, languages",
+  "language, text, tokenizer",
   [
-    ("en-de", ("en", "de")),
-    ("en-zh-Hans", ("en", "zh-Hans")),
-    ("zh-Hans-en", ("zh-Hans", "en")),
-    ("zh-Hans-sr-Latn", ("zh-Hans", "sr-Latn")),
-    ("pt_BR-en_XX", ("pt_BR", "en_XX")),
-    ("eng_Latn-zho_Hans", ("eng_Latn", "zho_Hans")),
-    ("klingon-en", ("klingon", "en")),
+    ("cn", CHINESE, "zh"),
+    ("de", CHINESE, "zh"),
+    ("xx", "NATO " + THAI, "char"),
+    ("lo", "romanised", "13a"),
+    ("jp", JAPANESE, "ja-mecab"),
+    ("zh", JAPANESE, "ja-mecab"),
+    ("ja", CHINESE, "ja-mecab"),
+    ("xx", KOREAN, "ko-mecab"),
+    ("zh", "?", "zh"),
+    ("de", "stra\u00dfe \u6211", "13a"),
   ],
 )
-def test_split_direction(direction, languages):
-  assert evaluation.split_direction(direction) == languages
+def test_the_text_decides_on_the_tokenizer(
+  monkeypatch, language, text, tokenizer
+):
+  monkeypatch.setattr(evaluation, "has_mecab", lambda writing: True)
+  assert evaluation.sacrebleu_tokenizer(language, [text]) == tokenizer
 
 
-@pytest.mark.parametrize("direction", ["ende", "en-", "a-b-c", ""])
-def test_split_direction_error(direction):
-  with pytest.raises(ValueError, match=f"direction '{direction}' is not two"):
-    evaluation.split_direction(direction)
+def test_a_missing_tokenizer_is_told():
+  made = [
+    evaluation.DirectionResult(
+      direction,
+      9,
+      "low",
+      9,
+      bleu=1.0,
+      bleu_signature=f"nrefs:1|tok:{tokenizer}",
+    )
+    for direction, tokenizer in (
+      ("en-ja", "char"),
+      ("en-th", "char"),
+      ("en-ko", "ko-mecab-0.1"),
+      ("ja-en", "13a"),
+    )
+  ]
+  (sentence,) = evaluation.missing_tokenizers(made)
+  assert sentence.startswith("BLEU into ja is of characters")
+  assert sentence.endswith("install basemt_jax[ja]")
 
 
-@pytest.mark.parametrize(
-  "pairs, band",
-  [
-    (0, "low"),
-    (99_999, "low"),
-    (100_000, "mid"),
-    (999_999, "mid"),
-    (1_000_000, "high"),
-  ],
-)
-def test_bands_of_the_paper(pairs, band):
-  assert evaluation.band(pairs) == band
-
-
-def test_bands_of_others():
-  thresholds = evaluation.BandThresholds(high=1000, low=300)
-  bands = [evaluation.band(n, thresholds) for n in (299, 300, 999, 1000)]
-  assert bands == ["low", "mid", "mid", "high"]
-  with pytest.raises(ValueError, match="low 5 and high 4"):
-    evaluation.BandThresholds(high=4, low=5)
+@pytest.mark.parametrize("form", ["NFC", "NFD"])
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+def test_the_form_of_text_costs_no_score(form, mark):
+  references = ["Vi\u1ec7t b\u1ea1n h\u1ecdc s\u00e1ng ti\u1ebfng n\u1eafng"]
+  hypotheses = [mark + unicodedata.normalize(form, references[0]) + " "]
+  for a, b in ((hypotheses, references), (references, hypotheses)):
+    scores = evaluation.score(a, b, "vi")
+    assert scores.bleu == pytest.approx(100)
+    assert scores.chrf == pytest.approx(100)
 
 
 def test_summary_means_by_hand():
@@ -194,10 +211,10 @@ def test_summary_means_by_hand():
 )
 def test_bands_partition_the_directions(rows):
   made = results(
-    *[(d, n, evaluation.band(n), 1.0, bleu, bleu) for d, n, bleu in rows]
+    *[(d, n, languages.band(n), 1.0, bleu, bleu) for d, n, bleu in rows]
   )
   means = {m.name: m for m in evaluation.summarise(made)}
-  bands = [means[name] for name in evaluation.BANDS if name in means]
+  bands = [means[name] for name in languages.BANDS if name in means]
   assert sum(m.directions for m in bands) == means["all"].directions
   weighted = sum(m.directions * m.bleu for m in bands) / len(made)
   assert means["all"].bleu == pytest.approx(weighted)
@@ -267,7 +284,7 @@ def test_evaluate_pools_directions_and_orders_by_size():
     Letters(),
     texts,
     losses={"en-de": 0.5},
-    thresholds=evaluation.BandThresholds(1000, 200),
+    thresholds=languages.BandThresholds(1000, 200),
   )
   assert echo.calls == 1
   assert [(r.direction, r.band, r.test_pairs, r.loss) for r in found] == [

@@ -298,7 +298,7 @@ def test_tasks_of_anyone_are_inspected(tmp_path, monkeypatch, capsys):
   assert cli.main([*command, "--mixture", "theirs", "--lengths", "30,11"]) == 0
   data = json.loads((tmp_path / "out.json").read_text())["task"]
   found = {d["name"]: d for d in data["directions"]}
-  assert set(found) == {"corpus-v1", "corpus.de_en", "other.de_en"}
+  assert set(found) == {"corpus_v1", "corpus.de_en", "other.de_en"}
   for direction in found.values():
     assert direction["pairs"] == direction["looked_at"] == 30
     assert direction["duplicates"] == 0
@@ -318,7 +318,7 @@ def test_tasks_of_anyone_are_inspected(tmp_path, monkeypatch, capsys):
   assert "corpus.de_en" in page
   assert cli.main([*command, "--task", "corpus.de_en", "--full"]) == 0
   data = json.loads((tmp_path / "out.json").read_text())["task"]
-  assert [d["name"] for d in data["directions"]] == ["corpus-v1"] or [
+  assert [d["name"] for d in data["directions"]] == ["corpus_v1"] or [
     d["task"] for d in data["directions"]
   ] == ["corpus.de_en"]
 

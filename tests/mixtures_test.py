@@ -89,17 +89,14 @@ def _files(directory, pattern="*/*"):
 # ------------------------------------------------------------------ lookup
 
 
-@pytest.mark.parametrize(
-  "task, direction",
-  [
-    ("cldr.en_de", "en-de"),
-    ("wmt:t2t.de_en", "de-en"),
-    ("en_de", "en-de"),
-    ("x.eng_Latn__deu_Latn", "eng_Latn-deu_Latn"),
-  ],
-)
-def test_direction_is_the_end_of_the_name(task, direction):
-  assert mixtures.direction_of(task) == direction
+def test_a_task_that_tells_no_languages_is_refused(corpus):
+  _register("other", sizes={"pt_br_en": 5})
+  tasks = mixtures.tasks_by_direction("other")
+  assert [str(name) for name in tasks] == ["pt_BR-en"]
+  _register("third", sizes={"en_fr_ca": 5})
+  with pytest.raises(ValueError, match=r"'third.en_fr_ca': direction .* could"):
+    mixtures.tasks_by_direction("third")
+  assert mixtures.direction_or_name("wmt_t2t_ende") == "wmt_t2t_ende"
 
 
 def test_unknown_mixture_is_named_with_its_neighbours(corpus):

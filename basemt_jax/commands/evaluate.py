@@ -50,16 +50,17 @@ def with_search(run: Any, options: argparse.Namespace, n_best: int = 1) -> Any:
 def print_evaluation(run: Any, result: Any, writer: Any = None) -> None:
   """The table, some translations, and what to do next; scores to a writer."""
   from basemt_jax import evaluation
+  from basemt_jax.data import languages
   from basemt_jax.inspection import scores
 
   scores.print_scores(result.results)
   print()
   for line in scores.sample_lines(result.translations, 4):
     print(line)
-  languages = [
-    evaluation.split_direction(r.direction)[1] for r in result.results
+  targets = [
+    languages.Direction.parse(r.direction).target for r in result.results
   ]
-  target = next((x for x in languages if x != "en"), languages[0])
+  target = next((x for x in targets if x.base != "en"), targets[0])
   print(f"""
 {result.split} at step {result.step}; scores, translations: {result.directory}
 next: echo "..." | basemt translate --model_dir {run.model_dir} --to {target}

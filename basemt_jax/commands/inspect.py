@@ -9,9 +9,9 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from basemt_jax import description, evaluation, files
+from basemt_jax import description, files
 from basemt_jax.commands import configuration, console, flags
-from basemt_jax.data import row_store
+from basemt_jax.data import languages, row_store
 from basemt_jax.inspection import (
   forecasting,
   page,
@@ -226,7 +226,7 @@ def _inspect_data(options: argparse.Namespace, run: Any, mixture: Any) -> Any:
     text_report.Options(
       lengths,
       sample,
-      bands=run.bands if run else evaluation.BandThresholds(),
+      bands=run.bands if run else languages.BandThresholds(),
     ),
     progress,
   )

@@ -33,10 +33,10 @@ def run(options: argparse.Namespace) -> None:
   mixture = options.mixture
   if mixture is None:
     mixture = configuration.configured(options).mixture_or_task_name
-  vocabulary.train_from_mixture(
+  trained = vocabulary.train_from_mixture(
     mixtures.get_mixture(mixture),
     options.output,
     vocab_size=options.size,
     temperature=options.temperature,
   )
-  print(f"{options.output}: {options.size} pieces")
+  print(f"{options.output}: {trained.vocab_size} pieces")

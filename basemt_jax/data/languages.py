@@ -18,6 +18,9 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 import langcodes
+import regex
+
+from basemt_jax import ranges
 
 BANDS = ("high", "mid", "low")
 
@@ -239,12 +242,10 @@ def matching(wanted: str, known: Iterable[str]) -> list[str]:
 
   The same spelling counts before the same language, that before a variety of
   it, and that before the language of which it is a variety in the same script.
-  Codes that are of no language are nobody's.
-
-  Raises:
-    ValueError: `wanted` is not a language code.
+  What is no language code matches nothing.
   """
-  return list(_matching(Language.parse(wanted), tuple(known)))
+  language = _parsed(wanted)
+  return list(_matching(language, tuple(known))) if language else []
 
 
 @functools.lru_cache(maxsize=1024)
@@ -262,6 +263,59 @@ def _matching(wanted: Language, known: tuple[str, ...]) -> tuple[str, ...]:
   return ()
 
 
+# ------------------------------------------------------------------ writing
+
+# Letters by how their words are told apart. Scripts of South-East Asia (Thai,
+# Lao, Khmer, Burmese, ...) have the line breaking class SA: no spaces.
+_LETTERS = {
+  "Kana": regex.compile(r"[\p{sc=Hira}\p{sc=Kana}]"),
+  "Hani": regex.compile(r"[\p{sc=Hani}\p{sc=Bopo}]"),
+  "Kore": regex.compile(r"\p{sc=Hang}"),
+  "unspaced": regex.compile(
+    r"[\p{LB=SA}\p{sc=Tibt}\p{sc=Yiii}\p{sc=Java}\p{sc=Bali}]"
+  ),
+  "all": regex.compile(r"\p{L}"),
+}
+# The same for text that is not there.
+_WRITINGS = {
+  **dict.fromkeys(("Hans", "Hant", "Hani"), "Hani"),
+  **{"Jpan": "Jpan", "Kore": "Kore", "Hang": "Kore"},
+  **dict.fromkeys(("Thai", "Laoo", "Khmr", "Mymr", "Tibt"), "unspaced"),
+}
+# Text that is looked at, in characters.
+_SAMPLE = 100_000
+
+
+def writing_of(language: str, texts: Iterable[str] = ()) -> str:
+  """How words are told apart in a language: by its text, if there is any.
+
+  Args:
+    language: how it is spelled; counts where there are no letters.
+    texts: some of its text. Most of the letters decide, not the code.
+
+  Returns:
+    'Jpan', 'Hani' (Chinese), 'Kore', 'unspaced' for other scripts without
+    spaces between words, or 'spaced'.
+
+  Raises:
+    ValueError: `language` is not a language code.
+  """
+  spelled = Language.parse(language)
+  sample = "".join(texts)[:_SAMPLE]
+  letters = {name: len(kind.findall(sample)) for name, kind in _LETTERS.items()}
+  kana, total = letters.pop("Kana"), letters.pop("all")
+  if not total:
+    return _WRITINGS.get(spelled.script, "spaced")
+  letters["Hani"] += kana
+  most = max(letters, key=lambda name: letters[name])
+  if 2 * letters[most] <= total:
+    return "spaced"
+  # Japanese is a good part kana, but for short text; Chinese has hardly any.
+  if most == "Hani" and (spelled.base == "ja" or 20 * kana > letters[most]):
+    return "Jpan"
+  return most
+
+
 # -------------------------------------------------------------------- bands
 
 
@@ -277,8 +331,8 @@ class BandThresholds:
     low: Directions with fewer pairs are low-resource.
   """
 
-  high: int = 1_000_000
-  low: int = 100_000
+  high: ranges.Steps = 1_000_000
+  low: ranges.Steps = 100_000
 
   def __post_init__(self):
     if not 0 <= self.low <= self.high:

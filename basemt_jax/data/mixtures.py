@@ -28,7 +28,7 @@ import seqio
 import tensorflow as tf
 
 from basemt_jax import files, heating, sampling
-from basemt_jax.data import packing, row_store, vocabulary
+from basemt_jax.data import languages, packing, row_store, vocabulary
 
 # TensorFlow only reads data here; it would take JAX's accelerator memory.
 tf.config.set_visible_devices([], "GPU")
@@ -65,26 +65,23 @@ def get_mixture(mixture: MixtureOrTask) -> seqio.Task | seqio.Mixture:
   )
 
 
-def direction_of(task_name: str) -> str:
-  """The direction a task translates: 'en-de' for the task 'cldr.en_de'.
-
-  It is what follows the last '.', ':' or '/' of the name, with a hyphen, which
-  SeqIO's names cannot hold, for every '_'; or only for every '__' where there
-  is one ('x.eng_Latn__deu_Latn').
-  """
-  last = re.split(r"[.:/]", task_name)[-1]
-  return last.replace("__" if "__" in last else "_", "-")
+def direction_or_name(task_name: str) -> str:
+  """The direction of a task, or the end of its name where that tells none."""
+  try:
+    return str(languages.Direction.of_task(task_name))
+  except ValueError:
+    return re.split(r"[.:/]", task_name)[-1]
 
 
 def tasks_by_direction(mixture: MixtureOrTask) -> dict[str, seqio.Task]:
   """The tasks of a mixture by direction, sorted by direction.
 
   Raises:
-    ValueError: two tasks of one direction.
+    ValueError: two tasks of one direction, or a name that tells none.
   """
   tasks: dict[str, seqio.Task] = {}
   for task in seqio.get_subtasks(get_mixture(mixture)):
-    direction = direction_of(task.name)
+    direction = str(languages.Direction.of_task(task.name))
     if direction in tasks:
       raise ValueError(
         f"Tasks {tasks[direction].name!r} and {task.name!r} both translate "
@@ -156,7 +153,7 @@ class HeatedMixture(seqio.Mixture):
       name: _train_size(task, sizes)
       for name, task in zip(names, found, strict=True)
     }
-    self.directions = tuple(direction_of(name) for name in sorted(names))
+    self.directions = tuple(map(direction_or_name, sorted(names)))
     self.examples_per_step = float(examples_per_step)
     self.total_steps = int(total_steps)
     self._choice_seed = int(seed)
@@ -443,7 +440,7 @@ def build_store(
           task, split, direction, directory, layout, progress
         )
         for direction, task in tasks.items()
-        if _task_split(task, split)
+        if task_split(task, split)
       }
     row_store.write_header(directory, **header, splits=stats)
   return row_store.RowStore(directory)
@@ -498,7 +495,7 @@ def _gives_the_same(
     for split in store.splits:
       if rank and time.monotonic() > end:
         return True
-      source_split = _task_split(tasks[name], split)
+      source_split = task_split(tasks[name], split)
       noted = store.stats(split, name).first_pairs
       if not source_split or not noted:
         continue
@@ -551,7 +548,7 @@ def _build_direction(
   )
   if writer.stats.finished:
     return writer.stats
-  source_split = str(_task_split(task, split))
+  source_split = str(task_split(task, split))
   total = task.num_input_examples(source_split)
   done = writer.stats.pairs
   for block in read_task(task, source_split, layout, done, texts=not train):
@@ -562,7 +559,6 @@ def _build_direction(
   return writer.finish()
 
 
-_TAG = re.compile(r"^<2[^<>\s]+>\s*")
 _SIDES = ("inputs", "targets")
 _TEXT = "_pretokenized"  # SeqIO's suffix of a feature's text.
 _Block: TypeAlias = tuple[packing.Ragged, packing.Ragged, list[dict[str, str]]]
@@ -692,7 +688,7 @@ def _texts(
   """Records for the store's file of raw texts."""
   return [
     {
-      "source": _TAG.sub("", source, count=1),
+      "source": languages.split_tag(source)[1],
       "target": target,
       "tagged_source": source,
     }
@@ -700,7 +696,7 @@ def _texts(
   ]
 
 
-def _task_split(task: seqio.Task, split: str) -> str | None:
+def task_split(task: seqio.Task, split: str) -> str | None:
   """The task's own name of a split, or None."""
   names = (split, "dev") if split == "validation" else (split,)
   return next((name for name in names if name in task.splits), None)
@@ -748,7 +744,7 @@ def fingerprint(
   """
   tasks = tasks_by_direction(mixture)
   known = {
-    d: [s for s in splits if _task_split(task, s)] for d, task in tasks.items()
+    d: [s for s in splits if task_split(task, s)] for d, task in tasks.items()
   }
   parts: dict[str, Any] = {
     "tasks": [task.name for task in tasks.values()],
@@ -757,12 +753,12 @@ def fingerprint(
     },
     "splits": list(splits),
     "split sizes": {
-      d: [task.num_input_examples(str(_task_split(task, s))) for s in known[d]]
+      d: [task.num_input_examples(str(task_split(task, s))) for s in known[d]]
       for d, task in tasks.items()
     },
     "source files": {
       d: [
-        _source_stamp(task.source, str(_task_split(task, s))) for s in known[d]
+        _source_stamp(task.source, str(task_split(task, s))) for s in known[d]
       ]
       for d, task in tasks.items()
     },

@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import io
 import itertools
+import logging
 import os
 import pathlib
 import re
@@ -24,6 +25,9 @@ import numpy as np
 import sentencepiece
 
 from basemt_jax import files, heating
+from basemt_jax.data import languages, normalisation
+
+_log = logging.getLogger(__name__)
 
 BYTES = "bytes"
 PAD_ID, EOS_ID, UNK_ID = 0, 1, 2
@@ -34,7 +38,6 @@ _SPACES = (
   "\t\n\r\x0b\x0c\x85\xa0\u1680\u2000\u2001\u2002\u2003\u2004\u2005\u2006"
   "\u2007\u2008\u2009\u200a\u2028\u2029\u202f\u205f\u3000"
 )
-_TAG = re.compile(r"<2[^<>\s]+>")
 
 
 class Vocabulary:
@@ -293,12 +296,27 @@ def train_sentencepiece(
   except RuntimeError as error:
     if not counted.count:
       raise ValueError("There are no texts to train a vocabulary on.") from None
+    needed = re.search(r"required_chars\. \d+ vs (\d+)", str(error))
+    why = (
+      f"their characters, the bytes and the tags alone take {needed[1]}: ask "
+      "for more"
+      if needed
+      else f"SentencePiece says: {error}"
+    )
     raise ValueError(
-      f"SentencePiece cannot make {vocab_size} pieces of {counted.count} texts"
-      f" ({error})."
+      f"a vocabulary of {vocab_size} pieces cannot be made of {counted.count} "
+      f"texts; {why}"
     ) from error
   files.write_atomically(path, model)
-  return Vocabulary.load(path)
+  trained = Vocabulary.load(path)
+  if trained.vocab_size < vocab_size:
+    _log.warning(
+      "%s has %d pieces, not the %d asked for: the texts give no more",
+      path,
+      trained.vocab_size,
+      vocab_size,
+    )
+  return trained
 
 
 def _train(texts: Iterator[str], options: dict[str, Any]) -> bytes:
@@ -365,17 +383,16 @@ def train_from_mixture(
     import seqio  # Only for looking up a name.
 
     mixture = seqio.get_mixture_or_task(mixture)
-  tags: dict[str, None] = {}  # A set that keeps its order.
+  tags: set[str] = set()
 
   def texts() -> Iterator[str]:
     for source, target in sampled_examples(mixture, temperature, num_examples):
-      tag = _TAG.match(source)
-      yield source[tag.end() :] if tag else source
+      yield languages.split_tag(source)[1]
       yield target
 
   for task in _tasks(mixture):
     for source, _ in itertools.islice(raw_pairs(task), 1):
-      tags.update(dict.fromkeys(_TAG.findall(source)[:1]))
+      tags |= {languages.split_tag(source)[0]} - {""}
   return train_sentencepiece(
     texts(),
     path,
@@ -434,7 +451,7 @@ def _train_size(task: Any) -> int:
 
 
 def raw_pairs(task: Any, split: str = "train") -> Iterator[tuple[str, str]]:
-  """(source, target) texts of a SeqIO task, unshuffled, before tokenising.
+  """(source, target) texts of a SeqIO task, normalised, before tokenising.
 
   Runs the task's preprocessors up to SeqIO's `tokenize`, which is several
   times faster than the whole task; where there are none, and the data source
@@ -472,7 +489,10 @@ def raw_pairs(task: Any, split: str = "train") -> Iterator[tuple[str, str]]:
   )
   for sources, targets in dataset.batch(_CHUNK).as_numpy_iterator():
     for source, target in zip(sources, targets, strict=True):
-      yield source.decode(), target.decode()
+      yield (
+        normalisation.normalise(source.decode()),
+        normalisation.normalise(target.decode()),
+      )
 
 
 def _text(example: dict[str, Any], name: str, vocabulary: Any) -> str:

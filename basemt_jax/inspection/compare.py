@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from basemt_jax import evaluation, metrics
+from basemt_jax.data import languages
 from basemt_jax.inspection import results
 from basemt_jax.inspection.page import Plot, Section
 from basemt_jax.inspection.tables import Column, Table, fixed
@@ -275,7 +276,7 @@ def _tested(
     return {}, {}
   if base is None or system is None or not num_samples:
     return {}, {}
-  _, language = evaluation.split_direction(direction)
+  language = languages.Direction.parse(direction).target
   arguments = references, language, num_samples
   tests = evaluation.paired_bootstrap(base, system, *arguments)
   sampled = [evaluation.bootstrap_scores(h, *arguments) for h in (base, system)]
@@ -288,7 +289,7 @@ def _tested(
 def _bands(found: Sequence[tuple[Score, Differences]]) -> Iterator[Score]:
   """Means over the directions of each test set's bands, tested as one."""
   for test in sorted({score.test for score, _ in found}):
-    for band in (*evaluation.BANDS, "all"):
+    for band in (*languages.BANDS, "all"):
       own = [
         x for x in found if x[0].test == test and band in (x[0].band, "all")
       ]

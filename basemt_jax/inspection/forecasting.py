@@ -11,8 +11,8 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from basemt_jax import evaluation, sampling
-from basemt_jax.data import row_store
+from basemt_jax import sampling
+from basemt_jax.data import doubts, languages, row_store
 from basemt_jax.inspection import text_report
 
 # Epochs whose step is told.
@@ -166,7 +166,7 @@ def forecast(
   sizes: Sizes,
   train_steps: int,
   batch_size: int,
-  bands: evaluation.BandThresholds,
+  bands: languages.BandThresholds,
   max_epochs: float = MAX_EPOCHS,
 ) -> Forecast:
   """Works out what a run will draw.
@@ -193,7 +193,7 @@ def forecast(
   directions = [
     DirectionForecast(
       name=sizes.directions[i],
-      band=evaluation.band(int(sizes.pairs[i]), bands),
+      band=languages.band(int(sizes.pairs[i]), bands),
       pairs=int(sizes.pairs[i]),
       dev_pairs=int(sizes.dev_pairs[i]),
       first_step=int(plan.starts[i]),
@@ -241,7 +241,7 @@ def _warnings(
   directions: Sequence[DirectionForecast], train_steps: int, max_epochs: float
 ) -> Iterator[str]:
   """A line for each kind of trouble, with the directions that have it."""
-  yield from text_report.listed(
+  yield from doubts.listed(
     f"never sampled in {train_steps:,} steps",
     [
       f"{d.name} (joins at step {d.first_step:,})"
@@ -252,14 +252,14 @@ def _warnings(
     ],
   )
   often = [d for d in directions if d.epochs > max_epochs]
-  yield from text_report.listed(
+  yield from doubts.listed(
     f"gone through more than {max_epochs:g} times, which invites overfitting",
     [
       f"{d.name} {d.epochs:,.1f} times ({d.pairs:,} pairs)"
       for d in sorted(often, key=lambda d: -d.epochs)
     ],
   )
-  yield from text_report.listed(
+  yield from doubts.listed(
     "no dev set, so that overfitting would not be seen",
     [d.name for d in directions if not d.dev_pairs],
   )

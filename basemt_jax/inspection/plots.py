@@ -7,7 +7,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from basemt_jax import evaluation, metrics
+from basemt_jax import metrics
+from basemt_jax.data import languages
 from basemt_jax.inspection import charts, forecasting, run_report, text_report
 
 _PAIRS = "% of the pairs of a step"
@@ -82,7 +83,7 @@ def temperatures(
     bands = [d.band for d in f.directions]
     series = {
       band: (f.steps, rates[:, [x == band for x in bands]].sum(axis=1).tolist())
-      for band in evaluation.BANDS
+      for band in languages.BANDS
       if band in bands
     }
     title = _titled("who is drawn", f, forecasts)

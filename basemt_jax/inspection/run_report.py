@@ -15,11 +15,11 @@ from typing import Any
 
 import numpy as np
 
-from basemt_jax import checkpointing, evaluation, metrics, partitioning
+from basemt_jax import checkpointing, metrics, partitioning
 from basemt_jax import run as run_lib
 from basemt_jax import trained as trained_lib
-from basemt_jax.data import batches, packing, row_store
-from basemt_jax.inspection import results, text_report
+from basemt_jax.data import batches, doubts, languages, packing, row_store
+from basemt_jax.inspection import results
 
 # Rows of a direction that are routed through a checkpoint.
 ROWS = 16
@@ -245,7 +245,7 @@ def _directions(
     directions.append(
       DirectionRun(
         name=name,
-        band=evaluation.band(stats.pairs, run.bands),
+        band=languages.band(stats.pairs, run.bands),
         pairs=stats.pairs,
         planned_rows=float(planned[i]),
         drawn_rows=drawn,
@@ -273,7 +273,7 @@ def _curves(
     if not steps:
       continue
     groups = {
-      band: [d for d in found if bands[d] == band] for band in evaluation.BANDS
+      band: [d for d in found if bands[d] == band] for band in languages.BANDS
     }
     groups["all"] = list(found)
     yield Curves(
@@ -368,10 +368,12 @@ def _expert_map(
 ) -> ExpertMap:
   """Adds the directions [N, E] up by the language the layer reads."""
   side = 0 if layer.startswith("encoder") else 1
-  languages = [text_report.side_languages(name)[side] for name in directions]
-  names = sorted(set(languages))
+  own_language = [
+    str(languages.Direction.parse(name)[side]) for name in directions
+  ]
+  names = sorted(set(own_language))
   sums = np.zeros((len(names), counts.shape[1]))
-  for language, own in zip(languages, counts, strict=True):
+  for language, own in zip(own_language, counts, strict=True):
     sums[names.index(language)] += own
   return ExpertMap(
     layer,
@@ -404,6 +406,6 @@ def _warnings(
     deviation = max(1.0, (d.planned_rows * (1 - share)) ** 0.5)
     if abs(d.drawn_rows - d.planned_rows) > _FAR * deviation:
       far.append(f"{d.name} {d.drawn_rows:,} for {d.planned_rows:,.0f}")
-  yield from text_report.listed(
+  yield from doubts.listed(
     "other rows were drawn than planned: data or strategy were others", far
   )

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TextIO
 
 from basemt_jax import evaluation, files, metrics
+from basemt_jax.data import languages
 from basemt_jax.inspection import tables
 
 SHOWN = tuple(metrics.named(name) for name in ("loss", "bleu", "chrf"))
@@ -22,7 +23,7 @@ def table(
   """
   means = []
   for mean in evaluation.summarise(results, pivot):
-    resource = " resource" if mean.name in evaluation.BANDS else ""
+    resource = " resource" if mean.name in languages.BANDS else ""
     scores = (getattr(mean, m.name) for m in SHOWN)
     label = f"mean of {mean.name}{resource}"
     means.append([label, f"{mean.directions} directions", "", "", *scores])
@@ -57,6 +58,8 @@ def print_scores(
   """Writes the table, with means and sacreBLEU's signatures."""
   console = tables.terminal(file)
   tables.show(table(results, pivot), console)
+  for sentence in evaluation.missing_tokenizers(results):
+    print(sentence, file=file)
   for line in _signature_lines(results):
     console.print(line)
 

@@ -21,8 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from basemt_jax import evaluation
-from basemt_jax.data import packing, vocabulary
+from basemt_jax.data import doubts, languages, packing, vocabulary
 
 SAMPLE = 2000
 # Upper ends of the bins of length histograms: powers of the root of 2.
@@ -35,9 +34,6 @@ MAX_BYTES = 0.05
 MAX_DUPLICATES = 0.05
 MAX_COPIED = 0.05
 
-# 'de', 'zh_Hans', but not 'v1' of a task that is named otherwise.
-_LANGUAGE = re.compile(r"[a-z]{2,3}(?![a-z0-9])")
-_TAG = re.compile(r"^<2[^<>\s]+>\s*")
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 # Sequences are read at this many times their limit, to see how long they are.
 _LONGER = 16
@@ -61,7 +57,7 @@ class Options:
   lengths: Mapping[str, int]
   sample: int | None = SAMPLE
   examples: int = 2
-  bands: evaluation.BandThresholds = evaluation.BandThresholds()  # noqa: RUF009
+  bands: languages.BandThresholds = languages.BandThresholds()  # noqa: RUF009
 
 
 @dataclasses.dataclass(frozen=True)
@@ -272,7 +268,7 @@ def inspect_data(
     options.sample,
     tuple(directions),
     _languages(directions),
-    tuple(_warnings(directions)),
+    (*getattr(found, "warnings", ()), *_warnings(directions)),
   )
 
 
@@ -296,7 +292,7 @@ def _named_tasks(mixture: Any) -> dict[str, Any]:
         f"Task {task.name!r} has splits {', '.join(task.splits)}; 'train' is "
         "needed."
       )
-  names = [mixtures.direction_of(task.name) for task in tasks]
+  names = [mixtures.direction_or_name(task.name) for task in tasks]
   count = collections.Counter(names)
   return {
     name if count[name] == 1 else task.name: task
@@ -322,7 +318,7 @@ def _inspect_task(
   sides = [
     _SideCounter(language, limit, _find(pieces, task, feature))
     for language, limit, feature in zip(
-      side_languages(name), limits, ("inputs", "targets"), strict=True
+      _side_languages(name), limits, ("inputs", "targets"), strict=True
     )
   ]
   texts, examples = _TextCounter(), []
@@ -346,7 +342,7 @@ def _inspect_task(
     pairs=pairs,
     looked_at=texts.count,
     is_whole=head.is_whole,
-    band=None if pairs is None else evaluation.band(pairs, options.bands),
+    band=None if pairs is None else languages.band(pairs, options.bands),
     source=sides[0].report(),
     target=sides[1].report(),
     duplicates=texts.count - len(seen[0]),
@@ -357,24 +353,16 @@ def _inspect_task(
     held_out=tuple(
       _held_out(task, split, seen, options.sample)
       for split in ("validation", "test")
-      if _task_split(task, split)
+      if mixtures.task_split(task, split)
     ),
     examples=tuple(examples),
   )
 
 
-def _task_split(task: Any, split: str) -> str | None:
-  """The task's own name of a split, or None."""
-  names = (split, "dev") if split == "validation" else (split,)
-  return next((name for name in names if name in task.splits), None)
-
-
-def side_languages(name: str) -> tuple[str, str]:
+def _side_languages(name: str) -> tuple[str, str]:
   """Source and target language of a direction's name, if it has them."""
   with contextlib.suppress(ValueError):
-    source, target = evaluation.split_direction(name)
-    if _LANGUAGE.match(source) and _LANGUAGE.match(target):
-      return source, target
+    return languages.Direction.of_task(name)
   return f"source of {name}", f"target of {name}"
 
 
@@ -442,10 +430,12 @@ def _held_out(
   task: Any, split: str, seen: Sequence[np.ndarray], sample: int | None
 ) -> HeldOut:
   """Compares a split with the training texts."""
-  own = str(_task_split(task, split))
+  from basemt_jax.data import mixtures
+
+  own = str(mixtures.task_split(task, split))
   pairs = vocabulary.raw_pairs(task, own)
   texts = [
-    (_TAG.sub("", source, count=1), target)
+    (languages.split_tag(source)[1], target)
     for source, target in itertools.islice(pairs, sample)
   ]
   is_whole = sample is None or next(pairs, None) is None
@@ -638,8 +628,8 @@ def _languages(directions: Sequence[Direction]) -> tuple[Language, ...]:
   for direction in directions:
     for side in (direction.source, direction.target):
       sides[side.language].append(side)
-  languages = [_language(name, own) for name, own in sides.items()]
-  return tuple(sorted(languages, key=lambda x: -x.tokens_per_character))
+  found = [_language(name, own) for name, own in sides.items()]
+  return tuple(sorted(found, key=lambda x: -x.tokens_per_character))
 
 
 def _language(name: str, sides: Sequence[Side]) -> Language:
@@ -663,7 +653,7 @@ def _language(name: str, sides: Sequence[Side]) -> Language:
 
 def _warnings(directions: Sequence[Direction]) -> Iterator[str]:
   """A sentence for every kind of trouble, with the directions that have it."""
-  yield from listed(
+  yield from doubts.listed(
     "no training pairs", [d.name for d in directions if not d.looked_at]
   )
   own = [d for d in directions if d.looked_at]
@@ -710,14 +700,14 @@ def _warnings(directions: Sequence[Direction]) -> Iterator[str]:
     ),
   ):
     worst = sorted((x for x in shares if x[2] > limit), key=lambda x: -x[2])
-    yield from listed(
+    yield from doubts.listed(
       trouble,
       [
         f"{name}{of and f' ({of})'} {100 * share:.3g}%"
         for name, of, share in worst
       ],
     )
-  yield from listed(
+  yield from doubts.listed(
     "no dev set",
     [
       d.name
@@ -725,10 +715,3 @@ def _warnings(directions: Sequence[Direction]) -> Iterator[str]:
       if not any(h.split == "validation" and h.looked_at for h in d.held_out)
     ],
   )
-
-
-def listed(trouble: str, items: Sequence[str], most: int = 6) -> Iterator[str]:
-  """'trouble: a, b and 3 more', if there are items."""
-  if items:
-    more = f" and {len(items) - most} more" if len(items) > most else ""
-    yield f"{trouble}: {', '.join(items[:most])}{more}"

@@ -5,7 +5,8 @@ from typing import Any
 
 import numpy as np
 
-from basemt_jax import evaluation, metrics
+from basemt_jax import metrics
+from basemt_jax.data import languages
 from basemt_jax.inspection import forecasting, run_report, text_report
 from basemt_jax.inspection.page import Plot, Section
 from basemt_jax.inspection.tables import Column, Table, count, fixed, percent
@@ -211,7 +212,7 @@ def _temperature_table(forecasts: Sequence[forecasting.Forecast]) -> Table:
     for k in chosen.tolist():
       shares = (
         float(rates[k, [b == band for b in bands]].sum())
-        for band in evaluation.BANDS
+        for band in languages.BANDS
       )
       rows.append([f.name, f.steps[k], f.temperatures[k], *shares])
   return Table(
@@ -220,7 +221,7 @@ def _temperature_table(forecasts: Sequence[forecasting.Forecast]) -> Table:
       "strategy",
       Column("step", count),
       Column("temperature", fixed(2)),
-      *_columns(percent, *evaluation.BANDS),
+      *_columns(percent, *languages.BANDS),
     ],
     rows,
   )
