@@ -33,6 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
   options = _parser().parse_args(rest)
   options.bindings = bindings
   _quiet_libraries()
+  configuration.keep_programs()
   return _guarded(options, _start)
 
 

@@ -16,17 +16,23 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax.linen import partitioning as nn_partitioning
 
+from basemt_jax import drawing
+
 Array = jax.Array
 
 param_with_axes = nn_partitioning.param_with_axes
 with_sharding_constraint = nn_partitioning.with_sharding_constraint
 
 
-def kernel_init() -> Callable[..., Array]:
-  """Truncated normal with variance 1 / fan-in, for kernels [in, out]."""
-  return nn.initializers.variance_scaling(
+# Truncated normal with variance 1 / fan-in, for kernels [in, out].
+kernel_init = drawing.Initializer(
+  nn.initializers.variance_scaling(
     1.0, "fan_in", "truncated_normal", in_axis=-2, out_axis=-1, batch_axis=()
   )
+)
+ones_init = drawing.Initializer(nn.initializers.ones)
+zeros_init = drawing.Initializer(nn.initializers.zeros)
+_embedding_init = drawing.Initializer(nn.initializers.normal(1.0))
 
 
 def activation(name: str) -> Callable[[Array], Array]:
@@ -59,7 +65,7 @@ class Dense(nn.Module):
   def __call__(self, x: Array) -> Array:
     """Maps [..., in] to [..., features]."""
     kernel = param_with_axes(
-      "kernel", kernel_init(), (x.shape[-1], self.features), axes=self.axes
+      "kernel", kernel_init, (x.shape[-1], self.features), axes=self.axes
     )
     return jnp.dot(x.astype(self.dtype), kernel.astype(self.dtype))
 
@@ -76,9 +82,7 @@ class RMSNorm(nn.Module):
   @nn.compact
   def __call__(self, x: Array) -> Array:
     """Normalises the last axis of [..., D]."""
-    scale = param_with_axes(
-      "scale", nn.initializers.ones, (x.shape[-1],), axes=("embed",)
-    )
+    scale = param_with_axes("scale", ones_init, (x.shape[-1],), axes=("embed",))
     return rms_norm(x, scale, self.epsilon).astype(self.dtype)
 
 
@@ -105,7 +109,7 @@ class Embed(nn.Module):
     """Creates the table [V, D]."""
     self.embedding = param_with_axes(
       "embedding",
-      nn.initializers.normal(1.0),
+      _embedding_init,
       (self.num_embeddings, self.features),
       axes=("vocab", "embed"),
     )
@@ -231,16 +235,16 @@ class Attention(nn.Module):
   """Multi-head dot-product attention with a cache for decoding.
 
   Attributes:
-    num_heads: H.
+    num_heads: H; this and the next two are the network's.
     head_dim: K.
     dtype: Computation type.
     implementation: Of `jax.nn.dot_product_attention`, 'xla' or 'cudnn'; None:
       cuDNN's fused kernel where it can run, else XLA.
   """
 
-  num_heads: int
-  head_dim: int
-  dtype: Any = jnp.float32
+  num_heads: int = 8
+  head_dim: int = 64
+  dtype: Any = "float32"
   implementation: Any = None
 
   @nn.compact

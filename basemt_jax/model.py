@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax import traverse_util
 
-from basemt_jax import base_layer, layers, ranges, routing
+from basemt_jax import base_layer, block_loop, layers, ranges, routing
 
 Array = jax.Array
 Params = Any
@@ -47,7 +47,11 @@ class TransformerConfig:
       float32.
     remat: Recompute each block in the backward pass: less memory, a third
       more time.
-    attention_implementation: See `layers.Attention`.
+    scan_blocks: Compile blocks that repeat as the body of a loop, so that a
+      deep network takes no longer to compile than a shallow one; else every
+      block is written out. The function is the same.
+    attention: A module with the call and the first three attributes of
+      `layers.Attention`; blocks fill these in.
     feed_forward: What stands in the expert blocks: 'dense', the plain
       feed-forward; 'dense_wide', one of width E * F, which has the experts'
       parameters without their sparsity; 'experts'.
@@ -74,7 +78,8 @@ class TransformerConfig:
   dropout_rate: ranges.Fraction = 0.1
   dtype: Dtype = "float32"
   remat: bool = False
-  attention_implementation: str | None = None
+  scan_blocks: bool = True
+  attention: nn.Module = layers.Attention()  # noqa: RUF009
   feed_forward: FeedForward = "dense"
   encoder_expert_blocks: Sequence[int] = ()
   decoder_expert_blocks: Sequence[int] = ()
@@ -111,6 +116,16 @@ class TransformerConfig:
         "that experts replace; set placement to 'replace'"
       )
 
+  def block_kinds(self, is_decoder: bool) -> tuple[str, ...]:
+    """What stands in each block: 'dense', 'dense_wide' or 'experts'."""
+    count = self.num_decoder_layers if is_decoder else self.num_encoder_layers
+    chosen = (
+      self.decoder_expert_blocks if is_decoder else self.encoder_expert_blocks
+    )
+    return tuple(
+      self.feed_forward if i in chosen else "dense" for i in range(count)
+    )
+
   def dense(self) -> "TransformerConfig":
     """The dense network that `conversion` turns into this one."""
     return dataclasses.replace(self, feed_forward="dense")
@@ -121,38 +136,28 @@ class Block(nn.Module):
 
   Attributes:
     config: The network's configuration.
-    index: Position in the stack, from 0.
+    kind: Its own feed-forward: 'dense', 'dense_wide' or 'experts'.
     is_decoder: Whether attention is causal and a source is attended to.
     mesh: The device mesh, for experts; None: one device.
   """
 
   config: TransformerConfig
-  index: int
+  kind: str
   is_decoder: bool
   mesh: Any = None
 
   def _norm(self, name: str) -> layers.RMSNorm:
     return layers.RMSNorm(jnp.dtype(self.config.dtype), name=name)
 
-  def _attention(self, name: str) -> layers.Attention:
+  def _attention(self, name: str) -> Any:
     cfg = self.config
-    return layers.Attention(
-      cfg.num_heads,
-      cfg.head_dim,
-      jnp.dtype(cfg.dtype),
-      cfg.attention_implementation,
+    return cfg.attention.clone(
+      parent=self,
       name=name,
+      num_heads=cfg.num_heads,
+      head_dim=cfg.head_dim,
+      dtype=jnp.dtype(cfg.dtype),
     )
-
-  def _expert_kind(self) -> str:
-    """'dense', 'dense_wide' or 'experts': this block's own feed-forward."""
-    cfg = self.config
-    blocks = (
-      cfg.decoder_expert_blocks
-      if self.is_decoder
-      else cfg.encoder_expert_blocks
-    )
-    return cfg.feed_forward if self.index in blocks else "dense"
 
   def _experts(self, x: Array, mask: Array, train, enable_dropout) -> Array:
     cfg = self.config
@@ -192,8 +197,7 @@ class Block(nn.Module):
     max_decode_length: int | None,
   ) -> Array:
     """Maps x [B, L, D] to [B, L, D]; token_mask [B, L]: False on padding."""
-    cfg = self.config
-    kind = self._expert_kind()
+    cfg, kind = self.config, self.kind
 
     def drop(y: Array) -> Array:
       return layers.dropout(self, y, cfg.dropout_rate, enable_dropout)
@@ -254,25 +258,33 @@ class Stack(nn.Module):
   ) -> Array:
     """Maps embeddings [B, L, D] to [B, L, D]; arguments as `Block`'s."""
     cfg = self.config
-    block = (
-      nn.remat(Block, static_argnums=(7, 8, 9, 10)) if cfg.remat else Block
-    )
-    count = (
-      cfg.num_decoder_layers if self.is_decoder else cfg.num_encoder_layers
-    )
+    blocks = [
+      Block(cfg, kind, self.is_decoder, self.mesh, parent=None)
+      for kind in cfg.block_kinds(self.is_decoder)
+    ]
     x = layers.dropout(self, x, cfg.dropout_rate, enable_dropout)
-    for i in range(count):
-      x = block(cfg, i, self.is_decoder, self.mesh, name=f"layers_{i}")(
+    arguments = (
+      *(mask, positions, token_mask, memory, memory_mask),
+      *(train, enable_dropout, decode, max_decode_length),
+    )
+    if self.is_initializing():
+      for i, block in enumerate(blocks):
+        x = block.clone(parent=self, name=f"layers_{i}")(x, *arguments)
+    else:
+      key = None
+      if enable_dropout and cfg.dropout_rate > 0.0:
+        key = self.make_rng("dropout")
+      x = block_loop.run(
+        self,
+        blocks,
         x,
-        mask,
-        positions,
-        token_mask,
-        memory,
-        memory_mask,
-        train,
-        enable_dropout,
-        decode,
-        max_decode_length,
+        arguments,
+        key,
+        # Stacked in the type of the products, which need them in it anyway.
+        prepare=lambda params: rounded(params, cfg.dtype),
+        # A step of decoding reads every weight once: copies would double that.
+        scan=cfg.scan_blocks and not decode,
+        remat=cfg.remat,
       )
     name = "decoder_norm" if self.is_decoder else "encoder_norm"
     x = layers.RMSNorm(jnp.dtype(cfg.dtype), name=name)(x)
@@ -493,6 +505,7 @@ def forward(
   train: bool,
   enable_dropout: bool | None = None,
   dropout_rng: Array | None = None,
+  reported: Sequence[str] = ("intermediates",),
 ) -> tuple[Array, dict[str, Any]]:
   """Logits of a batch, and what the network's collections became.
 
@@ -503,10 +516,12 @@ def forward(
     train: See `Transformer.__call__`.
     enable_dropout: See `Transformer.__call__`.
     dropout_rng: Key, needed with dropout.
+    reported: Collections of what modules tell: `intermediates` of routers,
+      `expert_inputs`.
 
   Returns:
-    Logits [B, Lt, V] float32; and `intermediates` (what routers report) with,
-    in training, the other collections' new values.
+    Logits [B, Lt, V] float32; and what was reported with, in training, the
+    other collections' new values.
   """
   names = (
     "encoder_input_tokens",
@@ -517,7 +532,7 @@ def forward(
     "encoder_positions",
     "decoder_positions",
   )
-  mutable = ["intermediates"]
+  mutable = list(reported)
   if train:
     mutable += [name for name in variables if name != "params"]
   call: Any = network.apply
@@ -529,7 +544,7 @@ def forward(
     rngs=None if dropout_rng is None else {"dropout": dropout_rng},
     mutable=mutable,
   )
-  return logits, {"intermediates": {}, **updates}
+  return logits, {**{name: {} for name in reported}, **updates}
 
 
 def rounded(params: Params, dtype: str) -> Params:
