@@ -93,6 +93,11 @@ def run(
   if remat:
     apply = jax.checkpoint(apply, static_argnums=0, prevent_cse=not scan)
   names = [f"layers_{i}" for i in range(len(blocks))]
+  keys: Any = [None] * len(blocks)
+  if key is not None:  # At once: a generator's program is long.
+    keys = jax.vmap(functools.partial(jax.random.fold_in, key))(
+      jnp.arange(len(blocks))
+    )
   own = []
   for i, name in enumerate(names):
     variables = {
@@ -100,7 +105,7 @@ def run(
       for collection, tree in parent.variables.items()
       if name in tree
     }
-    own.append((variables, None if key is None else jax.random.fold_in(key, i)))
+    own.append((variables, keys[i]))
   found: list[Tree] = []
   for start, length, repeats in (
     segments(blocks) if scan else [Segment(i, 1, 1) for i in range(len(blocks))]

@@ -294,9 +294,12 @@ def gradients(
     add = functools.partial(jax.tree.map, jnp.add)
     return (mutables, add(total_grads, grads), add(total_rest, rest)), None
 
-  first = part(state.mutables, jnp.zeros((), jnp.int32))
+  # From zeros, so that the step holds the network once.
+  first = jnp.zeros((), jnp.int32)
+  _, *shapes = jax.eval_shape(part, state.mutables, first)
+  zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
   (mutables, grads, (loss, sums)), _ = jax.lax.scan(
-    body, first, jnp.arange(1, parts)
+    body, (state.mutables, *zeros), jnp.arange(parts)
   )
   return loss, grads, mutables, sums
 

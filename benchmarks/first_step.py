@@ -56,6 +56,7 @@ class Shape:
     vocabulary: V.
     remat: See `model.TransformerConfig`.
     dtype: Of the computation.
+    scan_blocks: See `model.TransformerConfig`.
   """
 
   width: int = 384
@@ -66,6 +67,7 @@ class Shape:
   vocabulary: int = 16000
   remat: bool = False
   dtype: model.Dtype = "bfloat16"
+  scan_blocks: bool = True
 
   def config(self) -> model.TransformerConfig:
     """The network."""
@@ -81,6 +83,7 @@ class Shape:
       dropout_rate=0.1,
       dtype=self.dtype,
       remat=self.remat,
+      scan_blocks=self.scan_blocks,
       feed_forward="experts" if self.experts else "dense",
       encoder_expert_blocks=chosen,
       decoder_expert_blocks=chosen,
@@ -273,10 +276,15 @@ def main() -> None:
   parser.add_argument("--conversion", action="store_true")
   parser.add_argument("--profile", action="store_true")
   parser.add_argument("--cold_only", action="store_true")
+  parser.add_argument(
+    "--written_out", action="store_true", help="blocks without a loop"
+  )
   parser.add_argument("--in_process", default="", help=argparse.SUPPRESS)
   args = parser.parse_args()
   if args.in_process:
-    shape = SHAPES[args.shapes[0]]
+    shape = dataclasses.replace(
+      SHAPES[args.shapes[0]], scan_blocks=not args.written_out
+    )
     device = jax.devices()[0]
     found = (
       measure_conversion(shape, args.steps)
@@ -288,6 +296,7 @@ def main() -> None:
     return
   flags = ["--steps", str(args.steps)]
   flags += ["--conversion"] * args.conversion + ["--profile"] * args.profile
+  flags += ["--written_out"] * args.written_out
   for name in args.shapes:
     with tempfile.TemporaryDirectory() as cache:
       for kind in ("cold", "warm")[: 1 if args.cold_only else 2]:
