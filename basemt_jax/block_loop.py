@@ -56,7 +56,8 @@ def run(
   blocks: Sequence[nn.Module],
   x: Array,
   arguments: Sequence[Any],
-  key: Array | None,
+  own_arguments: Sequence[Tree],
+  keys: Array | None,
   prepare: Callable[[Tree], Tree],
   scan: bool,
   remat: bool,
@@ -68,7 +69,8 @@ def run(
     blocks: Without a parent; equal ones make equal programs.
     x: [B, L, D], the first block's input.
     arguments: Further ones of every block; what is not an array is static.
-    key: Of dropout; a block's own depends on its place alone.
+    own_arguments: One more of each block, in a loop of one structure.
+    keys: Of the blocks' random stream `dropout`, or None.
     prepare: Parameters of a block to what a loop stacks of them.
     scan: Whether repeated blocks become a loop.
     remat: Whether to compute blocks again in the backward pass.
@@ -81,11 +83,12 @@ def run(
   changed = flax_scope.intersect_filters(parent.scope.mutable, unchanged)
 
   def apply(block: nn.Module, x: Array, own: Tree) -> tuple[Array, Tree]:
-    variables, key = own
+    variables, argument, key = own
     return block.apply(
       variables,
       x,
       *arguments,
+      argument,
       rngs=None if key is None else {"dropout": key},
       mutable=changed or [],
     )
@@ -93,11 +96,6 @@ def run(
   if remat:
     apply = jax.checkpoint(apply, static_argnums=0, prevent_cse=not scan)
   names = [f"layers_{i}" for i in range(len(blocks))]
-  keys: Any = [None] * len(blocks)
-  if key is not None:  # At once: a generator's program is long.
-    keys = jax.vmap(functools.partial(jax.random.fold_in, key))(
-      jnp.arange(len(blocks))
-    )
   own = []
   for i, name in enumerate(names):
     variables = {
@@ -105,7 +103,8 @@ def run(
       for collection, tree in parent.variables.items()
       if name in tree
     }
-    own.append((variables, keys[i]))
+    key = None if keys is None else keys[i]
+    own.append((variables, own_arguments[i], key))
   found: list[Tree] = []
   for start, length, repeats in (
     segments(blocks) if scan else [Segment(i, 1, 1) for i in range(len(blocks))]
@@ -143,8 +142,8 @@ def _scan(body, x: Array, own: list[Tree], repeats: int, prepare):
   """`body` over the stacked variables of blocks that repeat a pattern."""
   length = len(own) // repeats
   ready = [
-    ({**variables, "params": prepare(variables["params"])}, key)
-    for variables, key in own
+    ({**variables, "params": prepare(variables["params"])}, *rest)
+    for variables, *rest in own
   ]
   stacked = [
     jax.tree.map(lambda *leaves: jnp.stack(leaves), *ready[i::length])

@@ -175,8 +175,8 @@ class MlpBlock(nn.Module):
   dtype: Any = jnp.float32
 
   @nn.compact
-  def __call__(self, x: Array, *, enable_dropout: bool) -> Array:
-    """Maps [B, L, D] to [B, L, D]."""
+  def __call__(self, x: Array, keep: Array | None = None) -> Array:
+    """Maps [B, L, D] to [B, L, D]; `keep` [B, 1, F]: see `dropout`."""
     hidden: Any = 1.0
     for i, name in enumerate(self.activations):
       y = Dense(
@@ -186,24 +186,23 @@ class MlpBlock(nn.Module):
         name="wi" if len(self.activations) == 1 else f"wi_{i}",
       )(x)
       hidden = activation(name)(y) * hidden
-    hidden = dropout(self, hidden, self.dropout_rate, enable_dropout)
+    hidden = dropout(hidden, self.dropout_rate, keep)
     hidden = with_sharding_constraint(hidden, ("batch", "length", "mlp"))
     return Dense(x.shape[-1], ("mlp", "embed"), self.dtype, name="wo")(hidden)
 
 
-def dropout(
-  module: nn.Module, x: Array, rate: float, enable: bool, axis: int = -2
-) -> Array:
-  """Dropout with one mask for all positions along `axis`, as in T5.
+def dropout(x: Array, rate: float, keep: Array | None) -> Array:
+  """What is kept of x, scaled by 1 / (1 - rate).
 
-  Sharing the mask over the length saves random bits, whose generation is a
-  visible share of a training step.
+  Args:
+    x: [..., L, D].
+    rate: Share that is dropped.
+    keep: bool, broadcastable to x; None: all of x stays as it is. One mask for
+      all positions, [..., 1, D], is T5's way, and saves random bits, whose
+      generation is a visible share of a training step.
   """
-  if not enable or rate == 0.0:
+  if keep is None:
     return x
-  shape = list(x.shape)
-  shape[axis] = 1
-  keep = jax.random.bernoulli(module.make_rng("dropout"), 1.0 - rate, shape)
   return jnp.where(keep, x / (1.0 - rate), jnp.zeros((), x.dtype))
 
 

@@ -11,7 +11,8 @@ layers are (arXiv:2103.16716).
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import jax
@@ -27,6 +28,8 @@ Params = Any
 Dtype = Literal["float32", "bfloat16", "float16"]
 FeedForward = Literal["dense", "dense_wide", "experts"]
 Placement = Literal["replace", "insert"]
+# Self-attention, cross-attention, feed-forward, inserted experts.
+MAX_SUBLAYERS = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,7 +162,7 @@ class Block(nn.Module):
       dtype=jnp.dtype(cfg.dtype),
     )
 
-  def _experts(self, x: Array, mask: Array, train, enable_dropout) -> Array:
+  def _experts(self, x: Array, mask: Array, train, keep) -> Array:
     cfg = self.config
     y = base_layer.BaseLayer(
       num_experts=cfg.num_experts,
@@ -176,11 +179,11 @@ class Block(nn.Module):
       dtype=jnp.dtype(cfg.dtype),
       mesh=self.mesh,
       name="base_layer",
-    )(x, mask, train=train, enable_dropout=enable_dropout)
-    if not enable_dropout or cfg.dropout_rate == 0.0:
+    )(x, mask, train=train, enable_dropout=keep is not None)
+    if keep is None:
       return y
     # What the experts add is dropped as any sublayer's output is.
-    return x + layers.dropout(self, y - x, cfg.dropout_rate, enable_dropout)
+    return x + layers.dropout(y - x, cfg.dropout_rate, keep)
 
   @nn.compact
   def __call__(
@@ -192,15 +195,36 @@ class Block(nn.Module):
     memory: Any,
     memory_mask: Array | None,
     train: bool,
-    enable_dropout: bool,
     decode: bool,
     max_decode_length: int | None,
+    keep: dict[str, Array] | None,
   ) -> Array:
-    """Maps x [B, L, D] to [B, L, D]; token_mask [B, L]: False on padding."""
+    """One block.
+
+    Args:
+      x: [B, L, D].
+      mask: Of self-attention; see `layers.Attention`.
+      positions: [B, L] int32.
+      token_mask: [B, L] bool, False on padding.
+      memory: [B, Li, D] that a decoder attends to, or None.
+      memory_mask: Of cross-attention.
+      train: See `Transformer.__call__`.
+      decode: See `layers.Attention`.
+      max_decode_length: See `layers.Attention`.
+      keep: What dropout leaves: `outputs` of the block's sublayers
+        [MAX_SUBLAYERS, B, 1, D], `hidden` units [B, 1, F]; None: all.
+
+    Returns:
+      [B, L, D].
+    """
     cfg, kind = self.config, self.kind
+    hidden = None if keep is None else keep["hidden"]
+    sublayers: Iterator[Any] = itertools.repeat(None)
+    if keep is not None:
+      sublayers = iter(keep["outputs"])
 
     def drop(y: Array) -> Array:
-      return layers.dropout(self, y, cfg.dropout_rate, enable_dropout)
+      return layers.dropout(y, cfg.dropout_rate, next(sublayers))
 
     y = self._norm("pre_self_attention_layer_norm")(x)
     y = self._attention("self_attention")(
@@ -219,7 +243,7 @@ class Block(nn.Module):
       )
       x = x + drop(y)
     if kind == "experts" and cfg.placement == "replace":
-      x = self._experts(x, token_mask, train, enable_dropout)
+      x = self._experts(x, token_mask, train, next(sublayers))
     else:
       y = self._norm("pre_mlp_layer_norm")(x)
       y = layers.MlpBlock(
@@ -228,10 +252,10 @@ class Block(nn.Module):
         cfg.dropout_rate,
         jnp.dtype(cfg.dtype),
         name="mlp",
-      )(y, enable_dropout=enable_dropout)
+      )(y, hidden)
       x = x + drop(y)
     if kind == "experts" and cfg.placement == "insert":
-      x = self._experts(x, token_mask, train, enable_dropout)
+      x = self._experts(x, token_mask, train, next(sublayers))
     return layers.with_sharding_constraint(x, ("batch", "length", "embed"))
 
 
@@ -262,33 +286,67 @@ class Stack(nn.Module):
       Block(cfg, kind, self.is_decoder, self.mesh, parent=None)
       for kind in cfg.block_kinds(self.is_decoder)
     ]
-    x = layers.dropout(self, x, cfg.dropout_rate, enable_dropout)
     arguments = (
       *(mask, positions, token_mask, memory, memory_mask),
-      *(train, enable_dropout, decode, max_decode_length),
+      *(train, decode, max_decode_length),
     )
     if self.is_initializing():
       for i, block in enumerate(blocks):
-        x = block.clone(parent=self, name=f"layers_{i}")(x, *arguments)
-    else:
-      key = None
-      if enable_dropout and cfg.dropout_rate > 0.0:
-        key = self.make_rng("dropout")
-      x = block_loop.run(
-        self,
-        blocks,
-        x,
-        arguments,
-        key,
-        # Stacked in the type of the products, which need them in it anyway.
-        prepare=lambda params: rounded(params, cfg.dtype),
-        # A step of decoding reads every weight once: copies would double that.
-        scan=cfg.scan_blocks and not decode,
-        remat=cfg.remat,
-      )
+        x = block.clone(parent=self, name=f"layers_{i}")(x, *arguments, None)
+      return self._norm()(x)
+    ends: Any = (None, None)
+    own: Any = [None] * len(blocks)
+    keys = None
+    if enable_dropout and cfg.dropout_rate > 0.0:
+      ends, own, keys = self._masks(x)
+    x = block_loop.run(
+      self,
+      blocks,
+      layers.dropout(x, cfg.dropout_rate, ends[0]),
+      arguments,
+      own,
+      keys,
+      # Stacked in the type of the products, which need them in it anyway.
+      prepare=lambda params: rounded(params, cfg.dtype),
+      # A step of decoding reads every weight once: copies would double that.
+      scan=cfg.scan_blocks and not decode,
+      remat=cfg.remat,
+    )
+    return layers.dropout(self._norm()(x), cfg.dropout_rate, ends[1])
+
+  def _norm(self) -> layers.RMSNorm:
     name = "decoder_norm" if self.is_decoder else "encoder_norm"
-    x = layers.RMSNorm(jnp.dtype(cfg.dtype), name=name)(x)
-    return layers.dropout(self, x, cfg.dropout_rate, enable_dropout)
+    return layers.RMSNorm(jnp.dtype(self.config.dtype), name=name)
+
+  def _masks(self, x: Array) -> tuple[Array, list[dict[str, Array]], Array]:
+    """What dropout leaves at both ends and in every block, and blocks' keys.
+
+    Drawn at once, one mask for all positions: a generator's program is longer
+    than that of a block.
+    """
+    cfg = self.config
+    kinds = cfg.block_kinds(self.is_decoder)
+    rows, width, count = x.shape[0], cfg.emb_dim, len(kinds)
+    outputs, hidden, own = jax.random.split(self.make_rng("dropout"), 3)
+
+    def draw(key: Array, number: int, width: int) -> Array:
+      shape = (number, rows, 1, width)
+      keep = jax.random.bernoulli(key, 1.0 - cfg.dropout_rate, shape)
+      return layers.with_sharding_constraint(keep, (None, "batch", None, None))
+
+    masks = draw(outputs, 2 + MAX_SUBLAYERS * count, width)
+    units = draw(hidden, count, cfg.mlp_dim)
+    wide = cfg.mlp_dim * cfg.num_experts
+    blocks = []
+    for i, kind in enumerate(kinds):
+      first = 2 + MAX_SUBLAYERS * i
+      unit = units[i]
+      if kind == "dense_wide":
+        unit = draw(jax.random.fold_in(hidden, i), 1, wide)[0]
+      blocks.append(
+        {"outputs": masks[first : first + MAX_SUBLAYERS], "hidden": unit}
+      )
+    return masks[:2], blocks, jax.random.split(own, count)
 
 
 class Transformer(nn.Module):
