@@ -26,6 +26,7 @@ CONFIG = model.TransformerConfig(
   decoder_expert_blocks=(0,),
   num_experts=4,
   rows_per_group=2,
+  scan_blocks=True,
 )
 VARIANTS = {
   "float32": CONFIG,
