@@ -95,6 +95,8 @@ def run(
 
   if remat:
     apply = jax.checkpoint(apply, static_argnums=0, prevent_cse=not scan)
+  if not scan:  # Blocks of a kind are traced once, if not compiled once.
+    apply = jax.jit(apply, static_argnums=0)
   names = [f"layers_{i}" for i in range(len(blocks))]
   own = []
   for i, name in enumerate(names):
