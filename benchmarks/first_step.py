@@ -241,8 +241,10 @@ def measure_conversion(shape: Shape, count: int) -> dict[str, Any]:
       ),
     )
     start = time.perf_counter()
-    loop.run()
+    outcome = loop.run()
     loop.close()
+  if outcome != "done":
+    raise SystemExit(f"{outcome} after step {max(clock)}: nothing to tell")
   gaps = {i: clock[i] - clock[i - 1] for i in range(2, 2 * count + 1)}
   usual = statistics.median(gaps.values())
   return {
