@@ -30,10 +30,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
   arguments = list(sys.argv[1:] if arguments is None else arguments)
   bindings = [a[len("--gin.") :] for a in arguments if a.startswith("--gin.")]
   rest = [a for a in arguments if not a.startswith("--gin.")]
-  options = _parser().parse_args(rest)
+  configuration.keep_programs()  # Before a command imports JAX.
+  options = _parser(rest).parse_args(rest)
   options.bindings = bindings
   _quiet_libraries()
-  configuration.keep_programs()
   return _guarded(options, _start)
 
 
@@ -128,14 +128,16 @@ COMMANDS = (
 )
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
+  """Of the command that is asked for; some import much, and all for --help."""
   parser = _Parser(
     prog="basemt",
     description="Sparse multilingual translation: train, convert, evaluate, "
     "translate.",
   )
   commands = parser.add_subparsers(required=True, metavar="COMMAND")
-  for name in COMMANDS:
+  asked = [name for name in COMMANDS if name in arguments[:1]]
+  for name in asked or COMMANDS:
     module = importlib.import_module(f"basemt_jax.commands.{name}")
     sub = commands.add_parser(
       name, help=module.SUMMARY, description=module.SUMMARY, allow_abbrev=False
