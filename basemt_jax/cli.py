@@ -128,7 +128,7 @@ COMMANDS = (
 )
 
 
-def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
+def _parser(arguments: Sequence[str] = ()) -> argparse.ArgumentParser:
   """Of the command that is asked for; some import much, and all for --help."""
   parser = _Parser(
     prog="basemt",
