@@ -128,6 +128,8 @@ def test_a_deep_network_s_program_is_hardly_larger():
     config = dataclasses.replace(
       CONFIG,
       feed_forward="dense",
+      encoder_expert_blocks=(),
+      decoder_expert_blocks=(),
       num_encoder_layers=blocks,
       num_decoder_layers=blocks,
     )

@@ -30,7 +30,9 @@ class OwnAttention(layers.Attention):
     scale = layers.param_with_axes(
       "own", nn.initializers.normal(0.5), (inputs_q.shape[-1],), axes=("embed",)
     )
-    return super().__call__(inputs_q * scale, inputs_kv, *args, **kwargs)
+    return super().__call__(
+      inputs_q * scale[None, None], inputs_kv, *args, **kwargs
+    )
 
 
 def assert_as_init_draws(config, shape=(1, 1, 1)):
