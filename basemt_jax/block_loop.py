@@ -98,15 +98,14 @@ def run(
   if not scan:  # Blocks of a kind are traced once, if not compiled once.
     apply = jax.jit(apply, static_argnums=0)
   names = [f"layers_{i}" for i in range(len(blocks))]
-  own = []
-  for i, name in enumerate(names):
-    variables = {
-      collection: tree[name]
-      for collection, tree in parent.variables.items()
-      if name in tree
-    }
-    key = None if keys is None else keys[i]
-    own.append((variables, own_arguments[i], key))
+  own = [
+    (
+      _variables(parent, name),
+      own_arguments[i],
+      keys if keys is None else keys[i],
+    )
+    for i, name in enumerate(names)
+  ]
   found: list[Tree] = []
   for start, length, repeats in (
     segments(blocks) if scan else [Segment(i, 1, 1) for i in range(len(blocks))]
@@ -129,6 +128,12 @@ def run(
     for collection, tree in updates.items():
       parent.put_variable(collection, name, tree)
   return x
+
+
+def _variables(parent: nn.Module, name: str) -> dict[str, Tree]:
+  """A block's collections."""
+  collections = parent.variables.items()
+  return {kind: tree[name] for kind, tree in collections if name in tree}
 
 
 def _pattern(apply, pattern, x: Array, own: list[Tree]):

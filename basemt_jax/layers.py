@@ -206,6 +206,51 @@ def dropout(x: Array, rate: float, keep: Array | None) -> Array:
   return jnp.where(keep, x / (1.0 - rate), jnp.zeros((), x.dtype))
 
 
+# Self-attention, cross-attention, feed-forward, inserted experts.
+MAX_SUBLAYERS = 4
+
+
+def dropout_masks(
+  key: Array, rate: float, rows: int, width: int, hidden: Sequence[int]
+) -> tuple[Array, list[dict[str, Array]], Array]:
+  """What dropout leaves in a stack of blocks, drawn at once.
+
+  Every generator is a program longer than a block's, and masks are small.
+
+  Args:
+    key: Of all of them.
+    rate: Share that is dropped.
+    rows: B.
+    width: D.
+    hidden: F of each block.
+
+  Returns:
+    Bool [2, B, 1, D] for both ends of the stack; for every block `outputs`
+    [MAX_SUBLAYERS, B, 1, D] and `hidden` [B, 1, F]; a key for every block.
+  """
+
+  def draw(key: Array, number: int, width: int) -> Array:
+    keep = jax.random.bernoulli(key, 1.0 - rate, (number, rows, 1, width))
+    return with_sharding_constraint(keep, (None, "batch", None, None))
+
+  outputs, units, own = jax.random.split(key, 3)
+  ends_and_outputs = draw(outputs, 2 + MAX_SUBLAYERS * len(hidden), width)
+  unit_masks = {
+    size: iter(draw(jax.random.fold_in(units, size), hidden.count(size), size))
+    for size in sorted(set(hidden))
+  }
+  masks = []
+  for i, size in enumerate(hidden):
+    first = 2 + MAX_SUBLAYERS * i
+    masks.append(
+      {
+        "outputs": ends_and_outputs[first : first + MAX_SUBLAYERS],
+        "hidden": next(unit_masks[size]),
+      }
+    )
+  return ends_and_outputs[:2], masks, jax.random.split(own, len(hidden))
+
+
 def rotary_embedding(x: Array, positions: Array) -> Array:
   """Rotates query or key heads by position (RoFormer, arXiv:2104.09864).
 
@@ -407,3 +452,17 @@ def segment_mask(
     order = jnp.arange(length_q)[:, None] >= jnp.arange(length_k)[None, :]
     mask = mask & order[None]
   return mask[:, None]
+
+
+def segments_of(tokens: Array, segment_ids: Array | None) -> Array:
+  """Segment ids [B, L]; without packing, 1 on tokens and 0 on padding."""
+  if segment_ids is None:
+    return (tokens > 0).astype(jnp.int32)
+  return segment_ids
+
+
+def positions_of(tokens: Array, positions: Array | None) -> Array:
+  """Positions [B, L]; without packing, 0 to L - 1."""
+  if positions is None:
+    return jnp.broadcast_to(jnp.arange(tokens.shape[1])[None], tokens.shape)
+  return positions

@@ -28,8 +28,6 @@ Params = Any
 Dtype = Literal["float32", "bfloat16", "float16"]
 FeedForward = Literal["dense", "dense_wide", "experts"]
 Placement = Literal["replace", "insert"]
-# Self-attention, cross-attention, feed-forward, inserted experts.
-MAX_SUBLAYERS = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,6 +128,10 @@ class TransformerConfig:
       self.feed_forward if i in chosen else "dense" for i in range(count)
     )
 
+  def hidden_dim(self, kind: str) -> int:
+    """Hidden units of a block's feed-forward, or of an expert's."""
+    return self.mlp_dim * (self.num_experts if kind == "dense_wide" else 1)
+
   def dense(self) -> "TransformerConfig":
     """The dense network that `conversion` turns into this one."""
     return dataclasses.replace(self, feed_forward="dense")
@@ -200,23 +202,10 @@ class Block(nn.Module):
     max_decode_length: int | None,
     keep: dict[str, Array] | None,
   ) -> Array:
-    """One block.
+    """Maps x [B, L, D] to [B, L, D].
 
-    Args:
-      x: [B, L, D].
-      mask: Of self-attention; see `layers.Attention`.
-      positions: [B, L] int32.
-      token_mask: [B, L] bool, False on padding.
-      memory: [B, Li, D] that a decoder attends to, or None.
-      memory_mask: Of cross-attention.
-      train: See `Transformer.__call__`.
-      decode: See `layers.Attention`.
-      max_decode_length: See `layers.Attention`.
-      keep: What dropout leaves: `outputs` of the block's sublayers
-        [MAX_SUBLAYERS, B, 1, D], `hidden` units [B, 1, F]; None: all.
-
-    Returns:
-      [B, L, D].
+    Masks are those of `layers.Attention`, `token_mask` [B, L] is False on
+    padding, and `keep` is one of `layers.dropout_masks`, or None: no dropout.
     """
     cfg, kind = self.config, self.kind
     hidden = None if keep is None else keep["hidden"]
@@ -248,7 +237,7 @@ class Block(nn.Module):
     else:
       y = self._norm("pre_mlp_layer_norm")(x)
       y = layers.MlpBlock(
-        cfg.mlp_dim * (cfg.num_experts if kind == "dense_wide" else 1),
+        cfg.hidden_dim(kind),
         cfg.mlp_activations,
         cfg.dropout_rate,
         jnp.dtype(cfg.dtype),
@@ -299,7 +288,13 @@ class Stack(nn.Module):
     own: Any = [None] * len(blocks)
     keys = None
     if enable_dropout and cfg.dropout_rate > 0.0:
-      ends, own, keys = self._masks(x)
+      ends, own, keys = layers.dropout_masks(
+        self.make_rng("dropout"),
+        cfg.dropout_rate,
+        x.shape[0],
+        cfg.emb_dim,
+        [cfg.hidden_dim(block.kind) for block in blocks],
+      )
     x = block_loop.run(
       self,
       blocks,
@@ -318,36 +313,6 @@ class Stack(nn.Module):
   def _norm(self) -> layers.RMSNorm:
     name = "decoder_norm" if self.is_decoder else "encoder_norm"
     return layers.RMSNorm(jnp.dtype(self.config.dtype), name=name)
-
-  def _masks(self, x: Array) -> tuple[Array, list[dict[str, Array]], Array]:
-    """What dropout leaves at both ends and in every block, and blocks' keys.
-
-    Drawn at once, one mask for all positions: a generator's program is longer
-    than that of a block.
-    """
-    cfg = self.config
-    kinds = cfg.block_kinds(self.is_decoder)
-    rows, width, count = x.shape[0], cfg.emb_dim, len(kinds)
-    outputs, hidden, own = jax.random.split(self.make_rng("dropout"), 3)
-
-    def draw(key: Array, number: int, width: int) -> Array:
-      shape = (number, rows, 1, width)
-      keep = jax.random.bernoulli(key, 1.0 - cfg.dropout_rate, shape)
-      return layers.with_sharding_constraint(keep, (None, "batch", None, None))
-
-    masks = draw(outputs, 2 + MAX_SUBLAYERS * count, width)
-    units = draw(hidden, count, cfg.mlp_dim)
-    wide = cfg.mlp_dim * cfg.num_experts
-    blocks = []
-    for i, kind in enumerate(kinds):
-      first = 2 + MAX_SUBLAYERS * i
-      unit = units[i]
-      if kind == "dense_wide":
-        unit = draw(jax.random.fold_in(hidden, i), 1, wide)[0]
-      blocks.append(
-        {"outputs": masks[first : first + MAX_SUBLAYERS], "hidden": unit}
-      )
-    return masks[:2], blocks, jax.random.split(own, count)
 
 
 class Transformer(nn.Module):
@@ -381,11 +346,11 @@ class Transformer(nn.Module):
     enable_dropout: bool = False,
   ) -> Array:
     """Encodes int tokens [B, Li] to [B, Li, D]; arguments as `__call__`'s."""
-    segments = _segments(encoder_input_tokens, encoder_segment_ids)
+    segments = layers.segments_of(encoder_input_tokens, encoder_segment_ids)
     return self.encoder(
       self.token_embedder(encoder_input_tokens),
       layers.segment_mask(segments, segments),
-      _positions(encoder_input_tokens, encoder_positions),
+      layers.positions_of(encoder_input_tokens, encoder_positions),
       segments > 0,
       train=train,
       enable_dropout=enable_dropout,
@@ -412,11 +377,11 @@ class Transformer(nn.Module):
     collections `cache` and `memory` (see `layers.Attention`). Other arguments
     as `__call__`'s; without decoder_target_tokens every position is real.
     """
-    source = _segments(encoder_input_tokens, encoder_segment_ids)
+    source = layers.segments_of(encoder_input_tokens, encoder_segment_ids)
     target = (
       jnp.ones_like(decoder_input_tokens)
       if decoder_target_tokens is None
-      else _segments(decoder_target_tokens, decoder_segment_ids)
+      else layers.segments_of(decoder_target_tokens, decoder_segment_ids)
     )
     if decode:
       mask, memory_mask = None, (source > 0)[:, None, None]
@@ -429,7 +394,7 @@ class Transformer(nn.Module):
     x = self.decoder(
       self.token_embedder(decoder_input_tokens),
       mask,
-      _positions(decoder_input_tokens, decoder_positions),
+      layers.positions_of(decoder_input_tokens, decoder_positions),
       target > 0,
       encoded,
       memory_mask,
@@ -631,17 +596,3 @@ def rounded(params: Params, dtype: str) -> Params:
 
   flat = traverse_util.flatten_dict(params)
   return traverse_util.unflatten_dict({k: cast(k, x) for k, x in flat.items()})
-
-
-def _segments(tokens: Array, segment_ids: Array | None) -> Array:
-  """Segment ids [B, L]; without packing, 1 on tokens and 0 on padding."""
-  if segment_ids is None:
-    return (tokens > 0).astype(jnp.int32)
-  return segment_ids
-
-
-def _positions(tokens: Array, positions: Array | None) -> Array:
-  """Positions [B, L]; without packing, 0 to L - 1."""
-  if positions is None:
-    return jnp.broadcast_to(jnp.arange(tokens.shape[1])[None], tokens.shape)
-  return positions
