@@ -25,7 +25,7 @@ from jax import lax
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from basemt_jax import experts, routing
+from basemt_jax import drawing, experts, routing
 
 _BATCH_AXES = ("data", "expert")
 
@@ -34,6 +34,17 @@ _BATCH_AXES = ("data", "expert")
 CONVERTED_NORM = 1e-8
 
 Metrics = dict[str, jax.Array]
+
+
+@functools.cache
+def _centroids_init(norm: float) -> drawing.Initializer:
+  """Orthogonal rows of this norm."""
+  return drawing.Initializer(nn.initializers.orthogonal(norm))
+
+
+@functools.cache
+def _gate_init(value: float) -> drawing.Initializer:
+  return drawing.Initializer(nn.initializers.constant(value))
 
 
 class BaseLayer(nn.Module):
@@ -114,7 +125,8 @@ class BaseLayer(nn.Module):
 
     Returns:
       [B, L, D] in h's type. Sows `expert` and `favourite` [B, L] int32 (-1 on
-      padding), `routing_entropy` [] and `auxiliary_loss` [] as intermediates.
+      padding), `routing_entropy` [] and `auxiliary_loss` [] as intermediates;
+      `tokens`, which are h, and `mask` as `expert_inputs`.
 
     Raises:
       ValueError: B, E or the mesh do not fit together.
@@ -124,7 +136,7 @@ class BaseLayer(nn.Module):
     settings = self._settings()
     centroids = nn_partitioning.param_with_axes(
       "expert_centroids",
-      nn.initializers.orthogonal(CONVERTED_NORM if self.converted else 0.1),
+      _centroids_init(CONVERTED_NORM if self.converted else 0.1),
       (self.num_experts, width),
       axes=("unmodeled", "embed"),
     )
@@ -134,7 +146,7 @@ class BaseLayer(nn.Module):
       scale = 1.0 / (even * self.router.num_selected_experts)
     gate = {
       name: nn_partitioning.param_with_axes(
-        f"gate_{name}", nn.initializers.constant(value), (), axes=()
+        f"gate_{name}", _gate_init(value), (), axes=()
       )
       for name, value in (("bias", 0.0), ("scale", scale))
     }
@@ -150,6 +162,8 @@ class BaseLayer(nn.Module):
     if self.is_initializing():
       return h
     mask = jnp.ones(h.shape[:2], bool) if mask is None else jnp.asarray(mask)
+    self.sow("expert_inputs", "tokens", h)
+    self.sow("expert_inputs", "mask", mask)
     enable_dropout = train if enable_dropout is None else enable_dropout
     key = None
     if enable_dropout and self.dropout_rate > 0:

@@ -36,7 +36,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
   arguments = list(sys.argv[1:] if arguments is None else arguments)
   bindings = [a[len("--gin.") :] for a in arguments if a.startswith("--gin.")]
   rest = [a for a in arguments if not a.startswith("--gin.")]
-  options = _parser().parse_args(rest)
+  configuration.keep_programs()  # Before a command imports JAX.
+  options = _parser(rest).parse_args(rest)
   options.bindings = bindings
   _quiet_libraries()
   return _guarded(options, _start)
@@ -155,12 +156,15 @@ COMMANDS = (
 )
 
 
-def _commands() -> dict[str, Any]:
+def _commands(asked: str) -> dict[str, Any]:
   """Modules by command: this package's, then those of other packages.
 
-  Others add theirs as entry points of the group `basemt_jax.commands`; see
-  docs/commands.md.
+  Only the one that is asked for, where it is known: some import much. Others
+  add theirs as entry points of the group `basemt_jax.commands`; see
+  docs/extending.md.
   """
+  if asked in COMMANDS:
+    return {asked: importlib.import_module(f"basemt_jax.commands.{asked}")}
   found = {
     name: importlib.import_module(f"basemt_jax.commands.{name}")
     for name in COMMANDS
@@ -177,14 +181,16 @@ def _commands() -> dict[str, Any]:
   return found
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(arguments: Sequence[str] = ()) -> argparse.ArgumentParser:
+  """Of the command that is asked for; some import much, and all for --help."""
   parser = _Parser(
     prog="basemt",
     description="Sparse multilingual translation: train, convert, evaluate, "
     "translate.",
   )
   commands = parser.add_subparsers(required=True, metavar="COMMAND")
-  for name, module in _commands().items():
+  asked = arguments[0] if arguments else ""
+  for name, module in _commands(asked).items():
     sub = commands.add_parser(
       name, help=module.SUMMARY, description=module.SUMMARY, allow_abbrev=False
     )

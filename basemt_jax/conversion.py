@@ -18,7 +18,6 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import linen as nn
 from flax import serialization, traverse_util
 from jax.experimental import multihost_utils
 
@@ -306,23 +305,16 @@ def cluster_centroids(
     By path of the centroids' parameter: [E, D] float32, rows of norm
     `base_layer.CONVERTED_NORM`.
   """
-  inputs: dict[str, tuple[Array, Array]] = {}
-
-  def record(next_method, args, kwargs, context):
-    if (
-      isinstance(context.module, base_layer.BaseLayer)
-      and context.method_name == "__call__"
-    ):
-      path = "/".join((*context.module.path, "expert_centroids"))
-      inputs[path] = (args[0], args[1])
-    return next_method(*args, **kwargs)
-
-  with nn.intercept_methods(record):
-    model_lib.forward(model, variables, batch, train=False)
+  _, updates = model_lib.forward(
+    model, variables, batch, train=False, reported=["expert_inputs"]
+  )
+  inputs = traverse_util.flatten_dict(updates["expert_inputs"])
   centroids = {}
-  for path, (h, mask) in sorted(inputs.items()):
+  for layer in sorted(path[:-1] for path in inputs if path[-1] == "tokens"):
+    path = "/".join((*layer, "expert_centroids"))
     h, mask = (
-      multihost_utils.process_allgather(x, tiled=True) for x in (h, mask)
+      multihost_utils.process_allgather(inputs[(*layer, name)][0], tiled=True)
+      for name in ("tokens", "mask")
     )
     tokens = np.asarray(h, np.float32)[np.asarray(mask)]
     tokens = tokens - tokens.mean(axis=0)

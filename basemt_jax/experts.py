@@ -23,7 +23,7 @@ from flax.linen import partitioning as nn_partitioning
 from jax import lax
 from jax.sharding import Mesh
 
-from basemt_jax import layers, routing
+from basemt_jax import drawing, layers, routing
 from basemt_jax.kernels import grouped_matmul
 
 # Rows of a block of tokens that share an expert, at test time. Larger blocks
@@ -80,6 +80,14 @@ class _Weight(nn.Module):
     )
 
 
+# The dense layer's initialisation, for each expert on its own.
+_kernel_init = drawing.Initializer(
+  nn.initializers.variance_scaling(
+    1.0, "fan_in", "truncated_normal", in_axis=-2, out_axis=-1, batch_axis=(0,)
+  )
+)
+
+
 class _Sublayer(nn.Module):
   """Parameters of one feed-forward sublayer of all experts."""
 
@@ -90,22 +98,13 @@ class _Sublayer(nn.Module):
 
   @nn.compact
   def __call__(self, width: int) -> dict[str, Any]:
-    # The dense layer's initialisation, for each expert on its own.
-    init = nn.initializers.variance_scaling(
-      1.0,
-      "fan_in",
-      "truncated_normal",
-      in_axis=-2,
-      out_axis=-1,
-      batch_axis=(0,),
-    )
     experts, hidden = self.num_experts, self.mlp_dim
     names = ["wi"]
     if self.num_inputs > 1:
       names = [f"wi_{i}" for i in range(self.num_inputs)]
     norm = _Weight(
       "scale",
-      nn.initializers.ones,
+      layers.ones_init,
       (experts, width),
       ("expert", "embed"),
       name="layer_norm",
@@ -113,7 +112,7 @@ class _Sublayer(nn.Module):
     inputs = [
       _Weight(
         "kernel",
-        init,
+        _kernel_init,
         (experts, width, hidden),
         ("expert", "embed", "expert_mlp"),
         name=name,
@@ -122,7 +121,7 @@ class _Sublayer(nn.Module):
     ]
     output = _Weight(
       "kernel",
-      nn.initializers.zeros if self.zero_init_output else init,
+      layers.zeros_init if self.zero_init_output else _kernel_init,
       (experts, hidden, width),
       ("expert", "expert_mlp", "embed"),
       name="wo",

@@ -16,17 +16,23 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax.linen import partitioning as nn_partitioning
 
+from basemt_jax import drawing
+
 Array = jax.Array
 
 param_with_axes = nn_partitioning.param_with_axes
 with_sharding_constraint = nn_partitioning.with_sharding_constraint
 
 
-def kernel_init() -> Callable[..., Array]:
-  """Truncated normal with variance 1 / fan-in, for kernels [in, out]."""
-  return nn.initializers.variance_scaling(
+# Truncated normal with variance 1 / fan-in, for kernels [in, out].
+kernel_init = drawing.Initializer(
+  nn.initializers.variance_scaling(
     1.0, "fan_in", "truncated_normal", in_axis=-2, out_axis=-1, batch_axis=()
   )
+)
+ones_init = drawing.Initializer(nn.initializers.ones)
+zeros_init = drawing.Initializer(nn.initializers.zeros)
+_embedding_init = drawing.Initializer(nn.initializers.normal(1.0))
 
 
 def activation(name: str) -> Callable[[Array], Array]:
@@ -59,7 +65,7 @@ class Dense(nn.Module):
   def __call__(self, x: Array) -> Array:
     """Maps [..., in] to [..., features]."""
     kernel = param_with_axes(
-      "kernel", kernel_init(), (x.shape[-1], self.features), axes=self.axes
+      "kernel", kernel_init, (x.shape[-1], self.features), axes=self.axes
     )
     return jnp.dot(x.astype(self.dtype), kernel.astype(self.dtype))
 
@@ -76,9 +82,7 @@ class RMSNorm(nn.Module):
   @nn.compact
   def __call__(self, x: Array) -> Array:
     """Normalises the last axis of [..., D]."""
-    scale = param_with_axes(
-      "scale", nn.initializers.ones, (x.shape[-1],), axes=("embed",)
-    )
+    scale = param_with_axes("scale", ones_init, (x.shape[-1],), axes=("embed",))
     return rms_norm(x, scale, self.epsilon).astype(self.dtype)
 
 
@@ -105,7 +109,7 @@ class Embed(nn.Module):
     """Creates the table [V, D]."""
     self.embedding = param_with_axes(
       "embedding",
-      nn.initializers.normal(1.0),
+      _embedding_init,
       (self.num_embeddings, self.features),
       axes=("vocab", "embed"),
     )
@@ -171,8 +175,8 @@ class MlpBlock(nn.Module):
   dtype: Any = jnp.float32
 
   @nn.compact
-  def __call__(self, x: Array, *, enable_dropout: bool) -> Array:
-    """Maps [B, L, D] to [B, L, D]."""
+  def __call__(self, x: Array, keep: Array | None = None) -> Array:
+    """Maps [B, L, D] to [B, L, D]; `keep` [B, 1, F]: see `dropout`."""
     hidden: Any = 1.0
     for i, name in enumerate(self.activations):
       y = Dense(
@@ -182,25 +186,69 @@ class MlpBlock(nn.Module):
         name="wi" if len(self.activations) == 1 else f"wi_{i}",
       )(x)
       hidden = activation(name)(y) * hidden
-    hidden = dropout(self, hidden, self.dropout_rate, enable_dropout)
+    hidden = dropout(hidden, self.dropout_rate, keep)
     hidden = with_sharding_constraint(hidden, ("batch", "length", "mlp"))
     return Dense(x.shape[-1], ("mlp", "embed"), self.dtype, name="wo")(hidden)
 
 
-def dropout(
-  module: nn.Module, x: Array, rate: float, enable: bool, axis: int = -2
-) -> Array:
-  """Dropout with one mask for all positions along `axis`, as in T5.
+def dropout(x: Array, rate: float, keep: Array | None) -> Array:
+  """What is kept of x, scaled by 1 / (1 - rate).
 
-  Sharing the mask over the length saves random bits, whose generation is a
-  visible share of a training step.
+  Args:
+    x: [..., L, D].
+    rate: Share that is dropped.
+    keep: bool, broadcastable to x; None: all of x stays as it is. One mask for
+      all positions, [..., 1, D], is T5's way, and saves random bits, whose
+      generation is a visible share of a training step.
   """
-  if not enable or rate == 0.0:
+  if keep is None:
     return x
-  shape = list(x.shape)
-  shape[axis] = 1
-  keep = jax.random.bernoulli(module.make_rng("dropout"), 1.0 - rate, shape)
   return jnp.where(keep, x / (1.0 - rate), jnp.zeros((), x.dtype))
+
+
+# Self-attention, cross-attention, feed-forward, inserted experts.
+MAX_SUBLAYERS = 4
+
+
+def dropout_masks(
+  key: Array, rate: float, rows: int, width: int, hidden: Sequence[int]
+) -> tuple[Array, list[dict[str, Array]], Array]:
+  """What dropout leaves in a stack of blocks, drawn at once.
+
+  Every generator is a program longer than a block's, and masks are small.
+
+  Args:
+    key: Of all of them.
+    rate: Share that is dropped.
+    rows: B.
+    width: D.
+    hidden: F of each block.
+
+  Returns:
+    Bool [2, B, 1, D] for both ends of the stack; for every block `outputs`
+    [MAX_SUBLAYERS, B, 1, D] and `hidden` [B, 1, F]; a key for every block.
+  """
+
+  def draw(key: Array, number: int, width: int) -> Array:
+    keep = jax.random.bernoulli(key, 1.0 - rate, (number, rows, 1, width))
+    return with_sharding_constraint(keep, (None, "batch", None, None))
+
+  outputs, units, own = jax.random.split(key, 3)
+  ends_and_outputs = draw(outputs, 2 + MAX_SUBLAYERS * len(hidden), width)
+  unit_masks = {
+    size: iter(draw(jax.random.fold_in(units, size), hidden.count(size), size))
+    for size in sorted(set(hidden))
+  }
+  masks = []
+  for i, size in enumerate(hidden):
+    first = 2 + MAX_SUBLAYERS * i
+    masks.append(
+      {
+        "outputs": ends_and_outputs[first : first + MAX_SUBLAYERS],
+        "hidden": next(unit_masks[size]),
+      }
+    )
+  return ends_and_outputs[:2], masks, jax.random.split(own, len(hidden))
 
 
 def rotary_embedding(x: Array, positions: Array) -> Array:
@@ -231,16 +279,16 @@ class Attention(nn.Module):
   """Multi-head dot-product attention with a cache for decoding.
 
   Attributes:
-    num_heads: H.
+    num_heads: H; this and the next two are the network's.
     head_dim: K.
     dtype: Computation type.
     implementation: Of `jax.nn.dot_product_attention`, 'xla' or 'cudnn'; None:
       cuDNN's fused kernel where it can run, else XLA.
   """
 
-  num_heads: int
-  head_dim: int
-  dtype: Any = jnp.float32
+  num_heads: int = 8
+  head_dim: int = 64
+  dtype: Any = "float32"
   implementation: Any = None
 
   @nn.compact
@@ -404,3 +452,17 @@ def segment_mask(
     order = jnp.arange(length_q)[:, None] >= jnp.arange(length_k)[None, :]
     mask = mask & order[None]
   return mask[:, None]
+
+
+def segments_of(tokens: Array, segment_ids: Array | None) -> Array:
+  """Segment ids [B, L]; without packing, 1 on tokens and 0 on padding."""
+  if segment_ids is None:
+    return (tokens > 0).astype(jnp.int32)
+  return segment_ids
+
+
+def positions_of(tokens: Array, positions: Array | None) -> Array:
+  """Positions [B, L]; without packing, 0 to L - 1."""
+  if positions is None:
+    return jnp.broadcast_to(jnp.arange(tokens.shape[1])[None], tokens.shape)
+  return positions

@@ -11,7 +11,8 @@ layers are (arXiv:2103.16716).
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import jax
@@ -19,7 +20,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax import traverse_util
 
-from basemt_jax import base_layer, layers, ranges, routing
+from basemt_jax import base_layer, block_loop, layers, ranges, routing
 
 Array = jax.Array
 Params = Any
@@ -47,7 +48,12 @@ class TransformerConfig:
       float32.
     remat: Recompute each block in the backward pass: less memory, a third
       more time.
-    attention_implementation: See `layers.Attention`.
+    scan_blocks: Compile blocks that repeat as the body of a loop, the same
+      function: a deep network takes little longer to compile than a shallow
+      one, but a step takes longer, by a third on an H100, for what passes
+      between the turns is copied.
+    attention: A module with the call and the first three attributes of
+      `layers.Attention`; blocks fill these in.
     feed_forward: What stands in the expert blocks: 'dense', the plain
       feed-forward; 'dense_wide', one of width E * F, which has the experts'
       parameters without their sparsity; 'experts'.
@@ -74,7 +80,8 @@ class TransformerConfig:
   dropout_rate: ranges.Fraction = 0.1
   dtype: Dtype = "float32"
   remat: bool = False
-  attention_implementation: str | None = None
+  scan_blocks: bool = False
+  attention: nn.Module = layers.Attention()  # noqa: RUF009
   feed_forward: FeedForward = "dense"
   encoder_expert_blocks: Sequence[int] = ()
   decoder_expert_blocks: Sequence[int] = ()
@@ -111,6 +118,20 @@ class TransformerConfig:
         "that experts replace; set placement to 'replace'"
       )
 
+  def block_kinds(self, is_decoder: bool) -> tuple[str, ...]:
+    """What stands in each block: 'dense', 'dense_wide' or 'experts'."""
+    count = self.num_decoder_layers if is_decoder else self.num_encoder_layers
+    chosen = (
+      self.decoder_expert_blocks if is_decoder else self.encoder_expert_blocks
+    )
+    return tuple(
+      self.feed_forward if i in chosen else "dense" for i in range(count)
+    )
+
+  def hidden_dim(self, kind: str) -> int:
+    """Hidden units of a block's feed-forward, or of an expert's."""
+    return self.mlp_dim * (self.num_experts if kind == "dense_wide" else 1)
+
   def dense(self) -> "TransformerConfig":
     """The dense network that `conversion` turns into this one."""
     return dataclasses.replace(self, feed_forward="dense")
@@ -121,40 +142,30 @@ class Block(nn.Module):
 
   Attributes:
     config: The network's configuration.
-    index: Position in the stack, from 0.
+    kind: Its own feed-forward: 'dense', 'dense_wide' or 'experts'.
     is_decoder: Whether attention is causal and a source is attended to.
     mesh: The device mesh, for experts; None: one device.
   """
 
   config: TransformerConfig
-  index: int
+  kind: str
   is_decoder: bool
   mesh: Any = None
 
   def _norm(self, name: str) -> layers.RMSNorm:
     return layers.RMSNorm(jnp.dtype(self.config.dtype), name=name)
 
-  def _attention(self, name: str) -> layers.Attention:
+  def _attention(self, name: str) -> Any:
     cfg = self.config
-    return layers.Attention(
-      cfg.num_heads,
-      cfg.head_dim,
-      jnp.dtype(cfg.dtype),
-      cfg.attention_implementation,
+    return cfg.attention.clone(
+      parent=self,
       name=name,
+      num_heads=cfg.num_heads,
+      head_dim=cfg.head_dim,
+      dtype=jnp.dtype(cfg.dtype),
     )
 
-  def _expert_kind(self) -> str:
-    """'dense', 'dense_wide' or 'experts': this block's own feed-forward."""
-    cfg = self.config
-    blocks = (
-      cfg.decoder_expert_blocks
-      if self.is_decoder
-      else cfg.encoder_expert_blocks
-    )
-    return cfg.feed_forward if self.index in blocks else "dense"
-
-  def _experts(self, x: Array, mask: Array, train, enable_dropout) -> Array:
+  def _experts(self, x: Array, mask: Array, train, keep) -> Array:
     cfg = self.config
     y = base_layer.BaseLayer(
       num_experts=cfg.num_experts,
@@ -171,11 +182,11 @@ class Block(nn.Module):
       dtype=jnp.dtype(cfg.dtype),
       mesh=self.mesh,
       name="base_layer",
-    )(x, mask, train=train, enable_dropout=enable_dropout)
-    if not enable_dropout or cfg.dropout_rate == 0.0:
+    )(x, mask, train=train, enable_dropout=keep is not None)
+    if keep is None:
       return y
     # What the experts add is dropped as any sublayer's output is.
-    return x + layers.dropout(self, y - x, cfg.dropout_rate, enable_dropout)
+    return x + layers.dropout(y - x, cfg.dropout_rate, keep)
 
   @nn.compact
   def __call__(
@@ -187,16 +198,23 @@ class Block(nn.Module):
     memory: Any,
     memory_mask: Array | None,
     train: bool,
-    enable_dropout: bool,
     decode: bool,
     max_decode_length: int | None,
+    keep: dict[str, Array] | None,
   ) -> Array:
-    """Maps x [B, L, D] to [B, L, D]; token_mask [B, L]: False on padding."""
-    cfg = self.config
-    kind = self._expert_kind()
+    """Maps x [B, L, D] to [B, L, D].
+
+    Masks are those of `layers.Attention`, `token_mask` [B, L] is False on
+    padding, and `keep` is one of `layers.dropout_masks`, or None: no dropout.
+    """
+    cfg, kind = self.config, self.kind
+    hidden = None if keep is None else keep["hidden"]
+    sublayers: Iterator[Any] = itertools.repeat(None)
+    if keep is not None:
+      sublayers = iter(keep["outputs"])
 
     def drop(y: Array) -> Array:
-      return layers.dropout(self, y, cfg.dropout_rate, enable_dropout)
+      return layers.dropout(y, cfg.dropout_rate, next(sublayers))
 
     y = self._norm("pre_self_attention_layer_norm")(x)
     y = self._attention("self_attention")(
@@ -215,19 +233,19 @@ class Block(nn.Module):
       )
       x = x + drop(y)
     if kind == "experts" and cfg.placement == "replace":
-      x = self._experts(x, token_mask, train, enable_dropout)
+      x = self._experts(x, token_mask, train, next(sublayers))
     else:
       y = self._norm("pre_mlp_layer_norm")(x)
       y = layers.MlpBlock(
-        cfg.mlp_dim * (cfg.num_experts if kind == "dense_wide" else 1),
+        cfg.hidden_dim(kind),
         cfg.mlp_activations,
         cfg.dropout_rate,
         jnp.dtype(cfg.dtype),
         name="mlp",
-      )(y, enable_dropout=enable_dropout)
+      )(y, hidden)
       x = x + drop(y)
     if kind == "experts" and cfg.placement == "insert":
-      x = self._experts(x, token_mask, train, enable_dropout)
+      x = self._experts(x, token_mask, train, next(sublayers))
     return layers.with_sharding_constraint(x, ("batch", "length", "embed"))
 
 
@@ -254,29 +272,47 @@ class Stack(nn.Module):
   ) -> Array:
     """Maps embeddings [B, L, D] to [B, L, D]; arguments as `Block`'s."""
     cfg = self.config
-    block = (
-      nn.remat(Block, static_argnums=(7, 8, 9, 10)) if cfg.remat else Block
+    blocks = [
+      Block(cfg, kind, self.is_decoder, self.mesh, parent=None)
+      for kind in cfg.block_kinds(self.is_decoder)
+    ]
+    arguments = (
+      *(mask, positions, token_mask, memory, memory_mask),
+      *(train, decode, max_decode_length),
     )
-    count = (
-      cfg.num_decoder_layers if self.is_decoder else cfg.num_encoder_layers
-    )
-    x = layers.dropout(self, x, cfg.dropout_rate, enable_dropout)
-    for i in range(count):
-      x = block(cfg, i, self.is_decoder, self.mesh, name=f"layers_{i}")(
-        x,
-        mask,
-        positions,
-        token_mask,
-        memory,
-        memory_mask,
-        train,
-        enable_dropout,
-        decode,
-        max_decode_length,
+    if self.is_initializing():
+      for i, block in enumerate(blocks):
+        x = block.clone(parent=self, name=f"layers_{i}")(x, *arguments, None)
+      return self._norm()(x)
+    ends: Any = (None, None)
+    own: Any = [None] * len(blocks)
+    keys = None
+    if enable_dropout and cfg.dropout_rate > 0.0:
+      ends, own, keys = layers.dropout_masks(
+        self.make_rng("dropout"),
+        cfg.dropout_rate,
+        x.shape[0],
+        cfg.emb_dim,
+        [cfg.hidden_dim(block.kind) for block in blocks],
       )
+    x = block_loop.run(
+      self,
+      blocks,
+      layers.dropout(x, cfg.dropout_rate, ends[0]),
+      arguments,
+      own,
+      keys,
+      # Stacked in the type of the products, which need them in it anyway.
+      prepare=lambda params: rounded(params, cfg.dtype),
+      # A step of decoding reads every weight once: copies would double that.
+      scan=cfg.scan_blocks and not decode,
+      remat=cfg.remat,
+    )
+    return layers.dropout(self._norm()(x), cfg.dropout_rate, ends[1])
+
+  def _norm(self) -> layers.RMSNorm:
     name = "decoder_norm" if self.is_decoder else "encoder_norm"
-    x = layers.RMSNorm(jnp.dtype(cfg.dtype), name=name)(x)
-    return layers.dropout(self, x, cfg.dropout_rate, enable_dropout)
+    return layers.RMSNorm(jnp.dtype(self.config.dtype), name=name)
 
 
 class Transformer(nn.Module):
@@ -310,11 +346,11 @@ class Transformer(nn.Module):
     enable_dropout: bool = False,
   ) -> Array:
     """Encodes int tokens [B, Li] to [B, Li, D]; arguments as `__call__`'s."""
-    segments = _segments(encoder_input_tokens, encoder_segment_ids)
+    segments = layers.segments_of(encoder_input_tokens, encoder_segment_ids)
     return self.encoder(
       self.token_embedder(encoder_input_tokens),
       layers.segment_mask(segments, segments),
-      _positions(encoder_input_tokens, encoder_positions),
+      layers.positions_of(encoder_input_tokens, encoder_positions),
       segments > 0,
       train=train,
       enable_dropout=enable_dropout,
@@ -341,11 +377,11 @@ class Transformer(nn.Module):
     collections `cache` and `memory` (see `layers.Attention`). Other arguments
     as `__call__`'s; without decoder_target_tokens every position is real.
     """
-    source = _segments(encoder_input_tokens, encoder_segment_ids)
+    source = layers.segments_of(encoder_input_tokens, encoder_segment_ids)
     target = (
       jnp.ones_like(decoder_input_tokens)
       if decoder_target_tokens is None
-      else _segments(decoder_target_tokens, decoder_segment_ids)
+      else layers.segments_of(decoder_target_tokens, decoder_segment_ids)
     )
     if decode:
       mask, memory_mask = None, (source > 0)[:, None, None]
@@ -358,7 +394,7 @@ class Transformer(nn.Module):
     x = self.decoder(
       self.token_embedder(decoder_input_tokens),
       mask,
-      _positions(decoder_input_tokens, decoder_positions),
+      layers.positions_of(decoder_input_tokens, decoder_positions),
       target > 0,
       encoded,
       memory_mask,
@@ -493,6 +529,7 @@ def forward(
   train: bool,
   enable_dropout: bool | None = None,
   dropout_rng: Array | None = None,
+  reported: Sequence[str] = ("intermediates",),
 ) -> tuple[Array, dict[str, Any]]:
   """Logits of a batch, and what the network's collections became.
 
@@ -503,10 +540,12 @@ def forward(
     train: See `Transformer.__call__`.
     enable_dropout: See `Transformer.__call__`.
     dropout_rng: Key, needed with dropout.
+    reported: Collections of what modules tell: `intermediates` of routers,
+      `expert_inputs`.
 
   Returns:
-    Logits [B, Lt, V] float32; and `intermediates` (what routers report) with,
-    in training, the other collections' new values.
+    Logits [B, Lt, V] float32; and what was reported with, in training, the
+    other collections' new values.
   """
   names = (
     "encoder_input_tokens",
@@ -517,7 +556,7 @@ def forward(
     "encoder_positions",
     "decoder_positions",
   )
-  mutable = ["intermediates"]
+  mutable = list(reported)
   if train:
     mutable += [name for name in variables if name != "params"]
   call: Any = network.apply
@@ -529,7 +568,7 @@ def forward(
     rngs=None if dropout_rng is None else {"dropout": dropout_rng},
     mutable=mutable,
   )
-  return logits, {"intermediates": {}, **updates}
+  return logits, {**{name: {} for name in reported}, **updates}
 
 
 def rounded(params: Params, dtype: str) -> Params:
@@ -557,17 +596,3 @@ def rounded(params: Params, dtype: str) -> Params:
 
   flat = traverse_util.flatten_dict(params)
   return traverse_util.unflatten_dict({k: cast(k, x) for k, x in flat.items()})
-
-
-def _segments(tokens: Array, segment_ids: Array | None) -> Array:
-  """Segment ids [B, L]; without packing, 1 on tokens and 0 on padding."""
-  if segment_ids is None:
-    return (tokens > 0).astype(jnp.int32)
-  return segment_ids
-
-
-def _positions(tokens: Array, positions: Array | None) -> Array:
-  """Positions [B, L]; without packing, 0 to L - 1."""
-  if positions is None:
-    return jnp.broadcast_to(jnp.arange(tokens.shape[1])[None], tokens.shape)
-  return positions

@@ -1,15 +1,21 @@
-"""The phases of a run: dense, then sparse, with the network and rate of each.
+"""The phases of a run: dense, then sparse, and the step from one to the other.
 
 A run of experts with `steps.Settings.dense_steps` trains the same network with
 plain feed-forwards first; any other run has one phase.
 """
 
 import dataclasses
+from typing import Any
 
+import jax
+import jax.numpy as jnp
+from flax import traverse_util
 from jax.sharding import Mesh
 
+from basemt_jax import conversion, optimizer, partitioning, steps
 from basemt_jax import model as model_lib
-from basemt_jax import optimizer, steps
+
+Tree = Any
 
 
 def network(
@@ -51,3 +57,169 @@ def program(
     mesh,
     num_directions,
   )
+
+
+class Conversion:
+  """The sparse state that continues a dense one, verified on a real batch.
+
+  All it runs can be compiled before: see `compile`.
+
+  Args:
+    dense: Program of the state.
+    sparse: Program to go on with; its settings say how experts start.
+  """
+
+  def __init__(self, dense: steps.Program, sparse: steps.Program):
+    self._dense, self._sparse = dense, sparse
+    self._options = sparse.settings.conversion_options
+    self._rules = conversion.default_rules(sparse.model.config.placement)
+    shapes = traverse_util.flatten_dict(sparse.shapes.params)
+    plan = conversion.plan(
+      traverse_util.flatten_dict(dense.shapes.params, sep="/"),
+      ("/".join(path) for path in shapes),
+      self._rules,
+    )
+    # Only what no dense value fills is drawn.
+    self._new_paths = [p for p in shapes if plan["/".join(p)][1] is None]
+    self._new: dict[tuple[str, ...], jax.Array] | None = None
+    self._convert = steps.Compiled(
+      jax.jit(self._converted, out_shardings=sparse.shardings.params),
+      sparse.mesh,
+    )
+    self._copy_moments = steps.Compiled(
+      jax.jit(
+        lambda old, new: conversion.convert_opt_state(old, new, self._rules),
+        out_shardings=sparse.shardings.opt_state,
+        donate_argnums=1,
+      ),
+      sparse.mesh,
+    )
+    self._error = steps.Compiled(
+      jax.jit(
+        self._function_error,
+        out_shardings=partitioning.replicated(sparse.mesh),
+      ),
+      sparse.mesh,
+    )
+
+  def check(self, batch: steps.Batch) -> None:
+    """Raises what is wrong with a batch's shapes for the sparse program."""
+    self._sparse.check(batch)
+
+  def compile(self, batch: steps.Batch) -> None:
+    """Compiles conversion and sparse phase, in any thread.
+
+    Args:
+      batch: Global arrays, of which only the shapes count.
+    """
+    shapes = jax.tree.map(
+      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding),
+      batch,
+    )
+    dense, sparse = (
+      program.abstract_state() for program in (self._dense, self._sparse)
+    )
+    self._sparse.compile(shapes)
+    self._convert.compile(dense.params, self._drawn())
+    if self._options.optimizer == "copy":
+      self._copy_moments.compile(dense.opt_state, sparse.opt_state)
+    self._error.compile(
+      self._dense.variables(dense), self._sparse.variables(sparse), shapes
+    )
+
+  def __call__(
+    self, state: steps.TrainState, batch: steps.Batch
+  ) -> tuple[steps.TrainState, float]:
+    """Converts.
+
+    Args:
+      state: After the last dense step.
+      batch: Global arrays.
+
+    Returns:
+      The sparse state; and the relative error of the function (see
+      `conversion.relative_error`) in float32 and without dropout, the worse of
+      balanced and greedy routing.
+
+    Raises:
+      ValueError: The function should have been preserved, but the error
+        exceeds `conversion.TOLERANCE`.
+    """
+    params = self._convert(state.params, self._drawn())
+    converted = dataclasses.replace(self._sparse.begin(params), step=state.step)
+    if self._options.optimizer == "copy":
+      moments = self._copy_moments(state.opt_state, converted.opt_state)
+      converted = dataclasses.replace(converted, opt_state=moments)
+    if self._options.centroids == "activations":
+      converted = self._with_centroids(converted, batch)
+    error = float(
+      self._error(
+        self._dense.variables(state), self._sparse.variables(converted), batch
+      )
+    )
+    if self._options.preserves_function and not error <= conversion.TOLERANCE:
+      raise ValueError(
+        f"the converted model differs from the dense one by {error:.1e} of the "
+        f"largest logit, more than {conversion.TOLERANCE:.0e}; nothing was "
+        "written"
+      )
+    return converted, error
+
+  def _drawn(self) -> dict[tuple[str, ...], jax.Array]:
+    if self._new is None:
+      self._new = self._sparse.draw(self._new_paths)
+    return self._new
+
+  def _converted(self, dense: Tree, new: Tree) -> Tree:
+    """Sparse parameters from dense ones, to be traced."""
+    shapes = traverse_util.flatten_dict(self._sparse.shapes.params)
+    return conversion.convert_params(
+      dense,
+      traverse_util.unflatten_dict({**shapes, **new}),
+      self._rules,
+      self._options,
+    )
+
+  def _rows(self, batch: steps.Batch) -> steps.Batch:
+    """Rows that fit on the devices, taken apart as a step does."""
+    parts = self._sparse.settings.microbatches
+    return jax.tree.map(
+      lambda x: x.reshape(-1, parts, *x.shape[1:])[:, 0], batch
+    )
+
+  def _with_centroids(
+    self, state: steps.TrainState, batch: steps.Batch
+  ) -> steps.TrainState:
+    sparse = self._sparse
+    centroids = conversion.cluster_centroids(
+      sparse.model, sparse.variables(state), self._rows(batch), self._options
+    )
+    params = conversion.replace_leaves(state.params, centroids)
+    return dataclasses.replace(
+      state, params=jax.device_put(params, sparse.shardings.params)
+    )
+
+  def _function_error(
+    self, dense: Tree, sparse: Tree, batch: steps.Batch
+  ) -> jax.Array:
+    """Of variables, to be traced; the dense network runs once for both."""
+    rows = self._rows(batch)
+
+    def logits(program: steps.Program, variables: Tree, train: bool):
+      config = dataclasses.replace(program.model.config, dtype="float32")
+      network = model_lib.Transformer(config, program.model.mesh)
+      return model_lib.forward(
+        network, variables, rows, train=train, enable_dropout=False
+      )[0]
+
+    with jax.default_matmul_precision("float32"):
+      expected = logits(self._dense, dense, False)
+      errors = [
+        conversion.relative_error(
+          expected,
+          logits(self._sparse, sparse, train),
+          rows["decoder_loss_weights"],
+        )
+        for train in (True, False)
+      ]
+    return jnp.max(jnp.stack(errors))

@@ -8,20 +8,21 @@ a step does is a function of the state, the batch and the step's number.
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from flax import struct
+from flax import struct, traverse_util
 from flax.linen import partitioning as nn_partitioning
 from jax.sharding import Mesh, NamedSharding
 
 from basemt_jax import (
   checkpointing,
   conversion,
+  drawing,
   losses,
   optimizer,
   partitioning,
@@ -293,9 +294,12 @@ def gradients(
     add = functools.partial(jax.tree.map, jnp.add)
     return (mutables, add(total_grads, grads), add(total_rest, rest)), None
 
-  first = part(state.mutables, jnp.zeros((), jnp.int32))
+  # From zeros, so that the step holds the network once.
+  first = jnp.zeros((), jnp.int32)
+  _, *shapes = jax.eval_shape(part, state.mutables, first)
+  zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
   (mutables, grads, (loss, sums)), _ = jax.lax.scan(
-    body, first, jnp.arange(1, parts)
+    body, (state.mutables, *zeros), jnp.arange(parts)
   )
   return loss, grads, mutables, sums
 
@@ -389,6 +393,44 @@ def routing_step(
   )
 
 
+class Compiled:
+  """A jitted function that can be compiled before it is first called.
+
+  Args:
+    function: Of `jax.jit`.
+    mesh: Where logical axis names have their meaning.
+  """
+
+  def __init__(self, function: Any, mesh: Mesh):
+    self._function, self._mesh = function, mesh
+    self._compiled: Any = None
+
+  def __call__(self, *args: Any) -> Any:
+    """Calls it; if `compile` was called, with arguments of the same shapes."""
+    return self._in_scope(self._compiled or self._function, *args)
+
+  def lower(self, *args: Any) -> jax.stages.Lowered:
+    """Ready to be compiled, for arguments given by shapes and shardings."""
+    return self._in_scope(self._function.lower, *args)
+
+  def compile(self, *args: Any) -> None:
+    """Compiles; any thread may do so while others run programs."""
+    self._compiled = self.lower(*args).compile()
+
+  def trace(self, *args: Any) -> Any:
+    """The shapes of what it returns."""
+    return self._in_scope(
+      functools.partial(jax.eval_shape, self._function), *args
+    )
+
+  def _in_scope(self, function: Callable[..., Any], *args: Any) -> Any:
+    with (
+      jax.set_mesh(self._mesh),
+      nn_partitioning.axis_rules(partitioning.LOGICAL_AXIS_RULES),
+    ):
+      return function(*args)
+
+
 class Program:
   """One phase's model with its shardings and compiled functions.
 
@@ -413,70 +455,90 @@ class Program:
     self.mesh = mesh
     self.settings = settings
     self.name = "sparse" if config.feed_forward == "experts" else "dense"
-    key, _ = keys(settings.seed)
-    axes: dict[str, Tree] = {}
+    self._key, _ = keys(settings.seed)
+    noted: dict[str, Any] = {}
 
     def init(key: Array) -> TrainState:
-      state, found = init_state(self.model, settings.optimizer, key)
-      axes.update(found)
+      with drawing.recording() as found:
+        state, noted["axes"] = init_state(self.model, settings.optimizer, key)
+      noted["draws"] = drawing.draws_of(found, state.params)
       return state
 
-    self.shapes = jax.eval_shape(init, key)
+    self.shapes = jax.eval_shape(init, self._key)
+    self._draws = noted["draws"]
     self.shardings = state_shardings(
-      self.shapes, axes, settings.optimizer, mesh
+      self.shapes, noted["axes"], settings.optimizer, mesh
+    )
+    self._begin = Compiled(
+      jax.jit(
+        lambda params: dataclasses.replace(
+          init(self._key), params={}, opt_state=settings.optimizer.init(params)
+        ),
+        out_shardings=dataclasses.replace(self.shardings, params={}),
+      ),
+      mesh,
+    )
+    self._draw_all = Compiled(
+      jax.jit(
+        lambda key: traverse_util.flatten_dict(
+          init_state(self.model, settings.optimizer, key)[0].params
+        ),
+        out_shardings=traverse_util.flatten_dict(self.shardings.params),
+      ),
+      mesh,
     )
     batch = partitioning.batch_sharding(mesh)
-    make_state = jax.jit(init, out_shardings=self.shardings)
-    self.init = functools.partial(self._scoped(make_state), key)
-    # Ready to be compiled ahead, as `lower` has the step.
-    self.lower_init = functools.partial(self._scoped(make_state.lower), key)
-    step = jax.jit(
-      functools.partial(
-        train_step,
-        model=self.model,
-        settings=settings,
-        learning_rate=learning_rate,
-        num_directions=num_directions,
+    self._train_step = Compiled(
+      jax.jit(
+        functools.partial(
+          train_step,
+          model=self.model,
+          settings=settings,
+          learning_rate=learning_rate,
+          num_directions=num_directions,
+        ),
+        in_shardings=(self.shardings, batch),
+        out_shardings=(self.shardings, partitioning.replicated(mesh)),
+        donate_argnums=0,
       ),
-      in_shardings=(self.shardings, batch),
-      out_shardings=(self.shardings, partitioning.replicated(mesh)),
-      donate_argnums=0,
+      mesh,
     )
-    self._train_step = self._scoped(step)
-    self._trace_step = self._scoped(functools.partial(jax.eval_shape, step))
-    self._lower_step = self._scoped(step.lower)
     # Apart from the step, so that the step is compiled only once.
     # No sums are given away: the loop waits for those of earlier steps.
     self._add_sums = jax.jit(add_sums)
-    self.eval_step = self._scoped(
-      jax.jit(
-        functools.partial(
-          eval_step, model=self.model, num_directions=num_directions
+    self.eval_step, self.routing_step = (
+      Compiled(
+        jax.jit(
+          functools.partial(
+            function, model=self.model, num_directions=num_directions
+          ),
+          out_shardings=partitioning.replicated(mesh),
         ),
-        out_shardings=partitioning.replicated(mesh),
+        mesh,
       )
-    )
-    self.routing_step = self._scoped(
-      jax.jit(
-        functools.partial(
-          routing_step, model=self.model, num_directions=num_directions
-        ),
-        out_shardings=partitioning.replicated(mesh),
-      )
+      for function in (eval_step, routing_step)
     )
 
-  def _scoped(self, function: Callable[..., Any]) -> Callable[..., Any]:
-    """Calls `function` where logical axis names have their meaning."""
+  def init(self) -> TrainState:
+    """The initial state, the same on any devices."""
+    paths = traverse_util.flatten_dict(self.shapes.params)
+    return self.begin(traverse_util.unflatten_dict(self.draw(paths)))
 
-    @functools.wraps(function)
-    def call(*args):
-      with (
-        jax.set_mesh(self.mesh),
-        nn_partitioning.axis_rules(partitioning.LOGICAL_AXIS_RULES),
-      ):
-        return function(*args)
+  def draw(self, paths: Iterable[drawing.Path]) -> dict[drawing.Path, Array]:
+    """Initial values of the parameters of these paths."""
+    if self._draws is None:  # A module draws in its own way.
+      drawn = self._draw_all(self._key)
+      return {path: drawn[path] for path in paths}
+    return drawing.drawn(
+      {path: self._draws[path] for path in paths},
+      self.shapes.params,
+      self.shardings.params,
+      self._key,
+    )
 
-    return call
+  def begin(self, params: Tree) -> TrainState:
+    """The state before the first step, with these parameters."""
+    return dataclasses.replace(self._begin(params), params=params)
 
   def train_step(
     self, state: TrainState, metrics: dict[str, Any] | None, batch: Batch
@@ -487,22 +549,30 @@ class Program:
 
   def check(self, batch: Batch) -> None:
     """Traces a step, and so raises what is wrong with a batch's shapes."""
-    self._trace_step(self.shapes, batch)
+    self._train_step.trace(self.shapes, batch)
 
   def lower(self, batch: Batch) -> jax.stages.Lowered:
     """The training step, ready to be compiled, for a batch given by shapes."""
-    return self._lower_step(self.shapes, batch)
+    return self._train_step.lower(self.shapes, batch)
 
-  def abstract_tree(self) -> dict[str, Any]:
-    """Shapes and shardings of the state, as a checkpoint holds it."""
-    state = jax.tree.map(
+  def compile(self, batch: Batch) -> None:
+    """Compiles what a phase begins with, before it does."""
+    self._begin.compile(self.abstract_state().params)
+    self._train_step.compile(self.shapes, batch)
+
+  def abstract_state(self) -> TrainState:
+    """Shapes and shardings of the state."""
+    return jax.tree.map(
       lambda s, sharding: jax.ShapeDtypeStruct(
         s.shape, s.dtype, sharding=sharding
       ),
       self.shapes,
       self.shardings,
     )
-    return state.tree()
+
+  def abstract_tree(self) -> dict[str, Any]:
+    """Shapes and shardings of the state, as a checkpoint holds it."""
+    return self.abstract_state().tree()
 
   def variables(self, state: TrainState) -> Tree:
     """What `model.apply` takes, out of a state."""

@@ -21,16 +21,15 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent import futures
 from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import traverse_util
 
 from basemt_jax import (
   checkpointing,
-  conversion,
   metrics,
   partitioning,
   phases,
@@ -168,6 +167,9 @@ class Trainer:
     self._batches, self._dev_batches = batches, dev_batches
     self._writer, self._hooks = writer, hooks or Hooks()
     self._programs: dict[str, steps.Program] = {}
+    self._conversion: phases.Conversion | None = None
+    self._threads = futures.ThreadPoolExecutor(1, "compile")
+    self._compiling: futures.Future[None] | None = None
     self._checkpoints = checkpointing.Checkpoints(
       model_dir, settings.keep_checkpoints, verify=verify
     )
@@ -231,15 +233,17 @@ class Trainer:
         "phase; set dense_steps, or convert it into another directory"
       )
 
-  def _check_conversion(self, batch: Batch) -> None:
-    """Raises what would otherwise be found out after the dense phase."""
-    sparse = self._program("sparse")
-    conversion.plan(
-      traverse_util.flatten_dict(self.program.shapes.params, sep="/"),
-      traverse_util.flatten_dict(sparse.shapes.params, sep="/"),
-      conversion.default_rules(sparse.model.config.placement),
-    )
-    sparse.check(batch)
+  def _prepare_conversion(self, batch: Batch) -> None:
+    """Raises now what else would be found out after the dense phase.
+
+    On accelerators the sparse phase's programs are compiled meanwhile; a CPU
+    would only train the slower for it.
+    """
+    prepared = phases.Conversion(self.program, self._program("sparse"))
+    prepared.check(batch)
+    self._conversion = prepared
+    if jax.default_backend() != "cpu":
+      self._compiling = self._threads.submit(prepared.compile, batch)
 
   def _restore_data(self, step: int, data: Any) -> None:
     restore = getattr(self._batches, "restore", None)
@@ -287,7 +291,7 @@ class Trainer:
     while self._step < self._settings.train_steps:
       batch, position = self._next(ahead)
       if not is_checked:
-        self._check_conversion(batch)
+        self._prepare_conversion(batch)
         is_checked = True
       if self._conversion_is_due():
         self._convert(batch)
@@ -331,6 +335,7 @@ class Trainer:
 
   def close(self) -> None:
     """Waits for writing to end."""
+    self._threads.shutdown(wait=False, cancel_futures=True)
     self._checkpoints.close()
 
   def _after_step(self, position: Any) -> str:
@@ -529,129 +534,23 @@ class Trainer:
 
   def _convert(self, batch: Batch) -> None:
     """Goes over to the sparse program; verified on the batch that is next."""
-    dense, sparse = self.program, self._program("sparse")
+    if self._compiling is not None:
+      self._compiling.result()
     self._checkpoints.wait()  # Its copy makes room, as before an evaluation.
     self._hooks.message(
       f"step {self._step}: converting the dense model to "
       f"{self._config.num_experts} experts a layer"
     )
-    self.state, error = convert_state(dense, sparse, self.state, batch)
-    self.program = sparse
+    assert self._conversion is not None
+    self.state, error = self._conversion(self.state, batch)
+    self.program = self._program("sparse")
+    self._conversion = self._compiling = None
     del self._programs["dense"]
     self._hooks.message(
       f"step {self._step}: converted; largest relative difference of the "
       f"function on a training batch: {error:.1e}"
     )
     self._write(self._step, {"conversion/relative_error": error})
-
-
-def convert_state(
-  dense: steps.Program,
-  sparse: steps.Program,
-  state: steps.TrainState,
-  batch: Batch,
-) -> tuple[steps.TrainState, float]:
-  """The sparse state that continues a dense one, verified on a real batch.
-
-  Args:
-    dense: Program of the state.
-    sparse: Program to go on with; its settings say how experts start.
-    state: After the last dense step.
-    batch: Global arrays.
-
-  Returns:
-    The state; and the relative error of the function (see
-    `conversion.relative_error`), the worse of balanced and greedy routing.
-
-  Raises:
-    ValueError: The function should have been preserved, but the error exceeds
-      `conversion.TOLERANCE`; nothing has been written.
-  """
-  options = sparse.settings.conversion_options
-  rules = conversion.default_rules(sparse.model.config.placement)
-
-  def convert(
-    params: Tree, opt_state: Tree, fresh: steps.TrainState, step: jax.Array
-  ) -> steps.TrainState:
-    new = conversion.convert_params(params, fresh.params, rules, options)
-    if options.optimizer == "copy":
-      moments = conversion.convert_opt_state(opt_state, fresh.opt_state, rules)
-    else:
-      moments = fresh.opt_state
-    return dataclasses.replace(fresh, step=step, params=new, opt_state=moments)
-
-  converted = jax.jit(convert, out_shardings=sparse.shardings)(
-    state.params, state.opt_state, sparse.init(), state.step
-  )
-
-  rows = _first_microbatch(batch, sparse.settings.microbatches)
-  if options.centroids == "activations":
-    converted = _with_centroids(sparse, converted, rows)
-  error = max(
-    _function_error(dense, sparse, state, converted, rows, train)
-    for train in (True, False)
-  )
-  if options.preserves_function and not error <= conversion.TOLERANCE:
-    raise ValueError(
-      f"the converted model differs from the dense one by {error:.1e} of the "
-      f"largest logit, more than {conversion.TOLERANCE:.0e}; nothing was "
-      "written"
-    )
-  return converted, error
-
-
-def _first_microbatch(batch: Batch, parts: int) -> Batch:
-  """Rows that fit on the devices, taken apart as a step does."""
-  return jax.tree.map(lambda x: x.reshape(-1, parts, *x.shape[1:])[:, 0], batch)
-
-
-def _with_centroids(
-  sparse: steps.Program, state: steps.TrainState, batch: Batch
-) -> steps.TrainState:
-  centroids = conversion.cluster_centroids(
-    sparse.model,
-    sparse.variables(state),
-    batch,
-    sparse.settings.conversion_options,
-  )
-  params = conversion.replace_leaves(state.params, centroids)
-  return dataclasses.replace(
-    state, params=jax.device_put(params, sparse.shardings.params)
-  )
-
-
-def _function_error(
-  dense: steps.Program,
-  sparse: steps.Program,
-  dense_state: steps.TrainState,
-  sparse_state: steps.TrainState,
-  batch: Batch,
-  train: bool,
-) -> float:
-  """Relative error in float32, without dropout; balanced routing if `train`."""
-
-  def in_float32(program: steps.Program) -> model_lib.Transformer:
-    config = dataclasses.replace(program.model.config, dtype="float32")
-    return model_lib.Transformer(config, program.model.mesh)
-
-  def logits(program: steps.Program, variables: Tree, batch: Batch):
-    return model_lib.forward(
-      in_float32(program), variables, batch, train=train, enable_dropout=False
-    )[0]
-
-  def error(dense_variables: Tree, sparse_variables: Tree, batch: Batch):
-    return conversion.relative_error(
-      logits(dense, dense_variables, batch),
-      logits(sparse, sparse_variables, batch),
-      batch["decoder_loss_weights"],
-    )
-
-  with jax.default_matmul_precision("float32"):
-    return float(
-      jax.jit(error, out_shardings=partitioning.replicated(sparse.mesh))(
-        dense.variables(dense_state), sparse.variables(sparse_state), batch
-      )
-    )
 
 
 def direction_losses(

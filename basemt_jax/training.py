@@ -235,8 +235,8 @@ def _convert(
       source.restore(step, dense.abstract_tree(), "the dense model")
     )
     batch = _some_batch(run, store, known.header, step)
-    sparse_state, error = trainer.convert_state(
-      dense, sparse, state, partitioning.put_batch(batch, mesh)
+    sparse_state, error = phases.Conversion(dense, sparse)(
+      state, partitioning.put_batch(batch, mesh)
     )
     if processes.is_first():
       own = run_lib.configuration(run, known.header.vocab_size)

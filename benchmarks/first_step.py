@@ -12,7 +12,7 @@ line of the table is one process:
   trace, compile: of the training step; first: its first run;
   total: from the start of the process to the end of the first step;
   eval: the first evaluation step, compiled and run; step: milliseconds of a
-  step, the median of `--steps` single ones; instructions: of the step's
+  step, the median of `--steps` times four; instructions: of the step's
   program after XLA's passes, a measure of its size that no machine disturbs.
 
 With --conversion a run with a dense phase is trained by `trainer.Trainer`, and
@@ -56,6 +56,7 @@ class Shape:
     vocabulary: V.
     remat: See `model.TransformerConfig`.
     dtype: Of the computation.
+    scan_blocks: See `model.TransformerConfig`.
   """
 
   width: int = 384
@@ -66,6 +67,7 @@ class Shape:
   vocabulary: int = 16000
   remat: bool = False
   dtype: model.Dtype = "bfloat16"
+  scan_blocks: bool = False
 
   def config(self) -> model.TransformerConfig:
     """The network."""
@@ -81,6 +83,7 @@ class Shape:
       dropout_rate=0.1,
       dtype=self.dtype,
       remat=self.remat,
+      scan_blocks=self.scan_blocks,
       feed_forward="experts" if self.experts else "dense",
       encoder_expert_blocks=chosen,
       decoder_expert_blocks=chosen,
@@ -180,14 +183,17 @@ def measure(shape: Shape, count: int, profile: bool) -> dict[str, Any]:
   jax.block_until_ready(program.eval_step(program.variables(state), data[0]))
   clock.lap("eval")
   times = []
-  for each in itertools.islice(itertools.cycle(data), count + 2):
+  for _ in range(count + 1):
+    # Four at a time: a loop that waits for every step measures the waiting.
     start = time.perf_counter()
-    state, sums = jax.block_until_ready(step(state, each))
-    times.append(time.perf_counter() - start)
+    for each in data:
+      state, sums = step(state, each)
+    jax.block_until_ready((state, sums))
+    times.append((time.perf_counter() - start) / len(data))
   return {
     **clock.seconds,
     "total": total,
-    "step": round(1e3 * statistics.median(times[2:]), 2),
+    "step": round(1e3 * statistics.median(times[1:]), 2),
     "instructions": str(step.as_text()).count(" = "),
     "loss": round(float(np.sum(sums["nll"]) / np.sum(sums["weight"])), 4),
   }
@@ -235,8 +241,10 @@ def measure_conversion(shape: Shape, count: int) -> dict[str, Any]:
       ),
     )
     start = time.perf_counter()
-    loop.run()
+    outcome = loop.run()
     loop.close()
+  if outcome != "done":
+    raise SystemExit(f"{outcome} after step {max(clock)}: nothing to tell")
   gaps = {i: clock[i] - clock[i - 1] for i in range(2, 2 * count + 1)}
   usual = statistics.median(gaps.values())
   return {
@@ -273,10 +281,13 @@ def main() -> None:
   parser.add_argument("--conversion", action="store_true")
   parser.add_argument("--profile", action="store_true")
   parser.add_argument("--cold_only", action="store_true")
+  parser.add_argument(
+    "--scan", action="store_true", help="repeated blocks as a loop"
+  )
   parser.add_argument("--in_process", default="", help=argparse.SUPPRESS)
   args = parser.parse_args()
   if args.in_process:
-    shape = SHAPES[args.shapes[0]]
+    shape = dataclasses.replace(SHAPES[args.shapes[0]], scan_blocks=args.scan)
     device = jax.devices()[0]
     found = (
       measure_conversion(shape, args.steps)
@@ -288,6 +299,7 @@ def main() -> None:
     return
   flags = ["--steps", str(args.steps)]
   flags += ["--conversion"] * args.conversion + ["--profile"] * args.profile
+  flags += ["--scan"] * args.scan
   for name in args.shapes:
     with tempfile.TemporaryDirectory() as cache:
       for kind in ("cold", "warm")[: 1 if args.cold_only else 2]:

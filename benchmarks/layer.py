@@ -35,7 +35,7 @@ class DenseLayer(nn.Module):
   def __call__(self, h: jax.Array) -> jax.Array:
     """Maps [B, L, D] to [B, L, D]."""
     y = layers.RMSNorm(self.dtype)(h)
-    y = layers.MlpBlock(self.mlp_dim, dtype=self.dtype)(y, enable_dropout=False)
+    y = layers.MlpBlock(self.mlp_dim, dtype=self.dtype)(y)
     return h + y
 
 

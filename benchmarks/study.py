@@ -31,11 +31,9 @@ from typing import Any, Literal
 
 import jax
 import numpy as np
-from flax import linen as nn
 from flax import traverse_util
 
 from basemt_jax import (
-  base_layer,
   conversion,
   evaluation,
   heating,
@@ -420,18 +418,15 @@ def training_affinities(
 
   @jax.jit
   def inputs(variables, batch):
-    found = {}
-
-    def record(next_method, args, kwargs, context):
-      if context.method_name == "__call__" and isinstance(
-        context.module, base_layer.BaseLayer
-      ):
-        found["/".join(context.module.path)] = args[:2]
-      return next_method(*args, **kwargs)
-
-    with nn.intercept_methods(record):
-      model_lib.forward(model, variables, batch, train=False)
-    return found
+    _, updates = model_lib.forward(
+      model, variables, batch, train=False, reported=["expert_inputs"]
+    )
+    flat = traverse_util.flatten_dict(updates["expert_inputs"])
+    return {
+      "/".join(path[:-1]): (tokens, flat[(*path[:-1], "mask")][0])
+      for path, (tokens,) in flat.items()
+      if path[-1] == "tokens"
+    }
 
   source = described.train_batches(loaded.store)
   params = traverse_util.flatten_dict(loaded.variables["params"], sep="/")

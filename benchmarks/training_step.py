@@ -74,7 +74,7 @@ def config(args: argparse.Namespace, blocks: int, feed_forward: Any):
     dropout_rate=0.1,
     dtype=args.dtype,
     remat=args.remat,
-    attention_implementation=args.attention or None,
+    attention=layers.Attention(implementation=args.attention or None),
     feed_forward=feed_forward,
     encoder_expert_blocks=experts,
     decoder_expert_blocks=experts,
@@ -158,7 +158,8 @@ def _attention_bytes(cfg: model.TransformerConfig, length: int) -> int:
   size = jnp.dtype(cfg.dtype).itemsize
   shape = (1, length, cfg.num_heads, cfg.head_dim)
   heads: Any = jax.ShapeDtypeStruct(shape, jnp.dtype(cfg.dtype))
-  kind = cfg.attention_implementation or layers._implementation(heads, heads)
+  attention: Any = cfg.attention
+  kind = attention.implementation or layers._implementation(heads, heads)
   scores = 4 if kind == "cudnn" else length * (4 + (size if size < 4 else 0))
   joined = cfg.num_heads * cfg.head_dim
   return size * (2 * cfg.emb_dim + 4 * joined) + cfg.num_heads * scores
@@ -224,7 +225,7 @@ def print_memory(name: str, figures: Mapping[str, Any]) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
-  """A program whose step and initialisation are compiled.
+  """A program whose step is compiled.
 
   Attributes:
     program: What was compiled.
@@ -274,9 +275,7 @@ def compiled(
     for name, value in batch(rows, length, 0, cfg.vocab_size).items()
   }
   step = program.lower(data).compile()
-  init = program.lower_init().compile()
-  key, _ = steps.keys(settings.seed)
-  return Compiled(program, lambda: init(key), step, time.perf_counter() - start)
+  return Compiled(program, program.init, step, time.perf_counter() - start)
 
 
 def batches(

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 
+import jax
 import pytest
 import toy
 
@@ -497,3 +498,26 @@ def test_a_process_of_its_own_says_the_same(folder, tmp_path):
   assert quiet.stderr.startswith("basemt: error: configuration: --gin.BATCHS")
   loud = command("train", *flags, "--traceback")
   assert loud.returncode == 1 and "Traceback" in loud.stderr
+
+
+@pytest.mark.parametrize("own", [None, "/elsewhere"])
+def test_compiled_programs_are_kept_unless_jax_s_own_variable_says_where(
+  own, monkeypatch, tmp_path
+):
+  names = [name for name in os.environ if name.startswith("JAX_")]
+  for name in names:
+    monkeypatch.delenv(name)
+  monkeypatch.setattr(os, "environ", dict(os.environ))
+  os.environ["BASEMT_CACHE"] = str(tmp_path)
+  if own:
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = own
+  configuration.keep_programs()  # JAX is imported: too late.
+  assert os.environ.get("JAX_COMPILATION_CACHE_DIR") == own
+  monkeypatch.delitem(sys.modules, "jax")
+  configuration.keep_programs()
+  folder = os.environ["JAX_COMPILATION_CACHE_DIR"]
+  assert folder == (own or str(tmp_path / "programs"))
+  # Whoever names a folder of their own decides on its size.
+  assert ("JAX_COMPILATION_CACHE_MAX_SIZE" in os.environ) == (own is None)
+  for name in (n for n in os.environ if n.startswith("JAX_")):
+    assert hasattr(jax.config, name.lower())

@@ -187,6 +187,32 @@ def _parse(
     ) from error
 
 
+# Bytes of compiled programs that are kept between runs; the least recently used
+# go first. A training step for a GPU takes some ten million.
+_PROGRAMS_SIZE = 4 * 2**30
+
+
+def keep_programs() -> None:
+  """Has JAX keep what it compiles in the cache folder, for the next run.
+
+  JAX's own variables count where they are set. They are read when JAX is
+  imported, so that this comes before; later it does nothing.
+  """
+  from basemt_jax.data import row_store
+
+  if "jax" in sys.modules:
+    return
+  folder = os.path.join(row_store.default_cache_dir(), "programs")
+  if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = folder
+    os.environ.setdefault("JAX_COMPILATION_CACHE_MAX_SIZE", str(_PROGRAMS_SIZE))
+  for name, value in (
+    ("MIN_COMPILE_TIME_SECS", "0"),  # A run starts with hundreds of small ones.
+    ("MIN_ENTRY_SIZE_BYTES", "-1"),
+  ):
+    os.environ.setdefault(f"JAX_PERSISTENT_CACHE_{name}", value)
+
+
 @contextlib.contextmanager
 def native_output_hidden() -> Iterator[None]:
   """Hides what C++ libraries print when they are loaded.
