@@ -86,9 +86,7 @@ def together(
       f"seconds{f' at {coordinator_address}' if coordinator_address else ''}; "
       "see what they wrote, then start all processes again"
     )
-    _initialize(
-      coordinator_address, num_processes, process_id, heartbeat_seconds
-    )
+    join(coordinator_address, num_processes, process_id, heartbeat_seconds)
     say_at_death(
       f"basemt: error{name()}: ended without a word of its own, because it was "
       f"killed or because another process died; {AGAIN}"
@@ -122,12 +120,25 @@ def _end_now(code: int) -> NoReturn:
   os._exit(code)
 
 
-def _initialize(
-  coordinator_address: str | None,
-  num_processes: int | None,
-  process_id: int | None,
-  heartbeat_seconds: int,
+def join(
+  coordinator_address: str | None = None,
+  num_processes: int | None = None,
+  process_id: int | None = None,
+  heartbeat_seconds: int = 30,
+  give: str = "--coordinator_address, --num_processes and --process_id",
 ) -> None:
+  """Joins the other processes; see `together` for the arguments.
+
+  Args:
+    coordinator_address: HOST:PORT of the first process.
+    num_processes: How many.
+    process_id: This one's number.
+    heartbeat_seconds: After which a silent one counts as dead.
+    give: What to say them with, where JAX cannot find out.
+
+  Raises:
+    ValueError: They cannot be found, or do not answer.
+  """
   try:
     jax.distributed.initialize(
       coordinator_address,
@@ -140,8 +151,7 @@ def _initialize(
   except (ValueError, TypeError) as error:
     raise ValueError(
       f"cannot find out who the other processes are ({error}); outside of TPU "
-      "pods, Slurm, Open MPI and Kubernetes give --coordinator_address, "
-      "--num_processes and --process_id"
+      f"pods, Slurm, Open MPI and Kubernetes give {give}"
     ) from error
   except jax.errors.JaxRuntimeError as error:
     raise ValueError(
@@ -203,8 +213,11 @@ def _are_several() -> bool:
   return jax.distributed.is_initialized() and jax.process_count() > 1
 
 
-def check_joined() -> None:
+def check_joined(give: str = "--distributed") -> None:
   """Refuses devices of processes that have not joined.
+
+  Args:
+    give: What to join them with.
 
   Raises:
     ValueError: JAX sees several processes (it does on TPU pods).
@@ -212,7 +225,7 @@ def check_joined() -> None:
   if jax.process_count() > 1 and not jax.distributed.is_initialized():
     raise ValueError(
       f"there are devices of {jax.process_count()} processes, which have not "
-      "joined; give --distributed, or call jax.distributed.initialize first"
+      f"joined; give {give}, or call jax.distributed.initialize first"
     )
 
 

@@ -58,7 +58,7 @@ def train(
     processes.check_shared(run.model_dir)
     mesh = run.mesh()
     own = run_lib.describe(run, store)
-    _check_continues(run, own, console)
+    check_continues(run, own, console.message)
     loop = trainer.Trainer(
       run.config(store),
       run.settings,
@@ -86,8 +86,10 @@ def _only_writer(model_dir: str) -> contextlib.AbstractContextManager[None]:
   return locking.only_writer(model_dir, "the model directory")
 
 
-def _check_continues(
-  run: run_lib.Run, own: description.Description, console: run_lib.Console
+def check_continues(
+  run: run_lib.Run,
+  own: description.Description,
+  message: Callable[[str], None],
 ) -> None:
   """Refuses another run's directory; tells what this one does otherwise."""
   if not description.exists(run.model_dir):
@@ -100,7 +102,7 @@ def _check_continues(
       f"{'; '.join(refused)}; set them back, or choose another directory"
     )
   if told:
-    console.message(f"changed since the run was started: {'; '.join(told)}")
+    message(f"changed since the run was started: {'; '.join(told)}")
 
 
 def _hooks(

@@ -503,6 +503,36 @@ def test_seconds_of_an_exchange_among_all(kind, sizes, chip, links, sent):
   assert seconds == pytest.approx(1e9 * sent / (links * 50e9))
 
 
+# ------------------------------------------------------------------ meshes
+
+
+@pytest.mark.parametrize("config", [toy.SPARSE, toy.DENSE], ids=["sparse", ""])
+@pytest.mark.parametrize("rows", [16, 64])
+def test_possible_meshes_are_those_that_programs_can_be_made_for(config, rows):
+  found = set(ahead_of_time.possible_meshes(config, rows, 8))
+  assert found
+  for expert, widths in itertools.product((1, 2, 4, 8), (1, 2, 4, 8)):
+    if expert * widths > 8:
+      continue
+    mesh = (8 // (expert * widths), expert, widths)
+    experts = config.num_experts if config.feed_forward == "experts" else 1
+    assert (mesh in found) == (
+      experts % expert == 0
+      and config.num_heads % widths == 0
+      and rows % (8 // widths * config.rows_per_group) == 0
+    )
+
+
+def test_the_fastest_mesh_that_fits_comes_first():
+  first = pod_report()
+  slow = dataclasses.replace(first, seconds={**first.seconds, "compiler": 9.0})
+  large = pod_report(fits=False)
+  assert ahead_of_time.best_first([large, slow, first]) == [first, slow, large]
+  (row,) = compile_report.mesh_table([slow]).rows
+  assert row[0] == "8 x 32 x 1" and row[3] == 9000.0
+  assert "DOES NOT FIT" in compile_report.mesh_table([large]).rows[0][1]
+
+
 # ------------------------------------------------------ what does not work
 
 
@@ -535,6 +565,32 @@ def test_a_step_that_does_not_fit_is_reported_with_what_to_change(tmp_path):
   ):
     assert text in advice
   assert "DOES NOT FIT" in compile_report.markdown(report)
+
+
+def pod_report(**memory):
+  """A report that was made, with other memory."""
+  report = pods().read(pods().PODS[0])
+  changed = dataclasses.replace(report.memory, **memory)
+  return dataclasses.replace(report, memory=changed)
+
+
+@pytest.mark.parametrize(
+  ("used", "fits", "said"),
+  [
+    (0.5, True, "of 16.00: fits |"),
+    (0.91, True, "fits tightly, 91% used; leave 10%"),
+    (1.2, False, "DOES NOT FIT"),
+  ],
+)
+def test_a_step_that_leaves_no_room_is_said_to(used, fits, said):
+  available = 16 * 2**30
+  report = pod_report(total=used * available, available=available, fits=fits)
+  assert said in compile_report.markdown(report)
+
+
+def test_gradients_are_shown_as_part_of_what_is_temporary(report):
+  assert report.memory.gradients == report.memory.parameters
+  assert "of which gradients" in compile_report.markdown(report)
 
 
 def test_other_errors_of_the_compiler_are_no_lack_of_memory():

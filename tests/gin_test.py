@@ -125,6 +125,7 @@ def test_all_files_are_known_here():
     *(f"recipes/{name}" for name in BENCHMARKS),
     "recipes/pod_v5e_256",
     "recipes/pod_v5p_128",
+    "recipes/pod_v6e_256",
     "runs/train",
     *(f"t5x/{name}" for name in T5X),
   }

@@ -50,9 +50,11 @@ KNOWS = {
   "data.vocabulary": {"seqio"},
   "t5x_adapter": {"seqio", "t5x", "clu"},
   "commands.checks": {"gin"},
+  "t5x_data": {"seqio", "clu"},
   "commands.configuration": {"gin"},
   "commands.trackers": {"clu"},
   "commands.inspect": {"gin"},
+  "commands.t5x_settings": {"gin"},
 }
 
 
@@ -76,7 +78,8 @@ def room(name):
     return name.split(".")[0]
   if name in LIGHT:
     return "light"
-  return {"t5x_adapter": "t5x", "cli": "cli"}.get(name, "")
+  places = {"t5x_adapter": "t5x", "t5x_data": "t5x", "cli": "cli"}
+  return places.get(name, "")
 
 
 def imported(name):

@@ -5,6 +5,8 @@ import dataclasses
 import functools
 import pathlib
 import re
+import signal
+import sys
 import types
 
 import jax
@@ -21,6 +23,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from basemt_jax import (
   checkpointing,
   conversion,
+  description,
   heating,
   optimizer,
   partitioning,
@@ -39,7 +42,7 @@ pytest.importorskip("clu")
 import toy_tasks
 from clu.data import dataset_iterator
 
-from basemt_jax import t5x_adapter
+from basemt_jax import t5x_adapter, t5x_data
 
 # T5X still enters meshes so.
 pytestmark = pytest.mark.filterwarnings(
@@ -115,12 +118,15 @@ def checkpoint_config(path=(), mode="latest", **changes):
     restore=types.SimpleNamespace(
       path=path, mode=mode, restore_dataset=changes.get("restore", False)
     ),
-    save=types.SimpleNamespace(save_dataset=changes.get("save", False)),
+    save=types.SimpleNamespace(
+      save_dataset=changes.get("save", False),
+      dtype=changes.get("dtype", "float32"),
+    ),
   )
 
 
 def batches_for(run, **changes):
-  return t5x_adapter.get_dataset(
+  return t5x_data.get_dataset(
     dataset_config(),
     0,
     1,
@@ -421,7 +427,7 @@ def test_both_phases_are_those_of_our_trainer(make):
   path = f"{dense.model_dir}/checkpoint_2"
   run = make(settings=settings)
   driver = T5X(run, path=path, mode="specific")
-  tree = t5x_adapter.from_dense(
+  tree = t5x_data.from_dense(
     {"state": {"step": np.int32(2)}},
     driver.state_dict(driver.shapes),
     path=path,
@@ -443,7 +449,7 @@ def test_evaluates_and_translates_as_we_do(sparse):
   state = sparse.state_dict(sparse._fresh)
   params, mutables = state["target"], freeze(state["flax_mutables"])
   variables = {"params": params, **unfreeze(mutables)}
-  ((name, rows),) = t5x_adapter.get_eval_datasets(
+  ((name, rows),) = t5x_data.get_eval_datasets(
     dataset_config(split="validation"), 0, 1, None, None, run=run
   ).items()
   assert (
@@ -513,7 +519,7 @@ def _merged(total, metrics):
 )
 def test_refuses_other_data_than_the_run_s(make, changes, binding):
   with pytest.raises(ValueError, match=re.escape(f"bind {binding}") + "$"):
-    t5x_adapter.get_dataset(
+    t5x_data.get_dataset(
       dataset_config(**changes),
       0,
       1,
@@ -529,9 +535,30 @@ def test_refuses_t5x_s_own_position(make, kind):
     batches_for(make(), **{kind: True})
 
 
+def test_refuses_rounded_checkpoints(make):
+  with pytest.raises(ValueError, match="dtype is 'bfloat16', but training"):
+    batches_for(make(), dtype="bfloat16")
+
+
+def test_the_directory_says_what_model_it_holds(make):
+  run = make()
+  batches_for(run)
+  known = description.read(run.model_dir)
+  assert known.directions == run.store().directions
+  assert description.read_vocabulary(run.model_dir, known)
+  described = run_lib.described(run.model_dir)
+  size = known.header.vocab_size
+  assert described.config_of(size) == run.config_of(size)
+  other = dataclasses.replace(run, settings=toy.settings(label_smoothing=0.3))
+  batches_for(other)  # Nothing has been trained yet.
+  write_checkpoint(run.model_dir, 2)
+  with pytest.raises(ValueError, match=r"label_smoothing was 0\.3 and is"):
+    batches_for(run)
+
+
 def test_refuses_a_mesh_that_is_not_ours(make):
   with pytest.raises(ValueError, match="of it; bind train"):
-    t5x_adapter.get_dataset(
+    t5x_data.get_dataset(
       dataset_config(),
       0,
       2,
@@ -545,6 +572,16 @@ def test_refuses_experts_in_the_dense_phase(make):
   run = make(settings=toy.settings(dense_steps=2))
   with pytest.raises(ValueError, match="T5X starts at step 0 with exp"):
     batches_for(run)
+  with pytest.raises(ValueError, match="this run has none: DENSE_STEPS is 0"):
+    t5x_data.get_dataset(
+      dataset_config(),
+      0,
+      1,
+      None,
+      run=make(),
+      checkpoint_cfg=checkpoint_config(),
+      phase="dense",
+    )
 
 
 def write_checkpoint(model_dir, step):
@@ -566,7 +603,7 @@ def test_starts_where_t5x_does(make, tmp_path):
   write_checkpoint(run.model_dir, 2)
   assert starts(path=other, mode="latest") == 2
   with pytest.raises(ValueError, match="ends in checkpoint_STEP"):
-    t5x_adapter._step_of(t5x_adapter.epath.Path(other))
+    t5x_data._step_of(t5x_data.epath.Path(other))
 
 
 @pytest.mark.parametrize(
@@ -583,7 +620,7 @@ def test_refuses_to_go_on_with_other_batches(make, starter, changes, message):
   changed = dataclasses.replace(run, **changes)
 
   def start():
-    return t5x_adapter.get_dataset(
+    return t5x_data.get_dataset(
       dataset_config(seed=changed.data_seed),
       0,
       1,
@@ -597,7 +634,7 @@ def test_refuses_to_go_on_with_other_batches(make, starter, changes, message):
   if starter == "t5x":
     write_checkpoint(run.model_dir, 2)
   else:
-    (pathlib.Path(run.model_dir) / t5x_adapter.DATA_FILE).unlink()
+    (pathlib.Path(run.model_dir) / t5x_data.DATA_FILE).unlink()
     with contextlib.closing(
       checkpointing.Checkpoints(run.model_dir)
     ) as checkpoints:
@@ -613,7 +650,7 @@ def test_refuses_batches_that_t5x_made(make):
   with pytest.raises(ValueError, match="num_microbatches = None"):
     model.loss_fn({}, half, None)
   del batch["direction"]
-  with pytest.raises(ValueError, match="get_dataset_fn = @t5x_adapter"):
+  with pytest.raises(ValueError, match="get_dataset_fn = @t5x_data"):
     model.loss_fn({}, batch, None)
   settings = toy.settings(microbatches=2)
   with pytest.raises(ValueError, match=r"microbatches is 2"):
@@ -644,7 +681,7 @@ def test_refuses_to_convert_what_does_not_fit(make):
       save(tree, f"{run.model_dir}/{name}{step}", step)
 
   def convert(name="dense", step=2, run=run, **changes):
-    return t5x_adapter.from_dense(
+    return t5x_data.from_dense(
       {"state": {"step": 2}},
       sparse.tree(),
       path=f"{run.model_dir}/{name}{step}/checkpoint_{step}",
@@ -659,15 +696,21 @@ def test_refuses_to_convert_what_does_not_fit(make):
   np.testing.assert_array_equal(kernel, np.stack([dense_kernel] * 4))
   marker = {"as": "it is"}
   assert (
-    t5x_adapter.from_dense(marker, {}, path="x", run=run, is_resuming=True)
+    t5x_data.from_dense(marker, {}, path="x", run=run, is_resuming=True)
     is marker
   )
+  for name, feed_forward in (("dense", "dense"), ("sparse", "experts")):
+    checkpoint = f"{run.model_dir}/{name}2/checkpoint_2"
+    model = t5x_adapter.Model(run, checkpoint=checkpoint)
+    assert model.module.config.feed_forward == feed_forward
+  with pytest.raises(ValueError, match="checkpoint_2 holds experts, but"):
+    t5x_adapter.Model(make(toy.DENSE), checkpoint=checkpoint)
   with pytest.raises(ValueError, match="set DENSE_STEPS = 3"):
     convert(step=3)
   with pytest.raises(ValueError, match="is not dense: it holds experts"):
     convert("sparse")
   with pytest.raises(ValueError, match="does not exist, or is not complete"):
-    t5x_adapter.from_dense(
+    t5x_data.from_dense(
       {},
       sparse.tree(),
       path=f"{run.model_dir}/dense3/checkpoint_2",
@@ -682,6 +725,78 @@ def test_refuses_to_convert_what_does_not_fit(make):
   )
   with pytest.raises(ValueError, match="convert with basemt convert"):
     convert(run=make(settings=clustered))
+
+
+# ------------------------------------------------------------ start and end
+
+
+def test_starts_in_order_and_imports_the_module(make, monkeypatch):
+  done = []
+  monkeypatch.setattr(
+    t5x_adapter.importlib, "import_module", lambda name: done.append(name)
+  )
+  run = make()
+
+  def made():
+    done.append("made")
+    return run
+
+  found = t5x_adapter.start(
+    made,
+    check=lambda: done.append("checked"),
+    join=lambda: done.append("joined"),
+    module="my_tasks",
+  )
+  assert found is run and done == ["checked", "joined", "my_tasks", "made"]
+
+
+def test_devices_of_processes_that_have_not_joined_are_refused(monkeypatch):
+  t5x_adapter.join()
+  monkeypatch.setattr(jax, "process_count", lambda: 2)
+  with pytest.raises(ValueError, match=r"give --gin.MULTIPROCESS=True, or"):
+    t5x_adapter.join()
+
+
+def test_sigterm_stops_after_a_step_with_its_state(monkeypatch):
+  module = types.ModuleType("t5x.trainer")
+  module.PreemptionError = type("PreemptionError", (Exception,), {})
+  package = types.ModuleType("t5x")
+  package.trainer = module
+  monkeypatch.setitem(sys.modules, "t5x", package)
+  monkeypatch.setitem(sys.modules, "t5x.trainer", module)
+
+  class Trainer:
+    """Keeps its state to itself while it trains, as T5X's."""
+
+    def __init__(self, train_state):
+      self.train_state = train_state
+
+    def compile_train(self, batch):
+      self._compiled_train_step = lambda state, batch: (state + batch, {})
+
+    def train(self, batches):
+      state = self.train_state
+      for batch in batches:
+        state, _ = self._compiled_train_step(state, batch)
+      self.train_state = state
+
+  def batches():
+    yield 1
+    yield 10
+    signal.raise_signal(signal.SIGTERM)
+    yield 100
+    yield 1000
+
+  old = signal.getsignal(signal.SIGTERM)
+  try:
+    trainer = t5x_adapter.stopping_trainer(Trainer, train_state=0)
+    trainer.compile_train(1)
+    with pytest.raises(module.PreemptionError) as stopped:
+      trainer.train(batches())
+  finally:
+    signal.signal(signal.SIGTERM, old)
+  assert trainer.train_state == 111
+  assert isinstance(stopped.value, SystemExit) and not stopped.value.code
 
 
 # --------------------------------------------------------------- optimizer

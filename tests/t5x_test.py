@@ -109,6 +109,7 @@ class Workshop:
       f"t5x.{script}",
       [
         f"--gin_file=gin/t5x/{file}.gin",
+        "--gin_file=gin/recipes/quickstart.gin",
         f"--gin_file={self._config}",
         *([f"--gin_file={config}"] if config else []),
         *(f"--gin.{b}" for b in bindings),
@@ -230,6 +231,7 @@ def test_experts_on_eight_devices_are_our_run_bit_by_bit(workshop):
 IMPORTS = """
 from __gin__ import dynamic_registration
 import __main__ as train_script
+from t5x import partitioning
 from t5x import trainer
 from t5x import utils
 """
@@ -240,7 +242,7 @@ from t5x import utils
   [
     (
       "train_script.train.get_dataset_fn = @utils.get_dataset",
-      "bind train.get_dataset_fn = @t5x_adapter.get_dataset",
+      "bind train.get_dataset_fn = @t5x_data.get_dataset",
     ),
     (
       "utils.SaveCheckpointConfig.save_dataset = True",
@@ -250,6 +252,16 @@ from t5x import utils
       "trainer.Trainer.num_microbatches = 2",
       "bind trainer.Trainer.num_microbatches = None",
     ),
+    (
+      "utils.SaveCheckpointConfig.dtype = 'bfloat16'",
+      "bind utils.SaveCheckpointConfig.dtype = 'float32'",
+    ),
+    (
+      "partitioning.PjitPartitioner.num_partitions = 2",
+      "bind EXPERT_DEVICES and MODEL_DEVICES",
+    ),
+    ("RANDOM_SEED = 5", "bind SEED alone"),
+    ("USE_HARDWARE_RNG = True", "bind USE_HARDWARE_RNG = False"),
   ],
 )
 def test_refuses_what_would_not_be_our_run(workshop, tmp_path, binding, said):

@@ -168,7 +168,7 @@ def _check_binding(
   config: Config, name: str, value: Any, annotation: Any
 ) -> None:
   """Refuses a value that does not fit; says which macro it came by."""
-  name, value = _followed(config, name, value)
+  name, value = followed(config, name, value)
   if _is_required(value):
     raise ValueError(f"{name} has no value: set it with --gin.{name}=VALUE")
   if _is_call(value):
@@ -187,7 +187,7 @@ def _check_binding(
   for place in errors[0]["loc"]:  # The innermost macro is to blame.
     if "[key]" in errors[0]["loc"] or not _has(value, place):
       break
-    name, value = _followed(config, f"{name}[{place!r}]", value[place])
+    name, value = followed(config, f"{name}[{place!r}]", value[place])
   same = [e for e in errors if e["loc"][:1] == errors[0]["loc"][:1]]
   shown = value if _is_reference(value) else reprlib.repr(value)
   raise ValueError(
@@ -196,7 +196,7 @@ def _check_binding(
   )
 
 
-def _followed(config: Config, name: str, value: Any) -> tuple[str, Any]:
+def followed(config: Config, name: str, value: Any) -> tuple[str, Any]:
   """Name and value of the last macro in a chain of references."""
   while macro := _macro(value):
     name, value = macro, config[macro, "gin.macro"]["value"]
@@ -212,7 +212,7 @@ def _has(value: Any, place: Any) -> bool:
 
 def _plain(config: Config, value: Any) -> Any:
   """A value with macros within put in; calls are left as references."""
-  _, value = _followed(config, "", value)
+  _, value = followed(config, "", value)
   if isinstance(value, list | tuple):
     return type(value)(_plain(config, item) for item in value)
   if isinstance(value, dict):

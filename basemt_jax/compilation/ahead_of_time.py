@@ -271,6 +271,11 @@ class Exchange:
   seconds: float | None
 
 
+# Share of a chip's memory to leave to what is not in the step's program: the
+# runtime, batches on their way, evaluation and search, fragments.
+SPARE = 0.1
+
+
 @dataclasses.dataclass(frozen=True)
 class Memory:
   """Bytes on each chip.
@@ -280,6 +285,8 @@ class Memory:
     optimizer: Likewise.
     batch: Likewise.
     temporary: All that the step needs besides, the program's code included.
+    gradients: Of the parameters, which `temporary` has room for at the end of
+      the backward pass, by their shapes and shardings.
     total: The step's need.
     available: The chip's memory; None: unknown.
     fits: Whether the compiler could place the step.
@@ -289,9 +296,17 @@ class Memory:
   optimizer: int
   batch: int
   temporary: float
+  gradients: int
   total: float
   available: float | None
   fits: bool
+
+  @property
+  def is_tight(self) -> bool:
+    """Whether it fits with less than `SPARE` of the memory left."""
+    if not self.fits or self.available is None:
+      return False
+    return self.total > (1 - SPARE) * self.available
 
 
 @dataclasses.dataclass(frozen=True)
@@ -319,7 +334,7 @@ class Report:
     mfu: At 'best', 'serial' and 'compiler'.
     compile_seconds: On the machine that made the report.
     warnings: Of the partitioner.
-    advice: What to change where it does not fit.
+    advice: What to change where it does not fit, or fits tightly.
     versions: Of JAX and libtpu.
   """
 
@@ -412,9 +427,49 @@ def report(
     },
     compile_seconds=compiled.seconds,
     warnings=list(compiled.warnings),
-    advice=[] if memory.fits else _advice(program, memory, rows),
+    advice=_advice(program, memory, rows)
+    if memory.is_tight or not memory.fits
+    else [],
     versions=_versions(topology),
   )
+
+
+def possible_meshes(
+  config: model_lib.TransformerConfig, rows: int, devices: int
+) -> list[tuple[int, int, int]]:
+  """Sizes (data, expert, model) of all meshes that a network and batch allow.
+
+  Args:
+    config: The network.
+    rows: B; each device of `data` and `expert` needs whole groups of it.
+    devices: To be used, all of them.
+  """
+  experts = config.num_experts if config.feed_forward == "experts" else 1
+  widths = math.gcd(config.num_heads, config.mlp_dim, config.vocab_size)
+  return [
+    (ways // expert, expert, model)
+    for model in _divisors(math.gcd(widths, devices))
+    for ways in (devices // model,)
+    for expert in _divisors(math.gcd(experts, ways))
+    if rows % (ways * config.rows_per_group) == 0
+  ]
+
+
+def _divisors(number: int) -> list[int]:
+  return [n for n in range(1, number + 1) if number % n == 0]
+
+
+def best_first(reports: Sequence[Report]) -> list[Report]:
+  """Reports on the same step, the fastest that fits first.
+
+  By the compiler's estimate where there is one, else by `serial`.
+  """
+
+  def rank(found: Report) -> tuple[bool, float]:
+    seconds = found.seconds.get("compiler", found.seconds.get("serial"))
+    return not found.memory.fits, math.inf if seconds is None else seconds
+
+  return sorted(reports, key=rank)
 
 
 def _uncounted(microbatches: int) -> float:
@@ -457,6 +512,7 @@ def _memory(
     moments,
     inputs,
     temporary=total - parameters - moments - inputs,
+    gradients=parameters,  # One of the same type for each.
     total=total,
     available=available,
     fits=compiled.executable is not None

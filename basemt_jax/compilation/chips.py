@@ -23,6 +23,9 @@ class Chip:
     dimensions: Of the torus, with two links in each; 0: every chip reaches
       every other one through a switch, by one link.
     clock: Cycles a second, in which the TPU compiler counts; 0: it does not.
+      Published, but for v6e: that of v4, v5e and v5p is `flops` by the power of
+      two of operations that their matrix units do in a cycle, and a v6e's do
+      2^19, as the compiler counts 4.6e5 a cycle for a product of 4096 x 4096.
     source: Of the figures.
   """
 
@@ -45,7 +48,7 @@ CHIPS = {
   ),
   "TPU v5": Chip(459e12, 95 * GIB, 2765e9, 100e9, 3, 1.75e9, _TPU_DOCS + "v5p"),
   "TPU v6 lite": Chip(
-    918e12, 32 * GIB, 1640e9, 100e9, 2, 0.0, _TPU_DOCS + "v6e"
+    918e12, 32 * GIB, 1640e9, 100e9, 2, 1.75e9, _TPU_DOCS + "v6e"
   ),
   "NVIDIA H100 80GB HBM3": Chip(
     989e12, 80e9, 3350e9, 450e9, 0, 0.0, "nvidia.com/en-us/data-center/h100"

@@ -1,7 +1,7 @@
 """Reports of `compilation` for people and programs: tables and JSON."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from basemt_jax.compilation import ahead_of_time, chips
@@ -11,12 +11,9 @@ from basemt_jax.inspection import tables
 def tables_of(result: ahead_of_time.Report) -> list[tables.Table]:
   """Program, memory, work, estimate, notes, and the exchanges of a step."""
   memory, seconds = result.memory, result.seconds
-  available = (
-    f" of {memory.available / chips.GIB:.2f}: "
-    f"{'fits' if memory.fits else 'DOES NOT FIT'}"
-    if memory.available
-    else ""
-  )
+  available = ""
+  if memory.available:
+    available = f" of {memory.available / chips.GIB:.2f}: {_verdict(memory)}"
   parts: list[tuple[str, list[tuple[str, str]]]] = [
     (
       "program",
@@ -47,6 +44,7 @@ def tables_of(result: ahead_of_time.Report) -> list[tables.Table]:
           ("optimizer", memory.optimizer),
           ("batch", memory.batch),
           ("temporary", memory.temporary),
+          ("of which gradients, at most", memory.gradients),
         )
       ]
       + [("in all", f"{memory.total / chips.GIB:.2f}{available}")],
@@ -110,6 +108,46 @@ def _exchange_table(result: ahead_of_time.Report) -> tables.Table:
       )
       for e in result.exchanges
     ],
+  )
+
+
+def _verdict(memory: ahead_of_time.Memory) -> str:
+  if not memory.fits:
+    return "DOES NOT FIT"
+  if memory.is_tight:
+    return (
+      f"fits tightly, {memory.total / (memory.available or 1):.0%} used; leave "
+      f"{ahead_of_time.SPARE:.0%} to evaluation and the runtime"
+    )
+  return "fits"
+
+
+def mesh_table(results: Sequence[ahead_of_time.Report]) -> tables.Table:
+  """The same step on several meshes, in the order given."""
+  rows: list[tuple[Any, ...]] = []
+  for result in results:
+    seconds, memory = result.seconds, result.memory
+    step = seconds.get("compiler", seconds.get("serial"))
+    fit = "" if memory.fits else ", DOES NOT FIT"
+    rows.append(
+      (
+        " x ".join(map(str, result.mesh.values())),
+        f"{memory.total / chips.GIB:.2f}{fit}",
+        seconds["network"] * 1e3 if seconds else None,
+        step and step * 1e3,
+        step and result.target_tokens / step,
+      )
+    )
+  return tables.Table(
+    "the same step on other meshes",
+    (
+      "data x expert x model",
+      "GiB a chip",
+      tables.Column("network, ms", tables.fixed(1)),
+      tables.Column("step, ms", tables.fixed(1)),
+      tables.Column("target tokens/s", tables.count),
+    ),
+    rows,
   )
 
 
