@@ -11,8 +11,8 @@ import toy
 from flax import traverse_util
 from jax.sharding import PartitionSpec
 
+from basemt_jax import metrics, optimizer, partitioning, steps
 from basemt_jax import model as model_lib
-from basemt_jax import optimizer, partitioning, steps
 
 MESHES = [(2, 4, 1), (8, 1, 1), (2, 2, 2)]
 
@@ -103,6 +103,31 @@ def test_dense_losses_of_ten_steps_equal_one_device_s():
   expected = losses((1, 1, 1))
   assert len(set(expected)) == 10
   np.testing.assert_allclose(losses((2, 4, 1)), expected, rtol=1e-5)
+
+
+def test_a_metric_of_ones_own_is_added_up_by_direction():
+  own = metrics.Metric(
+    "even",
+    "even targets",
+    sums=("even", "weight"),
+    of_directions=True,
+    row=lambda logits, batch: (
+      batch["decoder_loss_weights"] * (batch["decoder_target_tokens"] % 2 == 0)
+    ).sum(-1),
+  )
+  settings = dataclasses.replace(PLAIN, metrics=(own,), microbatches=2)
+  batch = toy.batch()
+  _, sums, _ = one_step(program(toy.DENSE, settings), batch)
+  found = metrics.scalars(sums, toy.DIRECTIONS, (own,))
+  weights = batch["decoder_loss_weights"]
+  is_even = batch["decoder_target_tokens"] % 2 == 0
+  assert found["even"] == pytest.approx(
+    (is_even * weights).sum() / weights.sum()
+  )
+  for i, name in enumerate(toy.DIRECTIONS):
+    rows = batch["direction"] == i
+    expected = (is_even * weights)[rows].sum() / weights[rows].sum()
+    assert found[f"even/{name}"] == pytest.approx(expected)
 
 
 def test_microbatches_give_the_gradients_of_the_whole_batch():

@@ -3,10 +3,13 @@
 import argparse
 import pathlib
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 from basemt_jax import files
 from basemt_jax.commands import configuration, console, flags
+
+_COUNTS = ("read", "kept")  # Of lines, in a report.
 
 SUMMARY = "Turn downloaded text into training, dev, test files."
 
@@ -75,6 +78,7 @@ def run(options: argparse.Namespace) -> None:
   import shlex
 
   from basemt_jax.corpora import cleaning, preparation
+  from basemt_jax.inspection import tables
 
   decided = {
     "validation" if flag == "dev" else flag: tuple(getattr(options, flag))
@@ -106,9 +110,35 @@ def run(options: argparse.Namespace) -> None:
         lambda text: print(files.printable(text), file=sys.stderr, flush=True)
       ),
     )
-  print(files.printable(preparation.table(report)))
+  tables.show(_table(report), tables.terminal())
+  for line in preparation.notes(report):
+    print(files.printable(line))
   print(
     f"{pathlib.Path(options.out, preparation.REPORT)}: all of this, by file"
+  )
+
+
+def _table(report: Mapping[str, Any]) -> Any:
+  """A row for each pair of languages."""
+  from basemt_jax.inspection import tables
+
+  counts = [pair[name] for pair in report["pairs"].values() for name in _COUNTS]
+  return tables.Table(
+    "",
+    [
+      "pair",
+      *(tables.Column(name, tables.count) for name in _COUNTS),
+      "dropped",
+    ],
+    [
+      [
+        name,
+        *(pair[column] for column in _COUNTS),
+        ", ".join(f"{n:,} {why}" for why, n in pair["dropped"].items()),
+      ]
+      for name, pair in report["pairs"].items()
+    ],
+    foot=[["all", sum(counts[::2]), sum(counts[1::2]), ""]],
   )
 
 

@@ -528,17 +528,9 @@ def _write_json(path: pathlib.Path, value: Any) -> None:
   files.write_atomically(path, text.encode("utf-8", "backslashreplace"))
 
 
-def table(report: Mapping[str, Any]) -> str:
-  """A report for readers: a line per pair of languages, and what was unused."""
-  lines = [f"{'pair':<12} {'read':>14} {'kept':>14}  dropped"]
-  total: Counter[str] = Counter()
-  for name, pair in report["pairs"].items():
-    dropped = ", ".join(f"{n:,} {why}" for why, n in pair["dropped"].items())
-    lines.append(
-      f"{name:<12} {pair['read']:>14,} {pair['kept']:>14,}  {dropped or '-'}"
-    )
-    total.update(read=pair["read"], kept=pair["kept"])
-  lines.append(f"{'all':<12} {total['read']:>14,} {total['kept']:>14,}")
+def notes(report: Mapping[str, Any]) -> list[str]:
+  """A report for readers: what was not read, held out, missing or unused."""
+  lines = []
   for pair in report["pairs"].values():
     lines += [
       f"not read: {text['name']}: {'; '.join(_unread(text))}"
@@ -556,4 +548,4 @@ def table(report: Mapping[str, Any]) -> str:
   ):
     if others[what]:
       lines.append(f"{title}: {planning.listed(others[what])}")
-  return "\n".join(lines)
+  return lines
