@@ -50,7 +50,7 @@ class TransformerConfig:
       more time.
     scan_blocks: Compile blocks that repeat as the body of a loop, the same
       function: a deep network takes little longer to compile than a shallow
-      one, but a step takes longer, by a third on an H100, for what passes
+      one, but a step takes longer, by half on an H100, for what passes
       between the turns is copied.
     attention: A module with the call and the first three attributes of
       `layers.Attention`; blocks fill these in.
