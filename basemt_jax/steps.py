@@ -6,6 +6,7 @@ Axes: B rows of a batch, L length, N directions.
 a step does is a function of the state, the batch and the step's number.
 """
 
+import copy
 import dataclasses
 import functools
 from collections.abc import Callable
@@ -44,7 +45,10 @@ class Settings:
   Attributes:
     train_steps: Steps of the whole run, the dense phase included.
     learning_rate: step -> rate, over the whole run.
-    optimizer: A chain of `basemt_jax.optimizer`.
+    optimizer: Learning rate -> Optax transformation; see
+      `basemt_jax.optimizer`.
+    average_decay: Of an exponential average of the weights, which then is
+      what is evaluated and used; 0: none is kept.
     dense_steps: Steps of the dense phase before conversion; 0: none.
     conversion_options: How experts start.
     rewarm_steps: Second warm-up of the learning rate after the conversion.
@@ -63,7 +67,8 @@ class Settings:
 
   train_steps: ranges.Count
   learning_rate: optimizer.Schedule
-  optimizer: optax.GradientTransformation
+  optimizer: optimizer.Optimizer
+  average_decay: ranges.Fraction = 0.0
   dense_steps: ranges.Steps = 0
   conversion_options: conversion.Options = conversion.Options()  # noqa: RUF009
   rewarm_steps: ranges.Steps = 0
@@ -85,6 +90,24 @@ class Settings:
         f"Settings.dense_steps is {self.dense_steps}; it must be between 0 "
         f"and train_steps = {self.train_steps}"
       )
+    if isinstance(self.optimizer, optax.GradientTransformation):
+      raise ValueError(
+        "Settings.optimizer has its learning rate already, and the run's would "
+        "be applied on top; give the function that makes it, as in OPTIMIZER = "
+        "@optax.lion, and its arguments as in optax.lion.b1 = 0.95"
+      )
+
+  def transformation(
+    self, learning_rate: Any = 0.0
+  ) -> optax.GradientTransformation:
+    """The optimizer at a learning rate, with averaged weights if wanted.
+
+    Its state does not depend on the rate.
+    """
+    found = self.optimizer(learning_rate=learning_rate)
+    if not self.average_decay:
+      return found
+    return optimizer.averaged(found, self.average_decay)
 
 
 @struct.dataclass
@@ -165,13 +188,8 @@ def state_shardings(
   return TrainState(
     step=replicated,  # type: ignore[arg-type]
     params=params,
-    opt_state=optax.tree_utils.tree_map_params(
-      tx,
-      moment,
-      state.opt_state,
-      params,
-      state.params,
-      transform_non_params=lambda _: replicated,
+    opt_state=optimizer.map_moments(
+      tx, moment, state.opt_state, params, state.params, other=replicated
     ),
     mutables={
       name: partitioning.variable_shardings(tree, axes[f"{name}_axes"], mesh)
@@ -251,6 +269,7 @@ def _own_rows(
 def gradients(
   state: TrainState,
   batch: Batch,
+  key: Array,
   model: model_lib.Transformer,
   settings: Settings,
   num_directions: int,
@@ -258,10 +277,11 @@ def gradients(
   """Loss, gradients, new mutables and report sums of a whole batch.
 
   The batch is taken apart by strides, so that every device's rows stay on it.
+  `key` is of dropout, the same at every step.
   """
   parts = settings.microbatches
   total = jnp.sum(batch["decoder_loss_weights"])
-  rng = jax.random.fold_in(keys(settings.seed)[1], state.step)
+  rng = jax.random.fold_in(key, state.step)
   loss_and_grad = jax.value_and_grad(
     functools.partial(
       microbatch_loss,
@@ -303,6 +323,7 @@ def gradients(
 def train_step(
   state: TrainState,
   batch: Batch,
+  key: Array,
   model: model_lib.Transformer,
   settings: Settings,
   learning_rate: optimizer.Schedule,
@@ -313,6 +334,7 @@ def train_step(
   Args:
     state: Before the step.
     batch: Global arrays; see `microbatch_loss`.
+    key: Of dropout, the same at every step.
     model: The network.
     settings: See `Settings`.
     learning_rate: step -> rate.
@@ -325,13 +347,11 @@ def train_step(
     `bad_step` [], else `NEVER`, and `bad_direction` [N].
   """
   loss, grads, mutables, sums = gradients(
-    state, batch, model, settings, num_directions
+    state, batch, key, model, settings, num_directions
   )
-  updates, opt_state = settings.optimizer.update(
-    grads, state.opt_state, state.params
-  )
-  rate = learning_rate(state.step)
-  params = jax.tree.map(lambda p, u: p + rate * u, state.params, updates)
+  tx = settings.transformation(learning_rate(state.step))
+  updates, opt_state = tx.update(grads, state.opt_state, state.params)
+  params = optax.apply_updates(state.params, updates)
   sums["grad_norm"] = optax.tree.norm(grads)
   sums["steps"] = jnp.ones((), jnp.int32)
   is_finite = jnp.isfinite(loss) & jnp.isfinite(sums["grad_norm"])
@@ -413,21 +433,21 @@ class Program:
     self.mesh = mesh
     self.settings = settings
     self.name = "sparse" if config.feed_forward == "experts" else "dense"
-    key, _ = keys(settings.seed)
+    key, self._dropout_key = keys(settings.seed)
+    tx = settings.transformation()
     axes: dict[str, Tree] = {}
 
     def init(key: Array) -> TrainState:
-      state, found = init_state(self.model, settings.optimizer, key)
+      state, found = init_state(self.model, tx, key)
       axes.update(found)
       return state
 
     self.shapes = jax.eval_shape(init, key)
-    self.shardings = state_shardings(
-      self.shapes, axes, settings.optimizer, mesh
-    )
+    self.shardings = state_shardings(self.shapes, axes, tx, mesh)
     batch = partitioning.batch_sharding(mesh)
     make_state = jax.jit(init, out_shardings=self.shardings)
-    self.init = functools.partial(self._scoped(make_state), key)
+    self._init = self._scoped(make_state)
+    self.init = functools.partial(self._init, key)
     # Ready to be compiled ahead, as `lower` has the step.
     self.lower_init = functools.partial(self._scoped(make_state.lower), key)
     step = jax.jit(
@@ -438,7 +458,7 @@ class Program:
         learning_rate=learning_rate,
         num_directions=num_directions,
       ),
-      in_shardings=(self.shardings, batch),
+      in_shardings=(self.shardings, batch, partitioning.replicated(mesh)),
       out_shardings=(self.shardings, partitioning.replicated(mesh)),
       donate_argnums=0,
     )
@@ -482,16 +502,16 @@ class Program:
     self, state: TrainState, metrics: dict[str, Any] | None, batch: Batch
   ) -> tuple[TrainState, dict[str, Any]]:
     """`train_step`, compiled; its sums are added to `metrics`, if given."""
-    state, sums = self._train_step(state, batch)
+    state, sums = self._train_step(state, batch, self._dropout_key)
     return state, sums if metrics is None else self._add_sums(metrics, sums)
 
   def check(self, batch: Batch) -> None:
     """Traces a step, and so raises what is wrong with a batch's shapes."""
-    self._trace_step(self.shapes, batch)
+    self._trace_step(self.shapes, batch, self._dropout_key)
 
   def lower(self, batch: Batch) -> jax.stages.Lowered:
     """The training step, ready to be compiled, for a batch given by shapes."""
-    return self._lower_step(self.shapes, batch)
+    return self._lower_step(self.shapes, batch, self._dropout_key)
 
   def abstract_tree(self) -> dict[str, Any]:
     """Shapes and shardings of the state, as a checkpoint holds it."""
@@ -507,6 +527,24 @@ class Program:
   def variables(self, state: TrainState) -> Tree:
     """What `model.apply` takes, out of a state."""
     return {"params": state.params, **state.mutables}
+
+  def averaged_variables(self, state: TrainState) -> Tree:
+    """`variables` with averaged weights, where the optimizer keeps them."""
+    kept = isinstance(state.opt_state, optimizer.AveragedState)
+    params = state.opt_state.average if kept else state.params
+    return {"params": params, **state.mutables}
+
+  def with_settings(self, settings: Settings) -> "Program":
+    """The same compiled functions for another run.
+
+    Args:
+      settings: Not of the step itself: seed, counts of steps, conversion.
+    """
+    other = copy.copy(self)
+    key, other._dropout_key = keys(settings.seed)
+    other.settings = settings
+    other.init = functools.partial(self._init, key)
+    return other
 
 
 def share_of(steps: ranges.Steps, share: ranges.Share) -> ranges.Steps:

@@ -32,7 +32,6 @@ from basemt_jax import (
   checkpointing,
   conversion,
   losses,
-  optimizer,
   partitioning,
   phases,
   prefetch,
@@ -41,6 +40,7 @@ from basemt_jax import (
 )
 from basemt_jax import metrics as metrics_lib
 from basemt_jax import model as model_lib
+from basemt_jax import optimizer as optimizers
 from basemt_jax import run as run_lib
 from basemt_jax.data import batches, mixtures, packing, vocabulary
 
@@ -75,14 +75,11 @@ class Optimizer(struct.PyTreeNode):
     self, grads: Tree, *, learning_rate: Array, **unused: Any
   ) -> "Optimizer":
     """One update at this learning rate."""
-    updates, param_states = self.optimizer_def.optimizer.update(
+    updates, param_states = self.optimizer_def.optimizer(learning_rate).update(
       grads, self.state.param_states, self.target
     )
-    target = jax.tree.map(
-      lambda p, u: p + learning_rate * u, self.target, updates
-    )
     return self.replace(
-      target=target,
+      target=optax.apply_updates(self.target, updates),
       state=OptimizerState(self.state.step + 1, param_states),
     )
 
@@ -104,20 +101,20 @@ class Optimizer(struct.PyTreeNode):
 
 
 class OptimizerDef:
-  """Any Optax chain of `basemt_jax.optimizer`, as T5X's optimizer_def.
+  """An optimizer of the learning rate, as T5X's optimizer_def.
 
   Unlike T5X's own Optax wrapper it uses the trainer's learning rate, and
   derives the sharding of any Optax state, not only of those in a table.
   """
 
-  def __init__(self, optimizer: optax.GradientTransformation):
+  def __init__(self, optimizer: optimizers.Optimizer):
     self.optimizer = optimizer
 
   def create(self, params: Tree) -> Optimizer:
     """A new state for these parameters, held in plain dictionaries."""
     params = unfreeze(params)
     state = OptimizerState(
-      jnp.zeros((), jnp.int32), self.optimizer.init(params)
+      jnp.zeros((), jnp.int32), self.optimizer(0.0).init(params)
     )
     return Optimizer(self, state, params)
 
@@ -131,13 +128,9 @@ class OptimizerDef:
       found = partitioning.moment_axes(names, param.shape, leaf.shape)
       return jax.sharding.PartitionSpec(*found)
 
-    param_states = optax.tree_utils.tree_map_params(
-      self.optimizer,
-      moment,
-      optimizer.state.param_states,
-      axes,
-      optimizer.target,
-      transform_non_params=lambda _: None,
+    state = optimizer.state.param_states
+    param_states = optimizers.map_moments(
+      self.optimizer(0.0), moment, state, axes, optimizer.target, other=None
     )
     return optimizer.replace(
       target=axes,
@@ -195,7 +188,7 @@ class Model:
     )
     self.directions = tuple(mixtures.tasks_by_direction(found))
     self.input_vocabulary = self.output_vocabulary = pieces
-    self.optimizer_def = OptimizerDef(run.settings.optimizer)
+    self.optimizer_def = OptimizerDef(run.settings.transformation)
 
   def get_initial_variables(
     self,
@@ -336,7 +329,7 @@ def _variables(params: Tree, mutables: Tree | None) -> Tree:
   }
 
 
-def learning_rate(run: run_lib.Run) -> optimizer.Schedule:
+def learning_rate(run: run_lib.Run) -> optimizers.Schedule:
   """Rate by step of the run's last phase, which is the one that T5X trains."""
   is_sparse = run.network(vocab_size=1).feed_forward == "experts"
   return phases.learning_rate(run.settings, "sparse" if is_sparse else "dense")
@@ -678,7 +671,8 @@ def from_dense(
   """
   if is_resuming:
     return ckpt_state
-  checkpoint, options = epath.Path(path), run.settings.conversion_options
+  settings, checkpoint = run.settings, epath.Path(path)
+  options = settings.conversion_options
   step = _step_of(checkpoint)
   if step != run.settings.dense_steps:
     raise ValueError(
@@ -706,6 +700,10 @@ def from_dense(
         rules,
       )
     )
+  if settings.average_decay:  # It begins at what the run goes on with.
+    state.setdefault("param_states", {}).update(
+      average=_arrays(params), updates=np.zeros((), np.int32)
+    )
   return {"target": _arrays(params), "state": state}
 
 
@@ -716,7 +714,7 @@ def _dense_state(
   vocab_size = like["target"]["token_embedder"]["embedding"].shape[0]
   model = model_lib.Transformer(run.network(vocab_size=vocab_size).dense())
   shapes, _ = jax.eval_shape(
-    functools.partial(steps.init_state, model, run.settings.optimizer),
+    functools.partial(steps.init_state, model, run.settings.transformation()),
     jax.random.key(0),
   )
   tree = shapes.tree()

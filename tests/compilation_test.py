@@ -606,7 +606,7 @@ def test_pod_recipes_are_what_was_compiled(pod):
   state, _ = jax.eval_shape(
     lambda: steps.init_state(
       model.Transformer(dataclasses.replace(config, converted=True)),
-      run.settings.optimizer,
+      run.settings.transformation(),
       jax.random.key(0),
     )
   )
