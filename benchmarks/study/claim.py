@@ -28,28 +28,31 @@ SYSTEMS = (
 
 
 @functools.cache
-def all_runs() -> dict[str, reading.Finished]:
-  """Every run of the search for the recipe, by the name of its log."""
-  found = reading.read_set(reading.LOGS / f"{SET}.jsonl.xz")
+def all_runs(name_of_set: str = SET) -> dict[str, reading.Finished]:
+  """Every run of a set of `several.py`, by the name of its log."""
+  found = reading.read_set(reading.LOGS / f"{name_of_set}.jsonl.xz")
   times = reading.step_times(found)
   named = {}
   for one in found:
     name = f"{one.header['name']}_{one.seed}"
-    one = dataclasses.replace(one, scores=scores().get(name, {}))
+    own = scores(name_of_set).get(name, {})
+    one = dataclasses.replace(one, scores=own)
     named[name] = reading.with_seconds(one, times)
   return named
 
 
 @functools.cache
-def _score_records() -> list[dict[str, Any]]:
-  raw = (reading.LOGS / f"{SET}_scores.jsonl.xz").read_bytes()
+def _score_records(name_of_set: str) -> list[dict[str, Any]]:
+  raw = (reading.LOGS / f"{name_of_set}_scores.jsonl.xz").read_bytes()
   return [json.loads(line) for line in lzma.decompress(raw).splitlines()]
 
 
-def scores() -> dict[str, dict[tuple[int, str], tuple[float, float]]]:
+def scores(
+  name_of_set: str,
+) -> dict[str, dict[tuple[int, str], tuple[float, float]]]:
   """(Beam, direction) to (BLEU, chrF++), by the name of a log."""
   found: dict[str, dict[tuple[int, str], tuple[float, float]]] = {}
-  for record in _score_records():
+  for record in _score_records(name_of_set):
     if "bleu" in record:
       own = found.setdefault(f"{record['run']}_{record['seed']}", {})
       own[record["beam"], record["test"]] = record["bleu"], record["chrf"]
@@ -75,7 +78,7 @@ def significance(other: str) -> dict[str, dict[str, int]]:
   """Directions of each band that are better, worse and alike, by system."""
   bands = runs()[reading.BASELINE][0].bands
   found: dict[str, dict[str, int]] = {}
-  for record in _score_records():
+  for record in _score_records(SET):
     if record.get("against") == other and record["beam"] == 1:
       system = record["run"]
       if system in SYSTEMS:
@@ -122,18 +125,55 @@ def _spread(values: Sequence[float]) -> dict[str, float]:
   return found
 
 
+def _heat(settings: Mapping[str, Any]) -> str:
+  """'1 to 3 at 20%, 1 at 70%': a run's temperature."""
+  text = f"{settings['start']:g}"
+  if settings["schedule"] == "linear":
+    text += f" to {settings['end']:g} at {settings['heating_share']:.0%}"
+  elif settings["schedule"] == "there_and_back":
+    text += f" to {settings['top']:g} at {settings['heating_share']:.0%}"
+    text += f", {settings['end']:g} at {settings['end_share']:.0%}"
+  return text
+
+
+def table_of_quickstart() -> str:
+  """The quickstart with other temperatures."""
+  found = all_runs("quickstart_schedules")
+  grouped = {name: [one] for name, one in found.items()}
+  grouped["base"] = grouped.pop("base_0")
+
+  def row(name: str, one: reading.Finished) -> list[str]:
+    factors = reading.convergence(grouped, name, "all", "steps")
+    tested = one.has_scores(1)
+    return [
+      _heat(one.header["settings"]),
+      f"{one.header['settings']['dense_share']:.0%}",
+      tables.factor(factors),
+      f"{one.loss('all').min():.3f}",
+      *(
+        f"{one.score(band, 1)[0]:.1f}" if tested else ""
+        for band in evaluation.BANDS
+      ),
+    ]
+
+  return tables.table(
+    [
+      "temperature",
+      "dense",
+      "times fewer updates",
+      "dev loss",
+      *(f"BLEU {band}" for band in evaluation.BANDS),
+    ],
+    (row(name, own[0]) for name, own in grouped.items()),
+  )
+
+
 def table_of_all() -> str:
   """Every run of the search: what it changes, and losses on the way."""
   at = (1000, 2600, 5000)
 
   def row(name: str, one: reading.Finished) -> list[str]:
     settings, size = one.header["settings"], one.header["size"]
-    heat = f"{settings['start']:g}"
-    if settings["schedule"] == "linear":
-      heat += f" to {settings['end']:g} at {settings['heating_share']:.0%}"
-    elif settings["schedule"] == "there_and_back":
-      heat += f" to {settings['top']:g} at {settings['heating_share']:.0%}"
-      heat += f", {settings['end']:g} at {settings['end_share']:.0%}"
     whole = one.loss("all")
     losses = [
       f"{whole[int(np.flatnonzero(one.steps == step)[0])]:.3f}"
@@ -144,7 +184,7 @@ def table_of_all() -> str:
     last = [f"{one.loss(b)[-1]:.3f}" for b in evaluation.BANDS]
     return [
       name,
-      heat,
+      _heat(settings),
       f"{settings['dense_share']:.0%}",
       f"{size['weight_decay']:g}",
       size["descent"],
@@ -170,11 +210,27 @@ def table_of_all() -> str:
   )
 
 
+def with_plain_baselines() -> dict[str, list[reading.Finished]]:
+  """The recipe beside the baselines of the first study.
+
+  Those have neither averaged weights nor weight decay, and groups of 16 rows.
+  """
+  earlier = reading.by_system(
+    reading.read_set(reading.LOGS / "earlier.jsonl.xz")
+  )
+  plain = {system: earlier[system] for system in BASELINES}
+  return {**plain, "recommended": runs()["recommended"]}
+
+
 TABLES: Mapping[str, Any] = {
   "claim updates": lambda: tables.factors(runs(), "steps"),
   "claim seconds": lambda: tables.factors(runs(), "seconds"),
   "claim updates, fixed 5": lambda: tables.factors(
     runs(), "steps", "base_static_5"
+  ),
+  "plain updates": lambda: tables.factors(with_plain_baselines(), "steps"),
+  "plain updates, fixed 5": lambda: tables.factors(
+    with_plain_baselines(), "steps", "base_static_5"
   ),
   "claim losses": lambda: tables.losses(runs()),
   "claim BLEU": lambda: tables.scores(runs(), 1, 0),
@@ -184,4 +240,5 @@ TABLES: Mapping[str, Any] = {
     significance("base_static_5")
   ),
   "recipe runs": table_of_all,
+  "quickstart schedules": table_of_quickstart,
 }
