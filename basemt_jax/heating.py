@@ -15,6 +15,7 @@ is one too.
 """
 
 import dataclasses
+import hashlib
 import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -25,6 +26,9 @@ from numpy.typing import ArrayLike
 from basemt_jax import ranges
 
 Schedule = Callable[[Any], float | np.ndarray]
+
+# Steps at which schedules are told apart: all the first ones, then ever fewer.
+_PROBES = np.unique(np.geomspace(1, 1e7, 4000).astype(np.int64)) - 1
 
 
 def mixing_rates(sizes: ArrayLike, temperature: ArrayLike) -> np.ndarray:
@@ -125,11 +129,25 @@ def temperatures(schedule: Schedule, steps: np.ndarray) -> np.ndarray:
 
 
 def describe(schedule: Schedule) -> str:
-  """A text that names a schedule and is the same in every process."""
+  """A text that names a schedule and is the same in every process.
+
+  A function is named with some of its values, because functions of one name
+  can differ in what they remember.
+  """
   if dataclasses.is_dataclass(schedule):
     return repr(schedule)
   # Never repr() of a function: it holds a memory address.
-  return str(getattr(schedule, "__qualname__", type(schedule).__qualname__))
+  name = getattr(schedule, "__qualname__", type(schedule).__qualname__)
+  values = np.broadcast_to(
+    np.asarray(schedule(_PROBES), np.float64), _PROBES.shape
+  )
+  stamp = hashlib.blake2b(
+    np.array2string(
+      values, threshold=len(values), formatter={"float": "{:.6g}".format}
+    ).encode(),
+    digest_size=4,
+  )
+  return f"{name} ({values[0]:.6g} at first, {stamp.hexdigest()})"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -204,7 +222,7 @@ def tabulated(schedule: Schedule, steps: int) -> Schedule:
 
   One of this module is data already; of any other 513 values are kept.
   """
-  if isinstance(schedule, (_Stepwise, _Interpolated, Tabulated)):
+  if isinstance(schedule, (_Stepwise, _Interpolated, _Sequence, Tabulated)):
     return schedule
   at = np.unique(np.linspace(0, steps, _TABULATED + 1).astype(int))
   return Tabulated(
@@ -212,6 +230,32 @@ def tabulated(schedule: Schedule, steps: int) -> Schedule:
     tuple(at.tolist()),
     tuple(temperatures(schedule, at).tolist()),
   )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Sequence:
+  """Schedules one after the other, each in steps of its own."""
+
+  schedules: tuple[Schedule, ...]
+  boundaries: tuple[int, ...]
+
+  def __call__(self, step: Any) -> Any:
+    step = np.asarray(step)
+    value = np.asarray(self.schedules[0](step), np.float64)
+    for start, schedule in zip(
+      self.boundaries, self.schedules[1:], strict=True
+    ):
+      later = schedule(np.maximum(step - start, 0))
+      value = np.where(step >= start, later, value)
+    return value
+
+  def __repr__(self) -> str:
+    first, *rest = map(describe, self.schedules)
+    then = [
+      f", from step {start} {text}"
+      for start, text in zip(self.boundaries, rest, strict=True)
+    ]
+    return first + "".join(then)
 
 
 def constant(temperature: ranges.Temperature) -> Schedule:
@@ -284,6 +328,38 @@ def cosine(
 ) -> Schedule:
   """Half a cosine wave: flat at both ends, steepest in the middle."""
   return _interpolated("cosine", start, end, steps)
+
+
+def there_and_back(
+  start: ranges.Positive,
+  top: ranges.Positive,
+  end: ranges.Positive,
+  top_steps: ranges.Steps,
+  end_steps: ranges.Steps,
+) -> Schedule:
+  """Heating, then back: T rises linearly to `top`, then falls to `end`.
+
+  The small languages are seen early, and the large ones' share is restored
+  before the run ends.
+
+  Args:
+    start: temperature at step 0.
+    top: temperature at step `top_steps`.
+    end: temperature from step `end_steps` on.
+    top_steps: 0: `top` at once.
+    end_steps: at least `top_steps`.
+
+  Raises:
+    ValueError: a temperature that is not above 0 or not finite, steps below 0
+      or in the wrong order.
+  """
+  if not 0 <= top_steps <= end_steps:
+    raise ValueError(
+      f"there_and_back needs 0 <= top_steps <= end_steps, got {top_steps} and "
+      f"{end_steps}."
+    )
+  back = linear(top, end, end_steps - top_steps)
+  return _Sequence((linear(start, top, top_steps), back), (top_steps,))
 
 
 def _interpolated(curve: str, start: float, end: float, steps: int) -> Schedule:

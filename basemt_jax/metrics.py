@@ -81,6 +81,9 @@ METRICS = (
     of_directions=True,
     is_main=True,
   ),
+  Metric(  # Beside the loss, which then is of averaged weights.
+    "last_weights_loss", "loss of the last weights", "nats per target token"
+  ),
   Metric("bleu", "BLEU", "BLEU", is_main=True, larger_is_better=True, digits=1),
   Metric(
     "chrf", "chrF++", "chrF++", is_main=True, larger_is_better=True, digits=1

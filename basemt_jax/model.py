@@ -466,7 +466,10 @@ class Transformer(nn.Module):
     Holds the source mask's tokens and every block's cross-attention keys and
     values, so that a decoding step does not compute them again.
     """
-    encoded = self.apply(variables, encoder_input_tokens, method=self.encode)
+    network = self._without_fused_attention()
+    encoded = network.apply(
+      variables, encoder_input_tokens, method=network.encode
+    )
     _, state = self.apply(
       variables,
       encoded,
@@ -478,6 +481,22 @@ class Transformer(nn.Module):
       mutable=["cache", "memory"],
     )
     return {"tokens": encoder_input_tokens, "memory": state["memory"]}
+
+  @nn.nowrap
+  def _without_fused_attention(self) -> "Transformer":
+    """The same network with XLA's attention, for a search.
+
+    A search with cuDNN's attention in it works in the process that compiled
+    it, but dies in the next one that finds it in the compilation cache: its
+    plan is then read while a CUDA graph is recorded (jax 0.11.2, H100).
+    """
+    attention = self.config.attention
+    if getattr(attention, "implementation", "xla") is not None:
+      return self
+    attention = attention.clone(implementation="xla")
+    return self.clone(
+      config=dataclasses.replace(self.config, attention=attention)
+    )
 
   @nn.nowrap
   def init_cache(

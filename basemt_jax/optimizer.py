@@ -1,23 +1,32 @@
-"""Optax chains and learning-rate schedules.
+"""Optimizers, averaged weights and learning-rate schedules.
 
-A chain here ends in descent directions for learning rate 1; the trainer
-multiplies by the learning rate of the *training* step. Schedules thus go on
-through a conversion that resets the optimizer's own state, and T5X's trainer,
-which passes a rate too, drives the same optimizer.
+An optimizer is a function of the learning rate, as Optax's own are:
+`optimizer(learning_rate=rate)` makes the `optax.GradientTransformation` whose
+updates are added to the parameters. The training step calls it with the rate
+of the *training* step. So any optimizer of Optax works by its own name, its
+rate is applied once, and the schedule goes on through a conversion that resets
+the optimizer's own state. T5X's trainer, which passes a rate too, drives the
+same optimizer.
 """
 
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+import optax.contrib
 
 from basemt_jax import ranges
 
+Optimizer = Callable[..., optax.GradientTransformation]
+Rate = Any  # A float, or a float32 [] of the step's trace.
 Schedule = Callable[..., float]
+Tree = Any
 
 
 def adamw(
+  learning_rate: Rate,
   b1: ranges.Fraction = 0.9,
   b2: ranges.Fraction = 0.98,
   eps: ranges.NotNegative = 1e-9,
@@ -30,6 +39,7 @@ def adamw(
   (arXiv:1706.03762).
 
   Args:
+    learning_rate: Scales the updates.
     b1: Decay of the mean of gradients.
     b2: Decay of the mean of squared gradients.
     eps: Added to the root.
@@ -40,10 +50,12 @@ def adamw(
     max_grad_norm,
     optax.scale_by_adam(b1=b1, b2=b2, eps=eps),
     weight_decay,
+    learning_rate,
   )
 
 
 def adafactor(
+  learning_rate: Rate,
   decay_rate: ranges.Fraction = 0.8,
   weight_decay: ranges.Decay = 0.0,
   max_grad_norm: ranges.Positive | None = None,
@@ -55,6 +67,7 @@ def adafactor(
   the same as for `adamw`.
 
   Args:
+    learning_rate: Scales the updates.
     decay_rate: Exponent of the decay of second moments.
     weight_decay: As in `adamw`.
     max_grad_norm: As in `adamw`; updates are clipped to a root mean square of
@@ -70,13 +83,70 @@ def adafactor(
       optax.clip_by_block_rms(1.0),
     ),
     weight_decay,
+    learning_rate,
   )
+
+
+def muon(
+  learning_rate: Rate,
+  momentum: ranges.Fraction = 0.95,
+  b1: ranges.Fraction = 0.9,
+  b2: ranges.Fraction = 0.98,
+  eps: ranges.NotNegative = 1e-9,
+  weight_decay: ranges.Decay = 0.0,
+  max_grad_norm: ranges.Positive | None = 1.0,
+) -> optax.GradientTransformation:
+  """Muon for matrices, each expert's its own; NAdam for everything else.
+
+  Muon (https://kellerjordan.github.io/posts/muon) makes the momentum of a
+  matrix orthogonal. Its updates are scaled to the root mean square 0.2 that
+  Adam's have (arXiv:2502.16982), so the learning rate means the same as for
+  `adamw`. Embeddings, centroids, gates and norms are NAdam's: both have
+  Nesterov's momentum.
+
+  Args:
+    learning_rate: Scales the updates.
+    momentum: Decay of the mean of a matrix's gradients.
+    b1: As in `adamw`.
+    b2: As in `adamw`.
+    eps: As in `adamw`.
+    weight_decay: As in `adamw`.
+    max_grad_norm: As in `adamw`.
+  """
+  direction = optax.contrib.muon(
+    1.0,
+    beta=momentum,
+    eps=eps,
+    adam_b1=b1,
+    adam_b2=b2,
+    adam_weight_decay=0.0,
+    consistent_rms=0.2,
+    muon_weight_dimension_numbers=_kernel_axes,
+  )
+  return _chain(
+    max_grad_norm,
+    optax.chain(direction, optax.scale(-1.0)),
+    weight_decay,
+    learning_rate,
+  )
+
+
+def _kernel_axes(params: Tree) -> Tree:
+  """The axes of a matrix of each kernel, the last two; None for the rest."""
+
+  def axes(path: Any, leaf: Any) -> Any:
+    if leaf.ndim < 2 or path[-1].key != "kernel":
+      return None
+    return optax.contrib.MuonDimensionNumbers(leaf.ndim - 2, leaf.ndim - 1)
+
+  return jax.tree_util.tree_map_with_path(axes, params)
 
 
 def _chain(
   max_grad_norm: float | None,
   direction: optax.GradientTransformation,
   weight_decay: float,
+  learning_rate: Rate,
 ) -> optax.GradientTransformation:
   parts = [direction]
   if max_grad_norm is not None:
@@ -84,11 +154,105 @@ def _chain(
   if weight_decay:
     # Norm scales, gates and prices of experts are not matrices.
     parts.append(optax.add_decayed_weights(weight_decay, mask=_matrices))
-  return optax.chain(*parts, optax.scale(-1.0))
+  return optax.chain(*parts, optax.scale_by_learning_rate(learning_rate))
 
 
 def _matrices(params):
   return jax.tree.map(lambda p: p.ndim >= 2, params)
+
+
+def map_moments(
+  optimizer: optax.GradientTransformation,
+  function: Callable[..., Any],
+  state: Tree,
+  *like_params: Tree,
+  other: Any,
+) -> Tree:
+  """Maps an optimizer's state where it is of parameters.
+
+  Args:
+    optimizer: Whose state it is.
+    function: Takes a leaf of the state and those of its parameter in
+      `like_params`.
+    state: The state, or its shapes.
+    *like_params: Trees like the parameters.
+    other: In place of leaves of no parameter, such as counts.
+  """
+
+  def mapped(leaf: Any, *rest: Any) -> Any:
+    # Where an optimizer leaves a parameter to another one.
+    if isinstance(leaf, optax.MaskedNode):
+      return leaf
+    return function(leaf, *rest)
+
+  return optax.tree_utils.tree_map_params(
+    optimizer,
+    mapped,
+    state,
+    *like_params,
+    transform_non_params=lambda _: other,
+    is_leaf=lambda x: isinstance(x, optax.MaskedNode),
+  )
+
+
+class AveragedState(NamedTuple):
+  """State of `averaged`.
+
+  Attributes:
+    updates: [] int32, how many it is over.
+    average: Like the parameters.
+    inner: State of the optimizer itself.
+  """
+
+  updates: jax.Array
+  average: Tree
+  inner: Tree
+
+
+def averaged(
+  optimizer: optax.GradientTransformation, decay: float
+) -> optax.GradientTransformation:
+  """The optimizer, keeping an exponential average of the parameters.
+
+  After update t the average moves by 1 - min(decay, (1 + t) / (10 + t)) of its
+  distance to the new parameters: at first it spans the last ninth of the
+  updates, later the last 1 / (1 - decay).
+
+  Args:
+    optimizer: Its updates, as they are added to the parameters.
+    decay: In (0, 1).
+  """
+  if not 0.0 < decay < 1.0:
+    raise ValueError(f"the decay of averaged weights is {decay}, not in (0, 1)")
+
+  def init(params: Tree) -> AveragedState:
+    return AveragedState(
+      jnp.zeros((), jnp.int32),
+      jax.tree.map(jnp.copy, params),
+      optimizer.init(params),
+    )
+
+  def update(updates, state, params):
+    updates, inner = optimizer.update(updates, state.inner, params)
+    count = state.updates + 1
+    share = 1.0 - jnp.minimum(decay, (1.0 + count) / (10.0 + count))
+    average = jax.tree.map(
+      lambda a, new: a + share.astype(a.dtype) * (new - a),
+      state.average,
+      optax.apply_updates(params, updates),
+    )
+    return updates, AveragedState(count, average, inner)
+
+  return optax.GradientTransformation(init, update)
+
+
+def restarted_average(state: Tree, params: Tree) -> Tree:
+  """An optimizer's state whose average, if it keeps one, begins at `params`."""
+  if not isinstance(state, AveragedState):
+    return state
+  return AveragedState(
+    jnp.zeros_like(state.updates), jax.tree.map(jnp.copy, params), state.inner
+  )
 
 
 def inverse_square_root(

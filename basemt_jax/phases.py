@@ -152,6 +152,8 @@ class Conversion:
       converted = dataclasses.replace(converted, opt_state=moments)
     if self._options.centroids == "activations":
       converted = self._with_centroids(converted, batch)
+    moments = optimizer.restarted_average(converted.opt_state, converted.params)
+    converted = dataclasses.replace(converted, opt_state=moments)
     error = float(
       self._error(
         self._dense.variables(state), self._sparse.variables(converted), batch

@@ -102,7 +102,7 @@ class BalancedRouter:
     prices_at_test: choose by affinity minus learned price at test time, as
       training does, but for its bound on an expert's load. False: by affinity
       alone, the paper's way, which sends tokens to experts that have not been
-      trained on their like; docs/results.md has what it costs.
+      trained on their like; docs/tried.md has what it costs.
   """
 
   prices_at_test: bool = True

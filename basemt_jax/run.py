@@ -70,6 +70,8 @@ class Run:
     verify: Compare the bytes of rows and checkpoints with their checksums.
     trackers: Where metrics go besides `metrics.jsonl` and TensorBoard; see
       `commands.trackers`.
+    use_average: Whether a trained model is one with averaged weights, if they
+      were kept; else it has those of the last step.
   """
 
   model_dir: ranges.Path
@@ -90,6 +92,7 @@ class Run:
   bleu_sentences: ranges.Count = 50
   verify: bool = True
   trackers: Sequence[Callable[[str], Any]] = ()
+  use_average: bool = True
 
   def check(self) -> None:
     """Checks the numbers against each other, whatever the devices at hand.
@@ -300,7 +303,7 @@ def described(
     )
     settings = steps.Settings(
       learning_rate=optax.constant_schedule(0.0),
-      optimizer=optax.identity(),
+      optimizer=optax.sgd,
       **settings,
     )
   except (TypeError, ValueError) as error:

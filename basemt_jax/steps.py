@@ -6,6 +6,7 @@ Axes: B rows of a batch, L length, N directions.
 a step does is a function of the state, the batch and the step's number.
 """
 
+import copy
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable
@@ -45,7 +46,10 @@ class Settings:
   Attributes:
     train_steps: Steps of the whole run, the dense phase included.
     learning_rate: step -> rate, over the whole run.
-    optimizer: A chain of `basemt_jax.optimizer`.
+    optimizer: Learning rate -> Optax transformation; see
+      `basemt_jax.optimizer`.
+    average_decay: Of an exponential average of the weights, which then is
+      what is evaluated and used; 0: none is kept.
     dense_steps: Steps of the dense phase before conversion; 0: none.
     conversion_options: How experts start.
     rewarm_steps: Second warm-up of the learning rate after the conversion.
@@ -64,7 +68,8 @@ class Settings:
 
   train_steps: ranges.Count
   learning_rate: optimizer.Schedule
-  optimizer: optax.GradientTransformation
+  optimizer: optimizer.Optimizer
+  average_decay: ranges.Fraction = 0.0
   dense_steps: ranges.Steps = 0
   conversion_options: conversion.Options = conversion.Options()  # noqa: RUF009
   rewarm_steps: ranges.Steps = 0
@@ -86,6 +91,24 @@ class Settings:
         f"Settings.dense_steps is {self.dense_steps}; it must be between 0 "
         f"and train_steps = {self.train_steps}"
       )
+    if isinstance(self.optimizer, optax.GradientTransformation):
+      raise ValueError(
+        "Settings.optimizer has its learning rate already, and the run's would "
+        "be applied on top; give the function that makes it, as in OPTIMIZER = "
+        "@optax.lion, and its arguments as in optax.lion.b1 = 0.95"
+      )
+
+  def transformation(
+    self, learning_rate: Any = 0.0
+  ) -> optax.GradientTransformation:
+    """The optimizer at a learning rate, with averaged weights if wanted.
+
+    Its state does not depend on the rate.
+    """
+    found = self.optimizer(learning_rate=learning_rate)
+    if not self.average_decay:
+      return found
+    return optimizer.averaged(found, self.average_decay)
 
 
 @struct.dataclass
@@ -166,13 +189,8 @@ def state_shardings(
   return TrainState(
     step=replicated,  # type: ignore[arg-type]
     params=params,
-    opt_state=optax.tree_utils.tree_map_params(
-      tx,
-      moment,
-      state.opt_state,
-      params,
-      state.params,
-      transform_non_params=lambda _: replicated,
+    opt_state=optimizer.map_moments(
+      tx, moment, state.opt_state, params, state.params, other=replicated
     ),
     mutables={
       name: partitioning.variable_shardings(tree, axes[f"{name}_axes"], mesh)
@@ -252,6 +270,7 @@ def _own_rows(
 def gradients(
   state: TrainState,
   batch: Batch,
+  key: Array,
   model: model_lib.Transformer,
   settings: Settings,
   num_directions: int,
@@ -259,10 +278,11 @@ def gradients(
   """Loss, gradients, new mutables and report sums of a whole batch.
 
   The batch is taken apart by strides, so that every device's rows stay on it.
+  `key` is of dropout, the same at every step.
   """
   parts = settings.microbatches
   total = jnp.sum(batch["decoder_loss_weights"])
-  rng = jax.random.fold_in(keys(settings.seed)[1], state.step)
+  rng = jax.random.fold_in(key, state.step)
   loss_and_grad = jax.value_and_grad(
     functools.partial(
       microbatch_loss,
@@ -307,6 +327,7 @@ def gradients(
 def train_step(
   state: TrainState,
   batch: Batch,
+  key: Array,
   model: model_lib.Transformer,
   settings: Settings,
   learning_rate: optimizer.Schedule,
@@ -317,6 +338,7 @@ def train_step(
   Args:
     state: Before the step.
     batch: Global arrays; see `microbatch_loss`.
+    key: Of dropout, the same at every step.
     model: The network.
     settings: See `Settings`.
     learning_rate: step -> rate.
@@ -329,13 +351,11 @@ def train_step(
     `bad_step` [], else `NEVER`, and `bad_direction` [N].
   """
   loss, grads, mutables, sums = gradients(
-    state, batch, model, settings, num_directions
+    state, batch, key, model, settings, num_directions
   )
-  updates, opt_state = settings.optimizer.update(
-    grads, state.opt_state, state.params
-  )
-  rate = learning_rate(state.step)
-  params = jax.tree.map(lambda p, u: p + rate * u, state.params, updates)
+  tx = settings.transformation(learning_rate(state.step))
+  updates, opt_state = tx.update(grads, state.opt_state, state.params)
+  params = optax.apply_updates(state.params, updates)
   sums["grad_norm"] = optax.tree.norm(grads)
   sums["steps"] = jnp.ones((), jnp.int32)
   is_finite = jnp.isfinite(loss) & jnp.isfinite(sums["grad_norm"])
@@ -455,24 +475,23 @@ class Program:
     self.mesh = mesh
     self.settings = settings
     self.name = "sparse" if config.feed_forward == "experts" else "dense"
-    self._key, _ = keys(settings.seed)
+    self._key, self._dropout_key = keys(settings.seed)
+    tx = settings.transformation()
     noted: dict[str, Any] = {}
 
     def init(key: Array) -> TrainState:
       with drawing.recording() as found:
-        state, noted["axes"] = init_state(self.model, settings.optimizer, key)
+        state, noted["axes"] = init_state(self.model, tx, key)
       noted["draws"] = drawing.draws_of(found, state.params)
       return state
 
     self.shapes = jax.eval_shape(init, self._key)
     self._draws = noted["draws"]
-    self.shardings = state_shardings(
-      self.shapes, noted["axes"], settings.optimizer, mesh
-    )
+    self.shardings = state_shardings(self.shapes, noted["axes"], tx, mesh)
     self._begin = Compiled(
       jax.jit(
         lambda params: dataclasses.replace(
-          init(self._key), params={}, opt_state=settings.optimizer.init(params)
+          init(self._key), params={}, opt_state=tx.init(params)
         ),
         out_shardings=dataclasses.replace(self.shardings, params={}),
       ),
@@ -481,7 +500,7 @@ class Program:
     self._draw_all = Compiled(
       jax.jit(
         lambda key: traverse_util.flatten_dict(
-          init_state(self.model, settings.optimizer, key)[0].params
+          init_state(self.model, tx, key)[0].params
         ),
         out_shardings=traverse_util.flatten_dict(self.shardings.params),
       ),
@@ -497,7 +516,7 @@ class Program:
           learning_rate=learning_rate,
           num_directions=num_directions,
         ),
-        in_shardings=(self.shardings, batch),
+        in_shardings=(self.shardings, batch, partitioning.replicated(mesh)),
         out_shardings=(self.shardings, partitioning.replicated(mesh)),
         donate_argnums=0,
       ),
@@ -544,21 +563,21 @@ class Program:
     self, state: TrainState, metrics: dict[str, Any] | None, batch: Batch
   ) -> tuple[TrainState, dict[str, Any]]:
     """`train_step`, compiled; its sums are added to `metrics`, if given."""
-    state, sums = self._train_step(state, batch)
+    state, sums = self._train_step(state, batch, self._dropout_key)
     return state, sums if metrics is None else self._add_sums(metrics, sums)
 
   def check(self, batch: Batch) -> None:
     """Traces a step, and so raises what is wrong with a batch's shapes."""
-    self._train_step.trace(self.shapes, batch)
+    self._train_step.trace(self.shapes, batch, self._dropout_key)
 
   def lower(self, batch: Batch) -> jax.stages.Lowered:
     """The training step, ready to be compiled, for a batch given by shapes."""
-    return self._train_step.lower(self.shapes, batch)
+    return self._train_step.lower(self.shapes, batch, self._dropout_key)
 
   def compile(self, batch: Batch) -> None:
     """Compiles what a phase begins with, before it does."""
     self._begin.compile(self.abstract_state().params)
-    self._train_step.compile(self.shapes, batch)
+    self._train_step.compile(self.shapes, batch, self._dropout_key)
 
   def abstract_state(self) -> TrainState:
     """Shapes and shardings of the state."""
@@ -577,6 +596,23 @@ class Program:
   def variables(self, state: TrainState) -> Tree:
     """What `model.apply` takes, out of a state."""
     return {"params": state.params, **state.mutables}
+
+  def averaged_variables(self, state: TrainState) -> Tree:
+    """`variables` with averaged weights, where the optimizer keeps them."""
+    kept = isinstance(state.opt_state, optimizer.AveragedState)
+    params = state.opt_state.average if kept else state.params
+    return {"params": params, **state.mutables}
+
+  def with_settings(self, settings: Settings) -> "Program":
+    """The same compiled functions for another run.
+
+    Args:
+      settings: Not of the step itself: seed, counts of steps, conversion.
+    """
+    other = copy.copy(self)
+    other._key, other._dropout_key = keys(settings.seed)
+    other.settings = settings
+    return other
 
 
 def share_of(steps: ranges.Steps, share: ranges.Share) -> ranges.Steps:

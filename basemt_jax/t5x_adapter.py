@@ -28,7 +28,6 @@ from flax.core import freeze, unfreeze
 from basemt_jax import (
   checkpointing,
   losses,
-  optimizer,
   partitioning,
   phases,
   processes,
@@ -38,6 +37,7 @@ from basemt_jax import (
 )
 from basemt_jax import metrics as metrics_lib
 from basemt_jax import model as model_lib
+from basemt_jax import optimizer as optimizers
 from basemt_jax import run as run_lib
 from basemt_jax.data import mixtures, vocabulary
 
@@ -138,14 +138,11 @@ class Optimizer(struct.PyTreeNode):
     self, grads: Tree, *, learning_rate: Array, **unused: Any
   ) -> "Optimizer":
     """One update at this learning rate."""
-    updates, param_states = self.optimizer_def.optimizer.update(
+    updates, param_states = self.optimizer_def.optimizer(learning_rate).update(
       grads, self.state.param_states, self.target
     )
-    target = jax.tree.map(
-      lambda p, u: p + learning_rate * u, self.target, updates
-    )
     return self.replace(
-      target=target,
+      target=optax.apply_updates(self.target, updates),
       state=OptimizerState(self.state.step + 1, param_states),
     )
 
@@ -167,20 +164,20 @@ class Optimizer(struct.PyTreeNode):
 
 
 class OptimizerDef:
-  """Any Optax chain of `basemt_jax.optimizer`, as T5X's optimizer_def.
+  """An optimizer of the learning rate, as T5X's optimizer_def.
 
   Unlike T5X's own Optax wrapper it uses the trainer's learning rate, and
   derives the sharding of any Optax state, not only of those in a table.
   """
 
-  def __init__(self, optimizer: optax.GradientTransformation):
+  def __init__(self, optimizer: optimizers.Optimizer):
     self.optimizer = optimizer
 
   def create(self, params: Tree) -> Optimizer:
     """A new state for these parameters, held in plain dictionaries."""
     params = unfreeze(params)
     state = OptimizerState(
-      jnp.zeros((), jnp.int32), self.optimizer.init(params)
+      jnp.zeros((), jnp.int32), self.optimizer(0.0).init(params)
     )
     return Optimizer(self, state, params)
 
@@ -194,13 +191,9 @@ class OptimizerDef:
       found = partitioning.moment_axes(names, param.shape, leaf.shape)
       return jax.sharding.PartitionSpec(*found)
 
-    param_states = optax.tree_utils.tree_map_params(
-      self.optimizer,
-      moment,
-      optimizer.state.param_states,
-      axes,
-      optimizer.target,
-      transform_non_params=lambda _: None,
+    state = optimizer.state.param_states
+    param_states = optimizers.map_moments(
+      self.optimizer(0.0), moment, state, axes, optimizer.target, other=None
     )
     return optimizer.replace(
       target=axes,
@@ -269,7 +262,7 @@ class Model:
     )
     self.directions = tuple(mixtures.tasks_by_direction(found))
     self.input_vocabulary = self.output_vocabulary = pieces
-    self.optimizer_def = OptimizerDef(run.settings.optimizer)
+    self.optimizer_def = OptimizerDef(run.settings.transformation)
 
   def get_initial_variables(
     self,
@@ -428,7 +421,7 @@ def _variables(params: Tree, mutables: Tree | None) -> Tree:
 
 def learning_rate(
   run: run_lib.Run, phase: str = "sparse"
-) -> optimizer.Schedule:
+) -> optimizers.Schedule:
   """Rate by step of the phase that T5X trains."""
   return phases.learning_rate(run.settings, phase)
 

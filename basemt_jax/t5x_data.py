@@ -399,7 +399,8 @@ def from_dense(
   """
   if is_resuming:
     return ckpt_state
-  checkpoint, options = epath.Path(path), run.settings.conversion_options
+  settings, checkpoint = run.settings, epath.Path(path)
+  options = settings.conversion_options
   step = _step_of(checkpoint)
   if step != run.settings.dense_steps:
     raise ValueError(
@@ -427,6 +428,10 @@ def from_dense(
         rules,
       )
     )
+  if settings.average_decay:  # It begins at what the run goes on with.
+    state.setdefault("param_states", {}).update(
+      average=_arrays(params), updates=np.zeros((), np.int32)
+    )
   return {"target": _arrays(params), "state": state}
 
 
@@ -437,7 +442,7 @@ def _dense_state(
   vocab_size = like["target"]["token_embedder"]["embedding"].shape[0]
   model = model_lib.Transformer(run.network(vocab_size=vocab_size).dense())
   shapes, _ = jax.eval_shape(
-    functools.partial(steps.init_state, model, run.settings.optimizer),
+    functools.partial(steps.init_state, model, run.settings.transformation()),
     jax.random.key(0),
   )
   tree = shapes.tree()

@@ -179,11 +179,19 @@ def load(
       len(known.directions),
     )
     like = program.abstract_tree()
-    del like["state"]
     dtype = program.model.config.dtype
-    like["target"] = model_lib.rounded(like["target"], dtype)
+    weights = model_lib.rounded(like.pop("target"), dtype)
+    del like["state"]
+    is_averaged = run.use_average and run.settings.average_decay > 0
+    if is_averaged:
+      like["state"] = {"param_states": {"average": weights}}
+    else:
+      like["target"] = weights
     tree = checkpoints.restore(step, like, "the run")
-  variables = {"params": tree["target"], **tree.get("flax_mutables", {})}
+  params = (
+    tree["state"]["param_states"]["average"] if is_averaged else tree["target"]
+  )
+  variables = {"params": params, **tree.get("flax_mutables", {})}
   return Trained(run, step, program, variables, known, pieces, console)
 
 

@@ -147,6 +147,8 @@ class Trainer:
     dev_batches: () -> this host's rows of the dev batches; None: no dev set.
     hooks: See `Hooks`.
     verify: Compare the checkpoint to go on from with its checksums.
+    make_program: As `phases.program`; several runs of one process can share
+      programs, and then compile them once.
   """
 
   def __init__(
@@ -161,7 +163,9 @@ class Trainer:
     dev_batches: Callable[[], Iterable[Batch]] | None = None,
     hooks: Hooks | None = None,
     verify: bool = True,
+    make_program: Callable[..., steps.Program] = phases.program,
   ):
+    self._make_program = make_program
     self._config, self._settings, self._mesh = config, settings, mesh
     self._directions = tuple(directions)
     self._batches, self._dev_batches = batches, dev_batches
@@ -186,7 +190,7 @@ class Trainer:
   def _program(self, phase: str) -> steps.Program:
     """The program of phase 'dense' or 'sparse', made when first needed."""
     if phase not in self._programs:
-      self._programs[phase] = phases.program(
+      self._programs[phase] = self._make_program(
         self._config, self._settings, phase, self._mesh, len(self._directions)
       )
     return self._programs[phase]
@@ -366,7 +370,9 @@ class Trainer:
       self._write(
         step,
         self._hooks.evaluate(
-          self.program.model, self.program.variables(self.state), step
+          self.program.model,
+          self.program.averaged_variables(self.state),
+          step,
         ),
       )
     gives_up = self._gives_up()
@@ -483,11 +489,8 @@ class Trainer:
     """Dev loss by direction; returns their mean."""
     if self._dev_batches is None:
       return None
-    self.dev_losses = direction_losses(
-      self.program.eval_step,
-      self.program.variables(self.state),
-      (partitioning.put_batch(b, self._mesh) for b in self._dev_batches()),
-      self._directions,
+    self.dev_losses = self._losses_of(
+      self.program.averaged_variables(self.state)
     )
     mean = float(np.mean(list(self.dev_losses.values())))
     if mean < self._best_loss:
@@ -501,8 +504,27 @@ class Trainer:
         **{f"dev/loss/{d}": v for d, v in self.dev_losses.items()},
       },
     )
+    if self._settings.average_decay:
+      last = self._losses_of(self.program.variables(self.state))
+      self._write(
+        self._step,
+        {
+          "dev/last_weights_loss": float(np.mean(list(last.values()))),
+          **{f"dev/last_weights_loss/{d}": v for d, v in last.items()},
+        },
+      )
     self._hooks.message(f"step {self._step}: dev loss {mean:.3f}")
     return mean
+
+  def _losses_of(self, variables: Tree) -> dict[str, float]:
+    """Dev loss by direction."""
+    assert self._dev_batches is not None
+    return direction_losses(
+      self.program.eval_step,
+      variables,
+      (partitioning.put_batch(b, self._mesh) for b in self._dev_batches()),
+      self._directions,
+    )
 
   def _save(self, position: Any, dev_loss: float | None) -> None:
     if self._checkpoints.latest_step() == self._step:

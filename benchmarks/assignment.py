@@ -4,7 +4,7 @@
 
 Scores are those of clustered, skewed features that drift from batch to batch;
 with --affinities, those of a trained model's layers on training batches
-(`study.py run --affinities` writes them).
+(`study/runs.py run --affinities` writes them).
 Cold means without prices, warm with the previous batch's. Quality is (score -
 random) / (optimum - random): where SciPy can find the optimum in reasonable
 time it is exact, else a lower bound from the dual problem, whose value no
@@ -199,7 +199,9 @@ def main() -> None:
   options = parser.parse_args()
   for file in options.affinities:
     if not Path(file).exists():
-      parser.error(f"no file {file}; `study.py run --affinities` writes such")
+      parser.error(
+        f"no file {file}; `study/runs.py run --affinities` writes such"
+      )
   device = jax.devices()[0]
   print(f"jax {jax.__version__} on {device.device_kind} ({device.platform})")
   names = (

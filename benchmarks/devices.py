@@ -139,6 +139,7 @@ def compiled_check(args: argparse.Namespace, count: int) -> Check:
       loss, grads, _, _ = steps.gradients(
         state,
         batch,
+        steps.keys(0)[1],
         program.model,
         program.settings,
         training_step.DIRECTIONS,

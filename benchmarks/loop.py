@@ -115,7 +115,7 @@ def measure_loop(
   settings = steps.Settings(
     train_steps=5 * window,
     learning_rate=optimizer.inverse_square_root(1e-3, 1000),
-    optimizer=optimizer.adamw(),
+    optimizer=optimizer.adamw,
     log_every=every,
     eval_every=10**6,
     save_every=2 * window,

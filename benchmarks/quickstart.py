@@ -1,7 +1,9 @@
 """The paper's five systems on the quickstart: two CPU cores, no data to get.
 
-    PYTHONPATH=. python benchmarks/quickstart.py --logs docs/study/quickstart
-    PYTHONPATH=. python benchmarks/study_report.py --logs docs/study
+    PYTHONPATH=. python benchmarks/quickstart.py --logs runs/quickstart_logs
+    PYTHONPATH=. python benchmarks/study/reading.py quickstart \
+      runs/quickstart_logs/*.jsonl
+    PYTHONPATH=. python benchmarks/study/report.py
 
 Each is `gin/recipes/quickstart.gin` with the macros below, which do for `basemt
 train` as well (`--gin.DENSE_STEPS=0`), and a dev loss every 20 steps. A run
@@ -17,7 +19,7 @@ from typing import Any
 import gin
 from basemt_jax import run
 from basemt_jax.commands import configuration
-from benchmarks import study
+from benchmarks.study import runs
 
 RECIPE = "gin/recipes/quickstart.gin"
 _SCRATCH = ["DENSE_STEPS=0"]
@@ -65,7 +67,7 @@ def main() -> None:
   options.logs.mkdir(parents=True, exist_ok=True)
   for seed in SEEDS:
     for name in SYSTEMS:
-      if study.is_complete(options.logs / f"{name}_{seed}.jsonl"):
+      if runs.is_complete(options.logs / f"{name}_{seed}.jsonl"):
         continue
       described = run_of(name, seed, options.work / f"{name}_{seed}")
       header = {
@@ -74,11 +76,11 @@ def main() -> None:
         "settings": settings_of(name, described),
         "network": "dense" if name == "dense" else "BalancedRouter",
         "size": {"train_steps": described.settings.train_steps},
-        "pairs": study.pairs_of(described.store()),
+        "pairs": runs.pairs_of(described.store()),
         "bands": vars(described.bands),
       }
       with contextlib.suppress(BlockingIOError):  # Another one makes it.
-        study.make_run(described, header, options.logs, beams=(1,))
+        runs.make_run(described, header, options.logs, beams=(1,))
 
 
 if __name__ == "__main__":

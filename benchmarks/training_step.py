@@ -263,7 +263,7 @@ def compiled(
   settings = steps.Settings(
     train_steps=10**6,
     learning_rate=optimizer.inverse_square_root(1e-3, warmup),
-    optimizer=getattr(optimizer, optimizer_name)(),
+    optimizer=getattr(optimizer, optimizer_name),
   )
   start = time.perf_counter()
   program = steps.Program(
@@ -404,7 +404,7 @@ def main() -> None:
   parser.add_argument("--shapes", nargs="+", default=["6x64"])
   parser.add_argument("--expert_devices", type=int, default=1)
   parser.add_argument(
-    "--optimizer", choices=("adamw", "adafactor"), default="adamw"
+    "--optimizer", choices=("adamw", "adafactor", "muon"), default="adamw"
   )
   parser.add_argument(
     "--trace", action="store_true", help="show where the time goes"

@@ -56,9 +56,9 @@ def make(tmp_path):
 @pytest.mark.parametrize(
   "tx",
   [
-    optimizer.adamw(),
-    optimizer.adamw(weight_decay=0.1, max_grad_norm=None),
-    optimizer.adafactor(min_dim_size_to_factor=2),
+    optimizer.adamw(1.0),
+    optimizer.adamw(1.0, weight_decay=0.1, max_grad_norm=None),
+    optimizer.adafactor(1.0, min_dim_size_to_factor=2),
     optax.chain(optax.identity(), optax.trace(0.9)),
   ],
   ids=["adamw", "decay", "adafactor", "identity"],
@@ -77,7 +77,7 @@ def test_optimizer_states_with_empty_parts_come_back(tx):
 
 
 def test_what_is_saved_is_read_bit_for_bit(make):
-  tree = tree_of(optimizer.adamw())
+  tree = tree_of(optimizer.adamw(1.0))
   tree["target"]["encoder"]["odd"] = np.array([np.nan, np.inf, 1e-45], "f4")
   try:
     checkpoints = make()
@@ -143,7 +143,7 @@ def test_what_goes_wrong_in_the_background_is_raised_by_the_next_call(make):
 
 def test_layout_on_disk_is_t5x_s(make):
   checkpoints = make()
-  checkpoints.save(20, tree_of(optimizer.adamw()), {"data": None}, 1.5)
+  checkpoints.save(20, tree_of(optimizer.adamw(1.0)), {"data": None}, 1.5)
   checkpoints.wait()
   path = checkpoints.directory / "checkpoint_20"
   assert {p.name for p in path.iterdir() if p.is_dir()} == {
@@ -178,7 +178,7 @@ def test_experts_make_a_checkpoint_sparse(make):
 
 def test_part_of_a_checkpoint_can_be_read(make):
   checkpoints = make()
-  tree = tree_of(optimizer.adamw())
+  tree = tree_of(optimizer.adamw(1.0))
   checkpoints.save(1, tree, {})
   checkpoints.wait()
   part = {name: tree[name] for name in ("target", "flax_mutables")}
@@ -187,7 +187,7 @@ def test_part_of_a_checkpoint_can_be_read(make):
 
 def test_missing_arrays_and_wrong_shapes_are_named(make):
   checkpoints = make()
-  tree = tree_of(optimizer.adamw())
+  tree = tree_of(optimizer.adamw(1.0))
   checkpoints.save(3, tree, {})
   checkpoints.wait()
   more = {"target": {**PARAMS, "new": {"kernel": np.zeros(2)}}}

@@ -41,7 +41,11 @@ FITS = {
   "MAX_EPOCHS": {"None", "0.5", HUGE},  # No cap at all.
   "SIZES": {"None"},
   "STEP_BOUNDARIES": {"[]"},
-  "OPTIMIZER": {"@optimizer.adamw()"},
+  "OPTIMIZER": {"@optimizer.adamw"},
+  "TOP_TEMPERATURE": {"0.5", HUGE},
+  "TOP_STEPS": {"0"},
+  "AVERAGE_DECAY": {"0", "0.5"},
+  "USE_AVERAGE": {"True"},
   "WEIGHT_DECAY": {"0", "0.5"},
   "LEARNING_RATE": {"0.5"},
 }
@@ -104,10 +108,10 @@ def test_wrong_values_of_every_macro_are_one_sentence_with_its_name(
       "TASK_FEATURE_LENGTHS\\['inputs'\\] is 0; it must be at least 1",
     ),
     ("run.Run.trackers=wandb", "Run.trackers is 'wandb'; .* list"),
-    ("OPTIMIZER=adam", "OPTIMIZER is 'adam'; .* such as @optimizer.adamw"),
+    ("OPTIMIZER=adam", "OPTIMIZER is 'adam'; it must be a function"),
     (
-      "OPTIMIZER=@optimizer.adafactor",
-      "is @optimizer.adafactor; .*: write @optimizer.adafactor\\(\\)",
+      "OPTIMIZER=@optimizer.adafactor()",
+      "OPTIMIZER is .*adafactor\\(\\), .*: write .*adafactor without \\(\\)",
     ),
     (
       "TEMPERATURE=@heating.linear",

@@ -360,7 +360,7 @@ def test_model_operations_are_three_times_the_forward_pass_s(change):
   network = model.Transformer(config)
   state, _ = jax.eval_shape(
     lambda: steps.init_state(
-      network, toy.settings().optimizer, jax.random.key(0)
+      network, toy.settings().transformation(), jax.random.key(0)
     )
   )
   forward = jax.jit(
@@ -662,7 +662,7 @@ def test_pod_recipes_are_what_was_compiled(pod):
   state, _ = jax.eval_shape(
     lambda: steps.init_state(
       model.Transformer(dataclasses.replace(config, converted=True)),
-      run.settings.optimizer,
+      run.settings.transformation(),
       jax.random.key(0),
     )
   )

@@ -139,7 +139,7 @@ def test_centroids_still_learn_after_conversion():
   """The gate is 1 at step 0, and yet centroids move within two steps."""
   _, _, sparse, variables = convert(SPARSE)
   data = batch()
-  tx = optimizer.adamw()
+  tx = optimizer.adamw(1.0)
 
   def loss(params):
     out = logits(sparse, {**variables, "params": params}, data, True)
@@ -211,7 +211,7 @@ def test_centroids_from_activations_have_their_place_and_norm():
     )
 
 
-@pytest.mark.parametrize("tx", [optimizer.adamw(), optimizer.adafactor()])
+@pytest.mark.parametrize("tx", [optimizer.adamw(1.0), optimizer.adafactor(1.0)])
 def test_moments_are_copied_where_they_fit(tx):
   _, dense_variables, _, variables = convert(SPARSE)
   params = dense_variables["params"]
@@ -273,5 +273,5 @@ def test_what_no_rule_covers_stops_with_its_path(rules, text):
 def test_optax_is_what_the_states_come_from():
   """Guards `_first_moments`: Adam's state holds parameter-shaped trees."""
   _, variables = init(DENSE, 0)
-  state = optimizer.adamw().init(variables["params"])
+  state = optimizer.adamw(1.0).init(variables["params"])
   assert optax.tree_utils.tree_get(state, "mu") is not None

@@ -1,11 +1,11 @@
-"""docs/extending.md does what it says."""
+"""The page on extending: its files are written, configured and tested."""
 
-import dataclasses
 import functools
+import importlib
 import pathlib
 import re
+import runpy
 import sys
-import types
 
 import jax
 import jax.numpy as jnp
@@ -13,48 +13,68 @@ import numpy as np
 import pytest
 
 import gin
-from basemt_jax import model, plain_data
+from basemt_jax import cli, model, plain_data
+from basemt_jax.commands import configuration
 
-PAGE = pathlib.Path(__file__).parent.parent / "docs" / "extending.md"
-CONFIG = model.TransformerConfig(
-  vocab_size=32,
-  emb_dim=16,
-  num_heads=2,
-  head_dim=8,
-  mlp_dim=32,
-  num_encoder_layers=2,
-  num_decoder_layers=2,
-  dropout_rate=0.0,
-)
-
-
-def listings(section, language):
-  text = PAGE.read_text().split(f"## {section}\n")[1].split("\n## ")[0]
-  return re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
+ROOT = pathlib.Path(__file__).parent.parent
+FILES = {
+  name: text
+  for name, text in re.findall(
+    r"```(?:python|gin)\n# (\S+)\n(.*?)```",
+    (ROOT / "docs/extending.md").read_text(),
+    re.S,
+  )
+}
 
 
 @pytest.fixture
-def own(monkeypatch):
-  """The page's own.py."""
-  module = types.ModuleType("own")
-  monkeypatch.setitem(sys.modules, "own", module)
-  (code,) = listings("An attention", "python")
-  exec(compile(code, "own.py", "exec"), module.__dict__)
-  yield module
+def folder(tmp_path, monkeypatch):
+  for name, text in FILES.items():
+    (tmp_path / name).write_text(text)
+  monkeypatch.syspath_prepend(str(tmp_path))
   gin.clear_config()
+  yield tmp_path
+  for name in FILES:
+    sys.modules.pop(name.removesuffix(".py"), None)
 
 
-def test_an_attention_trains_decodes_and_is_described(own):
-  (binding,) = listings("An attention", "gin")
-  gin.parse_config(binding)
-  config = gin.get_configurable(model.TransformerConfig)(
-    **{
-      f.name: getattr(CONFIG, f.name)
-      for f in dataclasses.fields(CONFIG)
-      if f.name != "attention"
-    }
+@pytest.mark.parametrize("name", [n for n in FILES if n.endswith("_test.py")])
+def test_its_tests_pass(name, folder):
+  tests = runpy.run_path(str(folder / name))
+  found = [f for key, f in tests.items() if key.startswith("test_")]
+  assert found
+  for test in found:
+    test()
+
+
+@pytest.mark.parametrize("name", [n for n in FILES if n.endswith(".gin")])
+def test_its_configurations_are_runs(name, folder):
+  model = str(ROOT / "gin/models/tiny.gin")
+  options = cli._parser().parse_args(
+    ["train", f"--gin_file={model}", f"--gin_file={folder / name}"]
   )
-  assert isinstance(config.attention, own.GatedAttention)
+  options.bindings = [f"MODEL_DIR='{folder}'", "MIXTURE_OR_TASK_NAME='none'"]
+  run = configuration.configured(options)
+  rate = run.settings.learning_rate(10)
+  run.settings.transformation(rate)
+  if name == "wave.gin":
+    assert [run.strategy.temperature(k) for k in (0, 250)] == [1, 4]
+    assert str(run.strategy).startswith("wave (1 at first, ")
+
+
+def test_its_attention_trains_decodes_and_is_described(folder):
+  own = importlib.import_module("own")
+  config = model.TransformerConfig(
+    vocab_size=32,
+    emb_dim=16,
+    num_heads=2,
+    head_dim=8,
+    mlp_dim=32,
+    num_encoder_layers=2,
+    num_decoder_layers=2,
+    dropout_rate=0.0,
+    attention=own.GatedAttention(),
+  )
   read = plain_data.from_plain(plain_data.to_plain(config), ["own"])
   assert read == config and hash(read) == hash(config)
 

@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import importlib
-import json
 import pathlib
 
 import jax
@@ -28,6 +27,12 @@ SYSTEMS = [
   "base_dense_pretrained",
   "base_heated_dense_pretrained",
   "switch",
+]
+OTHER_SYSTEMS = [
+  "base_published",
+  "base_static_5",
+  "dense_static_5",
+  "recommended",
 ]
 BENCHMARKS = ["wmt15", "ml50", "opus100"]
 T5X = [
@@ -79,7 +84,7 @@ def parameters(name, model="tiny"):
   config = phases.network(config, run.settings, "sparse")
   network = model_lib.Transformer(config)
   state, _ = jax.eval_shape(
-    lambda key: steps.init_state(network, run.settings.optimizer, key),
+    lambda key: steps.init_state(network, run.settings.transformation(), key),
     jax.random.key(0),
   )
   batch = {
@@ -88,7 +93,7 @@ def parameters(name, model="tiny"):
   }
   loss, grads, _, _ = jax.eval_shape(
     lambda state, batch: steps.gradients(
-      state, batch, network, run.settings, 3
+      state, batch, jax.random.key(0), network, run.settings, 3
     ),
     state,
     batch,
@@ -119,7 +124,7 @@ def test_all_files_are_known_here():
   }
   assert found == {
     *(f"models/{name}" for name in MODELS),
-    *(f"recipes/{name}" for name in SYSTEMS),
+    *(f"recipes/{name}" for name in (*SYSTEMS, *OTHER_SYSTEMS)),
     "recipes/quickstart",
     "recipes/files",
     *(f"recipes/{name}" for name in BENCHMARKS),
@@ -241,21 +246,31 @@ def test_phases_router_and_temperature_are_the_system_s(name):
   assert last.converted == pretrained
 
 
-@pytest.mark.parametrize("name", SYSTEMS)
+@pytest.mark.parametrize("name", [*SYSTEMS, *OTHER_SYSTEMS])
 def test_the_study_measures_the_recipes(name, monkeypatch):
   """In all but size, and the learning rate, which depends on it."""
   monkeypatch.syspath_prepend(str(ROOT))
-  study = importlib.import_module("benchmarks.study")
+  study = importlib.import_module("benchmarks.study.systems")
   run, config = system(name)
-  measured = study.run_of(
-    study.SYSTEMS[name], study.Size(train_steps=STEPS), 0, "", ""
+  size = dataclasses.replace(
+    study.SIZES.get(name, study.Size()), train_steps=STEPS
   )
+  measured = study.run_of(study.SYSTEMS[name], size, 0, "", "")
   network = measured.network(384)
-  for what in ("dense_steps", "conversion_options", "rewarm_steps"):
+  same = ("dense_steps", "conversion_options", "rewarm_steps", "average_decay")
+  for what in same:
     assert getattr(run.settings, what) == getattr(measured.settings, what)
   for what in ("feed_forward", "router", "placement", "rows_per_group"):
     assert getattr(config, what) == getattr(network, what)
   assert (temperatures(run) == temperatures(measured)).all()
+  # One step from a weight of 1 without a gradient is the decay.
+  params = {"w": jnp.ones((2, 2))}
+  zero = jax.tree.map(jnp.zeros_like, params)
+  decayed = [
+    tx.update(zero, tx.init(params), params)[0]["w"].tolist()
+    for tx in (r.settings.transformation(0.1) for r in (run, measured))
+  ]
+  assert decayed[0] == decayed[1]
 
 
 def test_the_quickstart_is_measured_as_each_system(monkeypatch, tmp_path):
@@ -279,10 +294,10 @@ def test_the_quickstart_is_measured_as_each_system(monkeypatch, tmp_path):
 def test_the_quickstarts_logs_are_of_its_present_recipe(monkeypatch, tmp_path):
   monkeypatch.syspath_prepend(str(ROOT))
   quickstart = importlib.import_module("benchmarks.quickstart")
-  logs = sorted((ROOT / "docs/study/quickstart").glob("*.jsonl"))
-  assert len(logs) == len(quickstart.SYSTEMS) * len(quickstart.SEEDS)
-  for path in logs:
-    header = json.loads(path.read_text().splitlines()[0])
+  reading = importlib.import_module("benchmarks.study.reading")
+  found = reading.read_set(reading.LOGS / "quickstart.jsonl.xz")
+  assert len(found) == len(quickstart.SYSTEMS) * len(quickstart.SEEDS)
+  for header in (one.header for one in found):
     run = quickstart.run_of(header["system"], header["seed"], tmp_path)
     expected = quickstart.settings_of(header["system"], run)
     assert header["settings"] == expected
@@ -303,7 +318,7 @@ def test_macros_are_overridden_on_the_command_line():
     "steps.share_of.share=0.1",
     "TASK_FEATURE_LENGTHS={'inputs': 8, 'targets': 9}",
     "TEMPERATURE=@heating.square_root()",
-    "OPTIMIZER=@optimizer.adafactor()",
+    "OPTIMIZER=@optimizer.adafactor",
     "WEIGHT_DECAY=0.5",
     "conversion.Options.reinitialise=0.5",
   )
@@ -317,7 +332,7 @@ def test_macros_are_overridden_on_the_command_line():
   assert temperature(300) == 9
   assert run.task_feature_lengths == {"inputs": 8, "targets": 9}
   assert run.settings.conversion_options.reinitialise == 0.5
-  state = run.settings.optimizer.init({"w": jnp.ones((256, 128))})
+  state = run.settings.transformation().init({"w": jnp.ones((256, 128))})
   assert max(leaf.size for leaf in jax.tree.leaves(state)) <= 256
 
 

@@ -108,6 +108,11 @@ SCHEDULES = [
   (heating.square_root(5, 1, 100), {0: 5, 50: 13**0.5, 100: 1}),
   (heating.cosine(1, 5, 100), {0: 1, 50: 3, 100: 5, 500: 5}),
   (heating.cosine(5, 1, 90), {0: 5, 30: 4, 60: 2, 90: 1}),  # cos 60° = 1/2
+  (
+    heating.there_and_back(1, 5, 2, 100, 400),
+    {0: 1, 50: 3, 100: 5, 200: 4, 400: 2, 10**7: 2},
+  ),
+  (heating.there_and_back(1, 5, 2, 0, 0), {0: 2, 9: 2}),
   (heating.constant(5), {0: 5, 7: 5}),
   (heating.constant(math.inf), {3: math.inf}),
   (
@@ -136,6 +141,8 @@ def test_descriptions_name_the_schedule():
   assert heating.describe(heating.constant(2)) == "constant(2.0)"
   text = heating.describe(heating.stepwise([10], [5, 1]))
   assert text == "stepwise([10], [5.0, 1.0])"
+  text = heating.describe(heating.there_and_back(1, 5, 2, 100, 400))
+  assert text == "linear(1.0, 5.0, 100), from step 100 linear(5.0, 2.0, 300)"
 
 
 def test_optax_schedules_are_temperature_schedules():
@@ -145,6 +152,19 @@ def test_optax_schedules_are_temperature_schedules():
   flat = optax.constant_schedule(2.0)
   np.testing.assert_allclose(heating.temperatures(flat, steps), [2, 2, 2])
   assert "0x" not in heating.describe(schedule)  # The same in every process.
+
+
+def test_functions_are_told_apart_by_their_values():
+  def describe(end, steps):
+    return heating.describe(optax.linear_schedule(1.0, end, steps))
+
+  assert describe(5.0, 100) == describe(5.0, 100)
+  found = {describe(end, k) for end in (4.9, 5.0) for k in (100, 101, 10**6)}
+  assert len(found) == 6
+  assert heating.describe(lambda step: 2.0) == heating.describe(
+    lambda step: 1.0 + np.ones(np.shape(step))
+  )
+  assert "(1 at first, " in describe(5.0, 100)
 
 
 @pytest.mark.parametrize("curve", ["linear", "square_root", "cosine"])
@@ -160,6 +180,7 @@ def test_in_no_steps_a_schedule_is_at_its_end_at_once(curve):
     (lambda: heating.linear(1, -5, 10), r"linear needs.*-5"),
     (lambda: heating.linear(1, 5, -1), "steps of at least 0, got -1"),
     (lambda: heating.cosine(1, math.inf, 10), "finite"),
+    (lambda: heating.there_and_back(1, 5, 2, 9, 4), "got 9 and 4"),
     (lambda: heating.stepwise([10], [1]), "1 temperatures for 1 boundaries"),
     (lambda: heating.stepwise([10, 10], [1, 2, 3]), r"rising.*\[10, 10\]"),
     (

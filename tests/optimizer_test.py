@@ -5,17 +5,16 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import toy
 
 from basemt_jax import optimizer
 
 
-def run(tx, params, grads, rate=None):
+def run(tx, params, grads):
   state = tx.init(params)
   for gradient in grads:
     updates, state = tx.update(gradient, state, params)
-    params = jax.tree.map(
-      lambda p, u: p + (1.0 if rate is None else rate) * u, params, updates
-    )
+    params = optax.apply_updates(params, updates)
   return params
 
 
@@ -28,10 +27,10 @@ def problem():
   return make(), [make() for _ in range(4)]
 
 
-def test_adamw_times_rate_is_optax_adamw():
+def test_adamw_is_optax_adamw_on_matrices():
   params, grads = problem()
   mine = optimizer.adamw(
-    b2=0.99, eps=1e-8, weight_decay=0.1, max_grad_norm=None
+    0.01, b2=0.99, eps=1e-8, weight_decay=0.1, max_grad_norm=None
   )
   theirs = optax.adamw(
     0.01,
@@ -40,7 +39,7 @@ def test_adamw_times_rate_is_optax_adamw():
     weight_decay=0.1,
     mask={"kernel": True, "scale": False},
   )
-  a, b = run(mine, params, grads, 0.01), run(theirs, params, grads)
+  a, b = run(mine, params, grads), run(theirs, params, grads)
   jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5), a, b)
 
 
@@ -49,18 +48,18 @@ def test_clipping_bounds_the_global_norm_before_adam():
   huge = [jax.tree.map(lambda g: 1e6 * g, grads[0]), *grads[1:]]
   clip = optax.clip_by_global_norm(1.0)
   clipped = [clip.update(g, clip.init(params))[0] for g in huge]
-  a = run(optimizer.adamw(max_grad_norm=1.0), params, huge, 0.01)
-  b = run(optimizer.adamw(max_grad_norm=None), params, clipped, 0.01)
+  a = run(optimizer.adamw(0.01, max_grad_norm=1.0), params, huge)
+  b = run(optimizer.adamw(0.01, max_grad_norm=None), params, clipped)
   jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5), a, b)
 
 
 def test_adafactor_factors_large_matrices_and_descends():
   params = {"kernel": jnp.ones((256, 128)), "scale": jnp.ones(4)}
-  tx = optimizer.adafactor()
+  tx = optimizer.adafactor(0.1)
   sizes = [leaf.size for leaf in jax.tree.leaves(tx.init(params))]
   assert max(sizes) <= 256
   grads = jax.tree.map(jnp.ones_like, params)
-  after = run(tx, params, [grads], 0.1)
+  after = run(tx, params, [grads])
   jax.tree.map(lambda p: np.testing.assert_allclose(p, 0.9, rtol=1e-3), after)
 
 
@@ -82,3 +81,73 @@ def test_rewarm_ramps_once_from_its_start(step, factor):
   rate = optimizer.rewarm(lambda _: jnp.float32(3.0), 10, 4)
   np.testing.assert_allclose(rate(step), 3.0 * factor, rtol=1e-6)
   np.testing.assert_allclose(rate(100), 3.0)
+
+
+def test_muon_is_optax_muon_on_each_kernel_and_adam_elsewhere():
+  rng = np.random.RandomState(1)
+  make = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)  # noqa: E731
+  params = {
+    "experts": {"kernel": make(3, 8, 6)},
+    "embedding": make(8, 6),
+    "expert_centroids": make(3, 8),
+  }
+  grads = [jax.tree.map(lambda p: make(*p.shape), params) for _ in range(3)]
+  found = run(optimizer.muon(0.1, max_grad_norm=None), params, grads)
+  for i in range(3):  # An expert's matrix is as if it were alone.
+    alone = optax.contrib.muon(0.1, eps=1e-9, consistent_rms=0.2)
+    expected = run(
+      alone,
+      {"w": params["experts"]["kernel"][i]},
+      [{"w": g["experts"]["kernel"][i]} for g in grads],
+    )
+    np.testing.assert_allclose(
+      found["experts"]["kernel"][i], expected["w"], atol=1e-5
+    )
+  nadam = optax.nadam(0.1, b2=0.98, eps=1e-9)
+  adam = run(nadam, params, grads)
+  for name in ("embedding", "expert_centroids"):
+    np.testing.assert_allclose(found[name], adam[name], atol=1e-5)
+
+
+def test_an_average_spans_a_ninth_at_first_and_then_its_own_length():
+  tx = optimizer.averaged(optax.sgd(1.0), 0.5)
+  params = {"w": jnp.float32(0.0)}
+  state = tx.init(params)
+  values, expected = [], 0.0
+  for step in range(1, 30):
+    updates, state = tx.update({"w": jnp.float32(-1.0)}, state, params)
+    params = optax.apply_updates(params, updates)
+    decay = min(0.5, (1 + step) / (10 + step))
+    expected = decay * expected + (1 - decay) * step
+    values.append(float(state.average["w"]))
+    np.testing.assert_allclose(values[-1], expected, rtol=1e-5)
+  assert values[0] == pytest.approx(9 / 11)
+  # A line's exponential average lags by decay / (1 - decay) = 1 step.
+  assert values[-1] == pytest.approx(29 - 1, abs=1e-3)
+  again = optimizer.restarted_average(state, {"w": jnp.float32(7.0)})
+  assert (float(again.average["w"]), int(again.updates)) == (7.0, 0)
+  assert optimizer.restarted_average(state.inner, params) is state.inner
+  with pytest.raises(ValueError, match=r"is 1\.0, not in"):
+    optimizer.averaged(optax.sgd(1.0), 1.0)
+
+
+@pytest.mark.parametrize("name", ["lion", "sgd", "adamw", "rmsprop"])
+def test_an_optimizer_of_optax_has_the_rate_of_the_step(name):
+  """As Optax's own with the schedule, which counts the same steps."""
+  params, grads = problem()
+  schedule = optimizer.inverse_square_root(0.1, 2)
+  expected = run(getattr(optax, name)(schedule), params, grads)
+  settings = toy.settings(optimizer=getattr(optax, name))
+  state = settings.transformation().init(params)
+  for step, gradient in enumerate(grads):
+    tx = settings.transformation(schedule(step))
+    updates, state = tx.update(gradient, state, params)
+    params = optax.apply_updates(params, updates)
+  jax.tree.map(
+    lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5), params, expected
+  )
+
+
+def test_a_rate_is_not_applied_twice():
+  with pytest.raises(ValueError, match=r"learning rate already.*@optax\.lion"):
+    toy.settings(optimizer=optax.lion(0.1))

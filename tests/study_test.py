@@ -20,6 +20,12 @@ def script(monkeypatch):
   return lambda name: importlib.import_module(f"benchmarks.{name}")
 
 
+def settings_of(script, system):
+  """Those of a system as the study has it."""
+  systems = script("study.systems")
+  return systems.settings_of(systems.SYSTEMS[system])
+
+
 def write_log(folder, system, losses, seed=0, speed=50.0, **settings):
   """A log of evaluations every 100 steps, the same loss in both directions."""
   header = {
@@ -43,21 +49,28 @@ def write_log(folder, system, losses, seed=0, speed=50.0, **settings):
   return path
 
 
+def one_run(reading, path):
+  """The run of a log."""
+  (found,) = reading.read_set(path)
+  return found
+
+
 def test_convergence_by_hand(script, tmp_path):
   """Base needs 400 steps for 1.0; another passes it midway from 100 to 200."""
-  report = script("study_report")
+  report = script("study.reading")
   read = [
-    report.read(write_log(tmp_path, "base", [4.0, 3.0, 2.0, 1.0])),
-    report.read(
-      write_log(tmp_path, "dense", [4.0, 3.0, 2.0, 1.5], speed=100.0)
+    one_run(report, write_log(tmp_path, "base", [4.0, 3.0, 2.0, 1.0])),
+    one_run(
+      report, write_log(tmp_path, "dense", [4.0, 3.0, 2.0, 1.5], speed=100.0)
     ),
-    report.read(
+    one_run(
+      report,
       write_log(
         tmp_path,
         "base_dense_pretrained",
         [2.0, 0.0, 0.0, 0.0],
         dense_share=0.25,
-      )
+      ),
     ),
   ]
   # A step takes 20 ms sparse; dense 10, or 20 in the converted run's log.
@@ -77,127 +90,129 @@ def test_convergence_by_hand(script, tmp_path):
 
 def test_specialisation_by_hand(script):
   """Languages all alike know nothing; one expert each, log of their number."""
-  specialisation = script("study_report").specialisation
+  specialisation = script("study.tables").specialisation
   assert specialisation(np.full((3, 4), 0.25)) == pytest.approx(0.0)
   assert specialisation(np.eye(4) * 7.0) == pytest.approx(np.log(4.0))
 
 
 def test_a_run_of_other_settings_is_not_passed_off_as_its_system(
-  script, tmp_path, monkeypatch
+  script, tmp_path
 ):
-  settings = script("study").settings_of(script("study").SYSTEMS["base"])
-  write_log(tmp_path, "base", [2.0, 1.0], **settings)
-  arguments = ["study_report.py", "--logs", str(tmp_path)]
-  monkeypatch.setattr("sys.argv", [*arguments, "--out", str(tmp_path / "r.md")])
-  (tmp_path / "notes.md").write_text("")
-  script("study_report").main()
-  write_log(tmp_path, "base", [2.0, 1.0], 1, **{**settings, "noise": 0.5})
-  with pytest.raises(SystemExit, match=r"base, seed 1.*'noise': 0.5.*pilot"):
-    script("study_report").main()
-  write_log(tmp_path, "base", [2.0, 1.0, 0.5], 1, **settings)
-  with pytest.raises(SystemExit, match=r"seed 1.*'train_steps': 300.*pilot"):
-    script("study_report").main()
+  reading = script("study.reading")
+  settings = settings_of(script, "base")
+
+  def of_system(losses, **changes):
+    paths = [
+      write_log(tmp_path, "base", [2.0, 1.0], **settings),
+      write_log(tmp_path, "base", losses, 1, **{**settings, **changes}),
+    ]
+    reading.pack(paths, tmp_path / "set.jsonl.xz")
+    return reading.by_system(reading.read_set(tmp_path / "set.jsonl.xz"))
+
+  assert [one.seed for one in of_system([3.0, 2.0])["base"]] == [0, 1]
+  with pytest.raises(SystemExit, match=r"base, seed 1.*'noise': 0.5"):
+    of_system([2.0, 1.0], noise=0.5)
+  with pytest.raises(SystemExit, match=r"seed 1.*'train_steps': 300"):
+    of_system([2.0, 1.0, 0.5])
 
 
-def test_longer_runs_have_a_section_of_their_own(script, tmp_path, monkeypatch):
-  (tmp_path / "notes.md").write_text("")
-  (tmp_path / "long").mkdir()
-  usual = {
-    name: script("study").settings_of(script("study").SYSTEMS[name])
-    for name in ("base", "base_heated")
-  }
-  write_log(tmp_path, "base", [2.0, 1.0], **usual["base"])
-  write_log(tmp_path / "long", "base", [4.0, 3.0, 2.0, 1.0], **usual["base"])
-  write_log(
-    tmp_path / "long", "base_heated", [2.0, 1, 1, 1], **usual["base_heated"]
-  )
-  arguments = ["study_report.py", "--logs", str(tmp_path)]
-  monkeypatch.setattr("sys.argv", [*arguments, "--out", str(tmp_path / "r.md")])
-  script("study_report").main()
-  report = (tmp_path / "r.md").read_text()
-  assert "1 runs on" in report
-  section = report.partition("400 updates: best dev loss")[2]
+def test_longer_runs_in_one_table(script, tmp_path):
+  reading = script("study.reading")
+  logs = [
+    write_log(tmp_path, "base", [4.0, 3.0, 2.0, 1.0]),
+    write_log(tmp_path, "base_heated", [2.0, 1, 1, 1]),
+  ]
+  runs = reading.grouped(one_run(reading, log) for log in logs)
   # 400 updates against 200, in all bands; not translated.
   row = "| base_heated | 1 " + "| 1.00 " * 4 + "| 2.00 " * 4 + "|  |  |  |"
-  assert row in section
+  assert row in script("study.tables").short(runs)
 
 
-def test_bleu_in_the_course_of_training_is_plotted(
-  script, tmp_path, monkeypatch
-):
+def test_a_set_is_read_as_its_logs_are(script, tmp_path):
+  reading = script("study.reading")
+  logs = [
+    write_log(tmp_path, "base", [4.0, 3.0]),
+    write_log(tmp_path, "base", [2.0], seed=1),
+  ]
+  (tmp_path / "never.jsonl").write_text(
+    logs[0].read_text().split("\n")[0] + "\n"
+  )
+  reading.pack([*logs, tmp_path / "never.jsonl"], tmp_path / "set.jsonl.xz")
+  found = reading.read_set(tmp_path / "set.jsonl.xz")
+  assert [(one.seed, one.steps.tolist()) for one in found] == [
+    (0, [100, 200]),
+    (1, [100]),
+  ]
+
+
+def test_factors_of_bleu_in_the_course_of_training(script, tmp_path):
   courses = {  # High stays the same; at first it is base's best.
     "base": {100: (2.0, 7.0), 200: (6.0, 7.0)},
     "base_heated": {100: (8.0, 6.0), 200: (8.0, 6.0)},
     "dense": {100: (2.0, 7.0), 200: (5.0, 7.0)},
   }
   for name, course in courses.items():
-    settings = script("study").settings_of(script("study").SYSTEMS[name])
+    settings = settings_of(script, name)
     path = write_log(tmp_path, name, [2.0, 1.0], **settings)
     with path.open("a") as file:
       for step, (value, high) in course.items():
         bands = {f"dev/bleu/{b}": value for b in ("all", "mid", "low")}
         line = {"step": step, **bands, "dev/bleu/high": high}
         file.write(json.dumps(line) + "\n")
-  settings = script("study").settings_of(script("study").SYSTEMS["switch"])
+  settings = settings_of(script, "switch")
   write_log(tmp_path, "switch", [2.0, 1.0], **settings)  # None measured.
-  one = script("study_report").read(path)
-  assert one.bleu["low"] == [(100, 2.0), (200, 5.0)]
-  (tmp_path / "notes.md").write_text("")
-  arguments = ["study_report.py", "--logs", str(tmp_path)]
-  monkeypatch.setattr("sys.argv", [*arguments, "--out", str(tmp_path / "r.md")])
-  script("study_report").main()
-  section = (tmp_path / "r.md").read_text().partition("## Dev BLEU")[2]
-  assert "| base | 1.00 | 1.00 | 1.00 | 1.00 |" in section
-  assert "| base_heated | 2.00 | – | 2.00 | 2.00 |" in section
-  assert "| dense | – | 1.00 | – | – |" in section
-  assert "| switch |" not in section.partition("##")[0]
-  assert "plots/bleu.svg" in section
-  assert "<svg" in (tmp_path / "plots" / "bleu.svg").read_text()
+  reading = script("study.reading")
+  assert one_run(reading, tmp_path / "dense_0.jsonl").bleu["low"] == [
+    (100, 2.0),
+    (200, 5.0),
+  ]
+  logs = sorted(tmp_path.glob("*.jsonl"))
+  runs = reading.grouped(one_run(reading, log) for log in logs)
+  table = script("study.tables").bleu_factors(runs)
+  assert "| base | 1.00 | 1.00 | 1.00 | 1.00 |" in table
+  assert "| base_heated | 2.00 | – | 2.00 | 2.00 |" in table
+  assert "| dense | – | 1.00 | – | – |" in table
+  assert "switch" not in table
 
 
 def test_a_partly_tested_run_has_no_scores(script, tmp_path):
-  report = script("study_report")
+  report = script("study.reading")
   path = write_log(tmp_path, "base", [2.0])
   score = {"beam": 1, "band": "high", "pairs": 1, "bleu": 10.0, "chrf": 20.0}
   for i, direction in enumerate(DIRECTIONS):
-    assert not report.read(path).has_scores(1)
+    assert not one_run(report, path).has_scores(1)
     bleu = 10.0 * (i + 1)
     with path.open("a") as file:
       file.write(json.dumps({"test": direction, **score, "bleu": bleu}) + "\n")
-  one = report.read(path)
+  one = one_run(report, path)
   assert one.has_scores(1) and not one.has_scores(4)
   assert one.score("all", 1) == (20.0, 20.0)
   assert one.score("low", 1) == (30.0, 20.0)
 
 
-def test_a_bootstrap_belongs_to_the_runs_of_the_logs(
-  script, tmp_path, monkeypatch
-):
-  for system, scale in (("base", 10.0), ("dense", 11.0)):
-    settings = script("study").settings_of(script("study").SYSTEMS[system])
-    path = write_log(tmp_path, system, [2.0], **settings)
-    with path.open("a") as file:
-      for i, direction in enumerate(DIRECTIONS):
-        score = {"beam": 1, "band": "high", "bleu": scale * i, "chrf": 20.0}
-        file.write(json.dumps({"test": direction, **score}) + "\n")
-  (tmp_path / "notes.md").write_text("")
-  arguments = ["study_report.py", "--logs", str(tmp_path)]
-  monkeypatch.setattr("sys.argv", [*arguments, "--out", str(tmp_path / "r.md")])
-
-  def found(system, *means):
-    kept = {system: {"bleu": {"0": means}, "high better": 1}}
-    (tmp_path / "bootstrap.json").write_text(json.dumps(kept))
-    script("study_report").main()
-
-  found("dense", 10.0, 11.0)
-  assert "| dense | 1 | 1 |" in (tmp_path / "r.md").read_text()
-  for other in (("dense", 10.0, 11.1), ("dense", 9.9, 11.0), ("switch", 10, 1)):
-    with pytest.raises(SystemExit, match=r"of other runs.*--translations"):
-      found(*other)
+def test_scores_of_translations_and_whether_they_differ(script):
+  """A perfect system against one that says the same all the time."""
+  scoring = script("study.scoring")
+  assert scoring.named(pathlib.Path("a_b_12_beam4.json.gz")) == ("a_b", 12, 4)
+  texts = [f"this is sentence number {i} of many" for i in range(40)]
+  references = {"de-en": texts, "en-de": texts[:20]}
+  dull = {
+    d: ["this is no sentence at all"] * len(t) for d, t in references.items()
+  }
+  translations = {("base", 0, 1): dull, ("other", 0, 1): references}
+  scorer = scoring.Scorer(references, translations)
+  jobs = list(scorer.jobs(["base"]))
+  assert len(jobs) == 3 * 2
+  found = [scorer.score(job) for job in jobs if job[3] == "en-de"]
+  scores = {r["run"]: r["bleu"] for r in found if "bleu" in r}
+  assert scores["other"] == pytest.approx(100) and scores["base"] < 50
+  (compared,) = (r for r in found if "against" in r)
+  assert compared["outcome"] == "better"
+  assert (compared["run"], compared["against"]) == ("other", "base")
 
 
 def test_one_process_writes_a_log(script, tmp_path, monkeypatch):
-  study = script("study")
+  study = script("study.runs")
   first = study.Log(tmp_path / "a.part")
   with pytest.raises(BlockingIOError):
     study.Log(tmp_path / "a.part")
@@ -221,41 +236,42 @@ def test_one_process_writes_a_log(script, tmp_path, monkeypatch):
 
 
 def test_a_cap_on_epochs_reaches_the_run(script):
-  study = script("study")
+  systems = script("study.systems")
   for option, expected in (("max_epochs=30", 30.0), ("max_epochs=0", None)):
-    system = study.with_changes(study.SYSTEMS["base_heated"], [option])
-    found = study.run_of(system, study.Size(train_steps=70), 0, "", "").strategy
+    system = systems.with_changes(systems.SYSTEMS["base_heated"], [option])
+    found = systems.run_of(
+      system, systems.Size(train_steps=70), 0, "", ""
+    ).strategy
     assert found.max_epochs == expected
     assert found.steps == 70
 
 
 def test_changes_of_systems_have_their_type(script):
-  study = script("study")
-  system = study.SYSTEMS["base"]
-  changed = study.with_changes(system, ["rewarm_steps=7", "end=4"])
+  systems = script("study.systems")
+  system = systems.SYSTEMS["base"]
+  changed = systems.with_changes(system, ["rewarm_steps=7", "end=4"])
   assert (changed.rewarm_steps, changed.end) == (7, 4.0)
   for option in ("beam=False", "seeds=2", "nothing=1"):
     with pytest.raises(SystemExit, match="no field"):
-      study.with_changes(system, [option])
+      systems.with_changes(system, [option])
 
 
-def test_committed_report_is_that_of_the_committed_logs(
-  script, tmp_path, monkeypatch
-):
-  out = tmp_path / "results.md"
-  arguments = ["study_report.py", "--logs", str(ROOT / "docs/study")]
-  monkeypatch.setattr("sys.argv", [*arguments, "--out", str(out)])
-  script("study_report").main()
-  assert out.read_text() == (ROOT / "docs/results.md").read_text()
+def test_committed_pages_have_the_tables_of_the_committed_logs(script):
+  report = script("study.report")
+  for page in report.PAGES:
+    text = (ROOT / page).read_text()
+    assert report.filled(text) == text
+  summary = json.loads((ROOT / report.SUMMARY).read_text())
+  assert summary == report.claim.summary()
 
 
 @pytest.mark.slow
 def test_a_small_run_and_its_log(script, tmp_path, monkeypatch, capsys):
   """Trained, converted, tested; a second call has nothing to do."""
-  study = script("study")
+  study = script("study.runs")
   toy.write_store(tmp_path / "store")
   size = dataclasses.replace(
-    study.Size(),
+    script("study.systems").Size(),
     train_steps=4,
     batch_size=128,
     emb_dim=64,
@@ -268,17 +284,17 @@ def test_a_small_run_and_its_log(script, tmp_path, monkeypatch, capsys):
   work = ["--work", str(tmp_path / "work"), "--affinities", "--beams", "1"]
   which = ["--systems", "base_dense_pretrained", "--seeds", "1"]
   change = ["--change", "dense_share=0.5"]
-  command = ["study.py", "run", *folders, *work, *which, *change]
+  command = ["runs.py", "run", *folders, *work, *which, *change]
   monkeypatch.setattr("sys.argv", [*command, "--size", *sizes])
   study.main()
   assert "converted" in capsys.readouterr().out
-  one = script("study_report").read(
-    tmp_path / "l" / "base_dense_pretrained_1.jsonl"
+  one = one_run(
+    script("study.reading"), tmp_path / "l" / "base_dense_pretrained_1.jsonl"
   )
   assert one.steps.tolist() == [2, 4]
   assert [step for step, _ in one.bleu["all"]] == [1, 2, 3, 4]
   assert one.has_scores(1)
-  assert script("study_report").changes(one) == {"dense_share": 0.5}
+  assert script("study.reading").changes(one) == {"dense_share": 0.5}
   assert sorted(one.experts) == ["decoder/layers_2", "encoder/layers_2"]
   assert set(one.by_affinity) == set(one.losses) == set(toy.DIRECTIONS)
   found = np.load(tmp_path / "work" / "base_dense_pretrained_1_affinities.npz")
@@ -288,3 +304,58 @@ def test_a_small_run_and_its_log(script, tmp_path, monkeypatch, capsys):
     assert affinities.shape[2] == 2
   study.main()
   assert capsys.readouterr().out == ""
+
+
+@pytest.mark.slow
+def test_several_runs_share_their_programs(script, tmp_path, monkeypatch):
+  several = script("study.several")
+  toy.write_store(tmp_path / "store")
+  size = "train_steps=4 batch_size=128 emb_dim=64 blocks=3 num_experts=2"
+  size += " evaluations=2 average_decay=0.9"
+  heated = "schedule=there_and_back top=4 heating_share=0.5 end=1.5"
+  (tmp_path / "runs.txt").write_text(
+    f"""# part name system seed changes
+    1 other dense 0 {size}
+    0 a base 0 {size}  # as it is
+    0 b base_heated 1 {size} {heated} stop_at=2
+    """
+  )
+  made = []
+  program = several.phases.program
+  monkeypatch.setattr(
+    several.phases, "program", lambda *a: made.append(a) or program(*a)
+  )
+  several.main(
+    [
+      f"--store={tmp_path / 'store'}",
+      f"--logs={tmp_path / 'logs'}",
+      f"--runs={tmp_path / 'runs.txt'}",
+      f"--work={tmp_path / 'work'}",
+      f"--weights={tmp_path / 'weights'}",
+      *("--part=0", "--seconds=600"),
+    ]
+  )
+  script("study.translations").main(
+    [
+      f"--store={tmp_path / 'store'}",
+      f"--logs={tmp_path / 'logs'}",
+      f"--runs={tmp_path / 'runs.txt'}",
+      f"--weights={tmp_path / 'weights'}",
+      *("--parts", "0", "--seconds=600"),
+    ]
+  )
+  assert len(made) == 1
+  reading = script("study.reading")
+  logs = tmp_path / "logs"
+  a, b = (one_run(reading, logs / f"{n}.jsonl") for n in ("a_0", "b_1"))
+  assert (a.steps.tolist(), b.steps.tolist()) == ([2, 4], [2])
+  assert (b.seed, b.header["settings"]["top"]) == (1, 4.0)
+  assert a.loss("all")[0] != b.loss("all")[0]
+  scorer = script("study.scoring").load(
+    str(tmp_path / "store"), logs / "translations"
+  )
+  assert set(scorer.translations) == {("a", 0, 1), ("b", 1, 1)}
+  for found in scorer.translations.values():
+    assert {d: len(t) for d, t in found.items()} == {
+      d: len(t) for d, t in scorer.references.items()
+    }

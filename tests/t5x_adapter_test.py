@@ -420,7 +420,7 @@ def test_gradients_on_eight_devices_are_those_on_one(make):
 
 @pytest.mark.slow
 def test_both_phases_are_those_of_our_trainer(make):
-  settings = toy.settings(dense_steps=2, rewarm_steps=1)
+  settings = toy.settings(dense_steps=2, rewarm_steps=1, average_decay=0.5)
   expected, _ = our_training(make(settings=settings, name="ours"), 4)
   dense = make(toy.DENSE, settings, name="dense")
   save(T5X(dense).start().train(2), dense.model_dir, 2)
@@ -663,7 +663,7 @@ def test_refuses_to_convert_what_does_not_fit(make):
   dense, sparse = (
     jax.eval_shape(
       lambda key, config=config: steps.init_state(
-        model_lib.Transformer(config), settings.optimizer, key
+        model_lib.Transformer(config), settings.transformation(), key
       )[0],
       jax.random.key(0),
     )
@@ -806,7 +806,7 @@ def test_factored_moments_keep_the_axes_they_have(make):
   config = dataclasses.replace(
     toy.SPARSE, emb_dim=128, mlp_dim=256, head_dim=64
   )
-  run = make(config, toy.settings(optimizer=optimizer.adafactor()))
+  run = make(config, toy.settings(optimizer=optimizer.adafactor))
   model = t5x_adapter.Model(run)
   shapes = jax.eval_shape(
     lambda key: model.get_initial_variables(key, {}, {}), jax.random.key(0)

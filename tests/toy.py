@@ -5,7 +5,6 @@ import dataclasses
 
 import jax
 import numpy as np
-import optax
 from flax import traverse_util
 
 from basemt_jax import (
@@ -57,18 +56,13 @@ DIRECTIONS = tuple(sorted(PAIRS))
 def settings(train_steps=4, **changes):
   values = {
     "learning_rate": optimizer.inverse_square_root(1e-2, 4),
-    "optimizer": optimizer.adamw(),
+    "optimizer": optimizer.adamw,
     "log_every": 2,
     "eval_every": 4,
     "save_every": 2,
     **changes,
   }
   return steps.Settings(train_steps, **values)
-
-
-def sgd():
-  """Updates are the gradients themselves, the other way."""
-  return optax.scale(-1.0)
 
 
 def mesh(data=1, expert=1, model=1):

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import itertools
 import math
 import os
@@ -33,7 +34,12 @@ from basemt_jax.data import batches, row_store
 ROWS = 4
 # Often enough that there is something to find at every kind of step.
 SETTINGS = toy.settings(
-  12, dense_steps=6, log_every=1, eval_every=4, save_every=5
+  12,
+  average_decay=0.5,
+  dense_steps=6,
+  log_every=1,
+  eval_every=4,
+  save_every=5,
 )
 SHORT = toy.settings(4, log_every=1, eval_every=100, save_every=1)
 
@@ -186,7 +192,7 @@ def test_dev_losses_are_those_of_each_direction_alone(whole, store):
       for k, v in rows.items()
     }
     logits = np.asarray(
-      forward(loop.program.variables(loop.state), rows), np.float64
+      forward(loop.program.averaged_variables(loop.state), rows), np.float64
     )
     rows, logits = {k: v[:count] for k, v in rows.items()}, logits[:count]
     picked = np.take_along_axis(
@@ -260,6 +266,7 @@ def test_ways_to_convert(variant, store, tmp_path):
   options, rewarm_steps = OPTIONS[variant]
   settings = dataclasses.replace(
     SHORT,
+    average_decay=0.0 if variant == "clustered" else 0.5,
     train_steps=3,
     dense_steps=2,
     conversion_options=options,
@@ -284,6 +291,13 @@ def test_ways_to_convert(variant, store, tmp_path):
   # The optimizer's own count of steps says whether its state was kept.
   count = next(v for k, v in arrays.items() if k.endswith("1/count"))
   assert count == (3 if options.optimizer == "copy" else 1)
+  if settings.average_decay:  # The average begins anew in any case.
+    assert arrays["state/param_states/updates"] == 1
+    path = "encoder/layers_0/base_layer/experts/sublayer_0/wi/kernel"
+    now = arrays[f"target/{path}"]
+    average = arrays[f"state/param_states/average/{path}"]
+    # One step moved it by 9/11 of that step; it was never far away.
+    assert 0 < np.abs(average - now).max() < 0.02
 
 
 @pytest.mark.parametrize(
@@ -561,7 +575,8 @@ def test_a_checkpoint_of_another_run_is_refused(store, tmp_path):
   with pytest.raises(ValueError, match=r"holds no array .*encoder/layers_1"):
     run(tmp_path, store, SHORT, deeper, dev=False)
   other = dataclasses.replace(
-    SHORT, optimizer=optimizer.adafactor(min_dim_size_to_factor=8)
+    SHORT,
+    optimizer=functools.partial(optimizer.adafactor, min_dim_size_to_factor=8),
   )
   with pytest.raises(ValueError, match=r"holds no array state/param_states"):
     run(tmp_path, store, other, toy.DENSE, dev=False)

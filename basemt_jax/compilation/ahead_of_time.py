@@ -590,5 +590,5 @@ def _advice(program: steps.Program, memory: Memory, rows: int) -> list[str]:
       f"fewer experts a chip: EXPERT_DEVICES = {2 * mesh.shape['expert']}"
     )
   advice.append(f"split matrices: MODEL_DEVICES = {2 * mesh.shape['model']}")
-  advice.append("moments of less memory: OPTIMIZER = @optimizer.adafactor()")
+  advice.append("moments of less memory: OPTIMIZER = @optimizer.adafactor")
   return advice

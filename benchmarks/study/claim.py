@@ -1,0 +1,244 @@
+"""The claim: which runs it rests on, its tables, and `summary.json`."""
+
+import dataclasses
+import functools
+import json
+import lzma
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from basemt_jax.data import languages
+from benchmarks.study import reading, tables
+
+SET = "recipe"
+BASELINES = ("base", "base_static_5")
+
+# Systems of the claim; each name is that of its logs. All have a weight decay
+# of 0.3, averaged weights and groups of 64 rows.
+SYSTEMS = (
+  "dense",
+  "dense_static_5",
+  "base",
+  "base_static_5",
+  "heated",
+  "recommended",
+)
+
+
+@functools.cache
+def all_runs(name_of_set: str = SET) -> dict[str, reading.Finished]:
+  """Every run of a set of `several.py`, by the name of its log."""
+  found = reading.read_set(reading.LOGS / f"{name_of_set}.jsonl.xz")
+  times = reading.step_times(found)
+  named = {}
+  for one in found:
+    name = f"{one.header['name']}_{one.seed}"
+    own = scores(name_of_set).get(name, {})
+    one = dataclasses.replace(one, scores=own)
+    named[name] = reading.with_seconds(one, times)
+  return named
+
+
+@functools.cache
+def _score_records(name_of_set: str) -> list[dict[str, Any]]:
+  raw = (reading.LOGS / f"{name_of_set}_scores.jsonl.xz").read_bytes()
+  return [json.loads(line) for line in lzma.decompress(raw).splitlines()]
+
+
+def scores(
+  name_of_set: str,
+) -> dict[str, dict[tuple[int, str], tuple[float, float]]]:
+  """(Beam, direction) to (BLEU, chrF++), by the name of a log."""
+  found: dict[str, dict[tuple[int, str], tuple[float, float]]] = {}
+  for record in _score_records(name_of_set):
+    if "bleu" in record:
+      own = found.setdefault(f"{record['run']}_{record['seed']}", {})
+      own[record["beam"], record["test"]] = record["bleu"], record["chrf"]
+  return found
+
+
+@functools.cache
+def runs() -> dict[str, list[reading.Finished]]:
+  """Of the claim, by system; whole runs only."""
+  found = {
+    system: [
+      one
+      for one in all_runs().values()
+      if one.header["name"] == system
+      and one.steps[-1] == one.header["size"]["train_steps"]
+    ]
+    for system in SYSTEMS
+  }
+  return {k: v for k, v in found.items() if v}
+
+
+def significance(other: str) -> dict[str, dict[str, int]]:
+  """Directions of each band that are better, worse and alike, by system."""
+  bands = runs()[reading.BASELINE][0].bands
+  found: dict[str, dict[str, int]] = {}
+  for record in _score_records(SET):
+    if record.get("against") == other and record["beam"] == 1:
+      system = record["run"]
+      if system in SYSTEMS:
+        counts = found.setdefault(system, {})
+        key = f"{bands[record['test']]} {record['outcome']}"
+        counts[key] = counts.get(key, 0) + 1
+  return {system: found[system] for system in SYSTEMS if system in found}
+
+
+def summary() -> dict[str, Any]:
+  """What README and docs quote, by system and band."""
+  return {
+    system: {
+      "seeds": [one.seed for one in own],
+      **{band: _summary(system, own, band) for band in reading.BANDS},
+    }
+    for system, own in runs().items()
+  }
+
+
+def _summary(
+  system: str, own: Sequence[reading.Finished], band: str
+) -> dict[str, Any]:
+  found: dict[str, Any] = {
+    "dev_loss": _spread([float(one.loss(band).min()) for one in own])
+  }
+  for baseline in BASELINES:
+    for axis in ("steps", "seconds"):
+      factors = reading.convergence(runs(), system, band, axis, baseline)
+      if factors:
+        found[f"times_fewer_{axis}_than_{baseline}"] = _spread(factors)
+  tested = [one for one in own if one.has_scores(1)]
+  for index, metric in enumerate(("bleu", "chrf")):
+    if tested:
+      found[metric] = _spread([one.score(band, 1)[index] for one in tested])
+  return found
+
+
+def _spread(values: Sequence[float]) -> dict[str, float]:
+  """Mean, and the standard deviation where there are several."""
+  found = {"mean": round(float(np.mean(values)), 4)}
+  if len(values) > 1:
+    found["spread"] = round(float(np.std(values, ddof=1)), 4)
+  return found
+
+
+def _heat(settings: Mapping[str, Any]) -> str:
+  """'1 to 3 at 20%, 1 at 70%': a run's temperature."""
+  text = f"{settings['start']:g}"
+  if settings["schedule"] == "linear":
+    text += f" to {settings['end']:g} at {settings['heating_share']:.0%}"
+  elif settings["schedule"] == "there_and_back":
+    text += f" to {settings['top']:g} at {settings['heating_share']:.0%}"
+    text += f", {settings['end']:g} at {settings['end_share']:.0%}"
+  return text
+
+
+def table_of_quickstart() -> str:
+  """The quickstart with other temperatures."""
+  found = all_runs("quickstart_schedules")
+  grouped = {name: [one] for name, one in found.items()}
+  grouped["base"] = grouped.pop("base_0")
+
+  def row(name: str, one: reading.Finished) -> list[str]:
+    factors = reading.convergence(grouped, name, "all", "steps")
+    tested = one.has_scores(1)
+    return [
+      _heat(one.header["settings"]),
+      f"{one.header['settings']['dense_share']:.0%}",
+      tables.factor(factors),
+      f"{one.loss('all').min():.3f}",
+      *(
+        f"{one.score(band, 1)[0]:.1f}" if tested else ""
+        for band in languages.BANDS
+      ),
+    ]
+
+  return tables.table(
+    [
+      "temperature",
+      "dense",
+      "times fewer updates",
+      "dev loss",
+      *(f"BLEU {band}" for band in languages.BANDS),
+    ],
+    (row(name, own[0]) for name, own in grouped.items()),
+  )
+
+
+def table_of_all() -> str:
+  """Every run of the search: what it changes, and losses on the way."""
+  at = (1000, 2600, 5000)
+
+  def row(name: str, one: reading.Finished) -> list[str]:
+    settings, size = one.header["settings"], one.header["size"]
+    whole = one.loss("all")
+    losses = [
+      f"{whole[int(np.flatnonzero(one.steps == step)[0])]:.3f}"
+      if step in one.steps
+      else ""
+      for step in at
+    ]
+    last = [f"{one.loss(b)[-1]:.3f}" for b in languages.BANDS]
+    return [
+      name,
+      _heat(settings),
+      f"{settings['dense_share']:.0%}",
+      f"{size['weight_decay']:g}",
+      size["descent"],
+      str(size["rows_per_group"]),
+      str(int(one.steps[-1])),
+      *losses,
+      *last,
+    ]
+
+  return tables.table(
+    [
+      "run",
+      "temperature",
+      "dense",
+      "decay",
+      "optimizer",
+      "rows",
+      "steps",
+      *(f"loss at {step}" for step in at),
+      *(f"last, {band}" for band in languages.BANDS),
+    ],
+    (row(name, one) for name, one in all_runs().items()),
+  )
+
+
+def with_plain_baselines() -> dict[str, list[reading.Finished]]:
+  """The recipe beside the baselines of the first study.
+
+  Those have neither averaged weights nor weight decay, and groups of 16 rows.
+  """
+  earlier = reading.by_system(
+    reading.read_set(reading.LOGS / "earlier.jsonl.xz")
+  )
+  plain = {system: earlier[system] for system in BASELINES}
+  return {**plain, "recommended": runs()["recommended"]}
+
+
+TABLES: Mapping[str, Any] = {
+  "claim updates": lambda: tables.factors(runs(), "steps"),
+  "claim seconds": lambda: tables.factors(runs(), "seconds"),
+  "claim updates, fixed 5": lambda: tables.factors(
+    runs(), "steps", "base_static_5"
+  ),
+  "plain updates": lambda: tables.factors(with_plain_baselines(), "steps"),
+  "plain updates, fixed 5": lambda: tables.factors(
+    with_plain_baselines(), "steps", "base_static_5"
+  ),
+  "claim losses": lambda: tables.losses(runs()),
+  "claim BLEU": lambda: tables.scores(runs(), 1, 0),
+  "claim chrF++": lambda: tables.scores(runs(), 1, 1),
+  "claim significance": lambda: tables.significance(significance("base")),
+  "claim significance, fixed 5": lambda: tables.significance(
+    significance("base_static_5")
+  ),
+  "recipe runs": table_of_all,
+  "quickstart schedules": table_of_quickstart,
+}
