@@ -24,7 +24,7 @@ instead: Moses files of unequal length (any line may be the misplaced one), a
 broken archive, a split without a usable line, languages that are none.
 
 Files are read as streams, with memory for a line at a time. `mixture` reads
-them once, to count (about 200,000 lines a second), unless `basemt prepare` made
+them once, to count (about 170,000 lines a second), unless `basemt prepare` made
 and counted them; later reads check that the count is still the same.
 """
 

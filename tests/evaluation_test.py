@@ -9,7 +9,7 @@ import pytest
 from hypothesis import strategies as st
 
 from basemt_jax import evaluation, translation
-from basemt_jax.data import languages
+from basemt_jax.data import languages, vocabulary
 
 REFERENCES = {
   "de": [
@@ -301,6 +301,19 @@ def test_evaluate_pools_directions_and_orders_by_size():
   assert found[1].bleu is None and found[1].bleu_signature == ""
   expected = evaluation.score(["abc"], ["abd"], "is")
   assert (found[2].bleu, found[2].chrf) == (expected.bleu, expected.chrf)
+
+
+def test_input_has_the_form_of_training_text():
+  lines = ["\ufeffcafe\u0301 au  lait\r", "a\u200bb\u00a0c", "\ufeff", ""]
+  found = evaluation.translate_texts(
+    Echo(), vocabulary.Vocabulary(), lines, lambda text: f"<2de> {text}"
+  )
+  assert [text for ((_, text),) in found] == [
+    "<2de> caf\u00e9 au lait",
+    "<2de> ab c",
+    "",
+    "",
+  ]
 
 
 def test_hypotheses_are_one_line_each():

@@ -13,7 +13,7 @@ import pytest
 import seqio
 from hypothesis import strategies as st
 
-from basemt_jax.data import normalisation, vocabulary
+from basemt_jax.data import normalisation, parallel_text, vocabulary
 from tasks import files
 
 GOOD = "Hello\tHallo\n"
@@ -98,6 +98,22 @@ def test_sides_alone_are_of_the_only_pair(tmp_path):
   write(tmp_path, {"train.de": "e\n"})
   with pytest.raises(ValueError, match="no parallel text"):
     files.scan(tmp_path)
+
+
+def test_a_format_from_outside_is_one_function(tmp_path, monkeypatch):
+  def semicolons(paths, languages):
+    for number, line in parallel_text.lines(paths[0]):
+      sides = line.split(";")
+      is_pair = len(sides) == 2
+      yield number, tuple(sides) if is_pair else parallel_text.Trouble("not 2")
+
+  write(tmp_path, {"en-de.train.ssv.gz": "a;b\nc\n"})
+  with pytest.raises(ValueError, match="no parallel text"):
+    files.scan(tmp_path)
+  monkeypatch.setitem(parallel_text.FORMATS, ".ssv", semicolons)
+  summary = files.scan(tmp_path)
+  assert read(summary, "en", "de") == [("a", "b")]
+  assert summary.warnings[0].endswith("en-de.train.ssv.gz:2: not 2")
 
 
 def test_unusable_lines_are_reported_and_skipped(tmp_path):

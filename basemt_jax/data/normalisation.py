@@ -48,8 +48,8 @@ def normalise(text: str) -> str:
   zero-width joiners stay where a script or an emoji needs them. Applying it
   again changes nothing.
   """
-  if text.isascii() and text.isprintable():
-    return " ".join(text.split())
+  if text.isprintable():  # Then nothing is invisible, and no space is odd.
+    return " ".join(unicodedata.normalize("NFC", text).split())
   # Invisible ones first: they may stand between a letter and its mark.
   text = unicodedata.normalize("NFC", _INVISIBLE.sub("", text))
   if "\u200c" in text or "\u200d" in text:

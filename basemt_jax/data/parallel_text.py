@@ -362,7 +362,7 @@ FORMATS: dict[str, Format] = {".tsv": tsv, ".jsonl": jsonl, ".tmx": tmx}
 
 def usable(pair: Pair, max_characters: int) -> Pair | Trouble:
   """Both sides normalised, or why they cannot be used."""
-  if any(map(_SURROGATE.search, pair)):
+  if any(_SURROGATE.search(side) for side in pair if not side.isprintable()):
     return Trouble("lone surrogate")
   first, second = map(normalisation.normalise, pair)
   if not first or not second:
