@@ -52,6 +52,7 @@ PODS = (
   Pod("pod_v5e_256", "v5e:16x16", 32),
   Pod("pod_v5e_256", "v5e:16x16", 128),
   Pod("pod_v6e_256", "v6e:16x16", 32),
+  Pod("pod_v6e_256", "v6e:16x16", 128),
   Pod("pod_v5p_128", "v5p:4x4x8", 32),
   Pod("pod_v5p_128", "v5p:4x4x8", 128),
 )
