@@ -506,18 +506,24 @@ class Program:
       ),
       mesh,
     )
+    self._make_steps(learning_rate, num_directions)
+
+  def _make_steps(
+    self, learning_rate: optimizer.Schedule, num_directions: int
+  ) -> None:
+    mesh, replicated = self.mesh, partitioning.replicated(self.mesh)
     batch = partitioning.batch_sharding(mesh)
     self._train_step = Compiled(
       jax.jit(
         functools.partial(
           train_step,
           model=self.model,
-          settings=settings,
+          settings=self.settings,
           learning_rate=learning_rate,
           num_directions=num_directions,
         ),
-        in_shardings=(self.shardings, batch, partitioning.replicated(mesh)),
-        out_shardings=(self.shardings, partitioning.replicated(mesh)),
+        in_shardings=(self.shardings, batch, replicated),
+        out_shardings=(self.shardings, replicated),
         donate_argnums=0,
       ),
       mesh,
@@ -531,7 +537,7 @@ class Program:
           functools.partial(
             function, model=self.model, num_directions=num_directions
           ),
-          out_shardings=partitioning.replicated(mesh),
+          out_shardings=replicated,
         ),
         mesh,
       )

@@ -41,7 +41,8 @@ def assert_as_init_draws(config, shape=(1, 1, 1)):
     config, settings, settings.learning_rate, toy.mesh(*shape), 3
   )
   state = program.init()
-  make = functools.partial(steps.init_state, program.model, settings.optimizer)
+  tx = settings.transformation()
+  make = functools.partial(steps.init_state, program.model, tx)
   expected = jax.jit(lambda key: make(key)[0])(steps.keys(3)[0])
   assert jax.tree.structure(state) == jax.tree.structure(expected)
   for (path, found), value in zip(
