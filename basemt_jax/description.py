@@ -25,7 +25,7 @@ _FORMAT, _VERSION = "basemt_jax model", 1
 # What a run may change when it goes on: it is told. All else is refused.
 _MAY_CHANGE = (
   *("network.dropout_rate", "network.dtype", "network.remat"),
-  *("network.attention.implementation", "network.scan_blocks"),
+  "network.attention.implementation",
   *("settings.train_steps", "settings.dense_steps", "settings.patience"),
   *("settings.conversion_options", "settings.rewarm_steps"),
   *("settings.microbatches", "settings.keep_checkpoints"),

@@ -19,8 +19,9 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from flax import traverse_util
+from flax.core import scope as flax_scope
 
-from basemt_jax import base_layer, block_loop, layers, ranges, routing
+from basemt_jax import base_layer, layers, ranges, routing
 
 Array = jax.Array
 Params = Any
@@ -48,10 +49,6 @@ class TransformerConfig:
       float32.
     remat: Recompute each block in the backward pass: less memory, a third
       more time.
-    scan_blocks: Compile blocks that repeat as the body of a loop, the same
-      function: a deep network takes little longer to compile than a shallow
-      one, but a step takes longer, by half on an H100, for what passes
-      between the turns is copied.
     attention: A module with the call and the first three attributes of
       `layers.Attention`; blocks fill these in.
     feed_forward: What stands in the expert blocks: 'dense', the plain
@@ -80,7 +77,6 @@ class TransformerConfig:
   dropout_rate: ranges.Fraction = 0.1
   dtype: Dtype = "float32"
   remat: bool = False
-  scan_blocks: bool = False
   attention: nn.Module = layers.Attention()  # noqa: RUF009
   feed_forward: FeedForward = "dense"
   encoder_expert_blocks: Sequence[int] = ()
@@ -295,20 +291,56 @@ class Stack(nn.Module):
         cfg.emb_dim,
         [cfg.hidden_dim(block.kind) for block in blocks],
       )
-    x = block_loop.run(
-      self,
-      blocks,
-      layers.dropout(x, cfg.dropout_rate, ends[0]),
-      arguments,
-      own,
-      keys,
-      # Stacked in the type of the products, which need them in it anyway.
-      prepare=lambda params: rounded(params, cfg.dtype),
-      # A step of decoding reads every weight once: copies would double that.
-      scan=cfg.scan_blocks and not decode,
-      remat=cfg.remat,
-    )
+    x = layers.dropout(x, cfg.dropout_rate, ends[0])
+    x = self._in_turn(blocks, x, arguments, own, keys)
     return layers.dropout(self._norm()(x), cfg.dropout_rate, ends[1])
+
+  def _in_turn(
+    self,
+    blocks: Sequence[nn.Module],
+    x: Array,
+    arguments: Sequence[Any],
+    own: Sequence[Any],
+    keys: Array | None,
+  ) -> Array:
+    """Applies blocks; those of a kind are traced once.
+
+    Args:
+      blocks: Without a parent; equal ones make equal programs. The variables
+        of block i are `layers_i`; what it changes in collections is put there.
+      x: [B, L, D].
+      arguments: Further ones of every block; what is not an array is static.
+      own: One more of each block.
+      keys: Of the blocks' random stream `dropout`, or None.
+    """
+    unchanged = flax_scope.DenyList(("params", "params_axes"))
+    assert self.scope is not None
+    changed = flax_scope.intersect_filters(self.scope.mutable, unchanged)
+
+    def apply(block: nn.Module, x: Array, variables: Any, own: Any, key: Any):
+      return block.apply(
+        variables,
+        x,
+        *arguments,
+        own,
+        rngs=None if key is None else {"dropout": key},
+        mutable=changed or [],
+      )
+
+    if self.config.remat:
+      apply = jax.checkpoint(apply, static_argnums=0)
+    apply = jax.jit(apply, static_argnums=0)
+    collections = self.variables.items()
+    for i, block in enumerate(blocks):
+      name = f"layers_{i}"
+      variables = {
+        kind: tree[name] for kind, tree in collections if name in tree
+      }
+      key = None if keys is None else keys[i]
+      x, updates = apply(block, x, variables, own[i], key)
+      for collection, tree in updates.items():
+        self.put_variable(collection, name, tree)
+    return x
 
   def _norm(self) -> layers.RMSNorm:
     name = "decoder_norm" if self.is_decoder else "encoder_norm"

@@ -56,7 +56,6 @@ class Shape:
     vocabulary: V.
     remat: See `model.TransformerConfig`.
     dtype: Of the computation.
-    scan_blocks: See `model.TransformerConfig`.
   """
 
   width: int = 384
@@ -67,7 +66,6 @@ class Shape:
   vocabulary: int = 16000
   remat: bool = False
   dtype: model.Dtype = "bfloat16"
-  scan_blocks: bool = False
 
   def config(self) -> model.TransformerConfig:
     """The network."""
@@ -83,7 +81,6 @@ class Shape:
       dropout_rate=0.1,
       dtype=self.dtype,
       remat=self.remat,
-      scan_blocks=self.scan_blocks,
       feed_forward="experts" if self.experts else "dense",
       encoder_expert_blocks=chosen,
       decoder_expert_blocks=chosen,
@@ -281,13 +278,10 @@ def main() -> None:
   parser.add_argument("--conversion", action="store_true")
   parser.add_argument("--profile", action="store_true")
   parser.add_argument("--cold_only", action="store_true")
-  parser.add_argument(
-    "--scan", action="store_true", help="repeated blocks as a loop"
-  )
   parser.add_argument("--in_process", default="", help=argparse.SUPPRESS)
   args = parser.parse_args()
   if args.in_process:
-    shape = dataclasses.replace(SHAPES[args.shapes[0]], scan_blocks=args.scan)
+    shape = SHAPES[args.shapes[0]]
     device = jax.devices()[0]
     found = (
       measure_conversion(shape, args.steps)
@@ -299,7 +293,6 @@ def main() -> None:
     return
   flags = ["--steps", str(args.steps)]
   flags += ["--conversion"] * args.conversion + ["--profile"] * args.profile
-  flags += ["--scan"] * args.scan
   for name in args.shapes:
     with tempfile.TemporaryDirectory() as cache:
       for kind in ("cold", "warm")[: 1 if args.cold_only else 2]:

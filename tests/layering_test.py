@@ -14,7 +14,7 @@ PACKAGE = ROOT / "basemt_jax"
 # flax, optax and orbax are installed.
 LIGHT = {
   *("assignment", "repair", "routing", "experts", "base_layer"),
-  *("layers", "block_loop", "drawing", "model", "losses"),
+  *("layers", "drawing", "model", "losses"),
   *("heating", "sampling"),
   *(
     "conversion",
