@@ -47,6 +47,7 @@ FITS = {
   "AVERAGE_DECAY": {"0", "0.5"},
   "USE_AVERAGE": {"True"},
   "WEIGHT_DECAY": {"0", "0.5"},
+  "DROPOUT_RATE": {"0", "0.5"},
   "LEARNING_RATE": {"0.5"},
 }
 

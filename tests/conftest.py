@@ -1,6 +1,7 @@
-"""Test set-up: eight simulated CPU devices, strict shapes."""
+"""Test set-up: eight simulated CPU devices, strict shapes, programs kept."""
 
 import os
+import pathlib
 
 # Before jax is imported anywhere: sharding is tested on simulated devices.
 # Most of the time goes into compiling, a third of that into optimising machine
@@ -16,6 +17,12 @@ if os.environ["JAX_PLATFORMS"] == "cpu":
     ]
   )
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+# Most tests compile what another one compiles too, in this run or the last: in
+# other workers, in the processes that they start, for another assertion.
+_KEPT = pathlib.Path(__file__).parent.parent / ".pytest_cache" / "programs"
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_KEPT))
+os.environ.setdefault("JAX_COMPILATION_CACHE_MAX_SIZE", str(2**30))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 
 import jax
 
