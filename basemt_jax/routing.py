@@ -175,11 +175,11 @@ class TopKRouter:
     if self.num_selected_experts < 1:
       raise ValueError(
         f"num_selected_experts is {self.num_selected_experts}; a token needs "
-        "at least 1 expert."
+        "at least 1 expert"
       )
     if not self.capacity_factor > 0:
       raise ValueError(
-        f"capacity_factor is {self.capacity_factor}; it must be positive."
+        f"capacity_factor is {self.capacity_factor}; it must be positive"
       )
 
   def capacity(self, num_tokens: int, num_experts: int) -> int:
@@ -229,7 +229,7 @@ class TopKRouter:
     if self.num_selected_experts > num_experts:
       raise ValueError(
         f"num_selected_experts is {self.num_selected_experts}, but there are "
-        f"{num_experts} experts; choose at most that many."
+        f"{num_experts} experts; choose at most that many"
       )
     _, expert = lax.top_k(affinities, self.num_selected_experts)
     gate = _pick(jax.nn.softmax(affinities, axis=-1), expert, mask)

@@ -109,11 +109,11 @@ class RowLayout:
     for name in ("inputs", "targets"):
       if lengths.get(name, 0) < 2:
         raise ValueError(
-          "Feature lengths need 'inputs' and 'targets' of at least 2 tokens, "
-          f"got {dict(lengths)}."
+          "feature lengths need 'inputs' and 'targets' of at least 2 tokens, "
+          f"got {dict(lengths)}"
         )
     if max(lengths["inputs"], lengths["targets"]) > np.iinfo(np.uint16).max:
-      raise ValueError(f"Feature lengths must be below 65,536, got {lengths}.")
+      raise ValueError(f"feature lengths must be below 65,536, got {lengths}")
     dtype = "<u2" if vocab_size <= 1 << 16 else "<i4"
     return cls(int(lengths["inputs"]), int(lengths["targets"]), dtype)
 

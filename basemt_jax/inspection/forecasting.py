@@ -74,8 +74,8 @@ def sizes_of_data(data: text_report.Data) -> Sizes:
   for d in directions:
     if d.pairs is None:
       raise ValueError(
-        f"Task {d.task!r} does not tell how many training pairs it has, so "
-        "that nothing can be expected of it: count them with --full."
+        f"task {d.task!r} does not tell how many training pairs it has, so "
+        "that nothing can be expected of it: count them with --full"
       )
   pairs = np.array([d.pairs for d in directions])
   # How many times the pairs looked at there are.
