@@ -32,7 +32,7 @@ _PROBES = np.unique(np.geomspace(1, 1e7, 4000).astype(np.int64)) - 1
 
 
 def mixing_rates(sizes: ArrayLike, temperature: ArrayLike) -> np.ndarray:
-  """Shares of the directions, p_i = n_i^(1/T) / sum_j n_j^(1/T).
+  """Shares of the directions, `p_i = n_i^(1/T) / sum_j n_j^(1/T)`.
 
   Computed from logarithms, hence exact in range for any size and for T = inf
   (uniform over the directions that have data).
@@ -297,7 +297,7 @@ def stepwise(
 def linear(
   start: ranges.Positive, end: ranges.Positive, steps: ranges.Steps
 ) -> Schedule:
-  """T rises or falls by the same amount every step (Wang et al. 2020).
+  """Temperature changes by the same amount every step (Wang et al. 2020).
 
   Args:
     start: temperature at step 0.
@@ -316,7 +316,7 @@ def linear(
 def square_root(
   start: ranges.Positive, end: ranges.Positive, steps: ranges.Steps
 ) -> Schedule:
-  """T^2 is linear in the step: the competence curve of Platanios et al. 2019.
+  """`T^2` is linear in the step: the competence curve, Platanios et al. 2019.
 
   T(k) = sqrt(start^2 + (k / steps) (end^2 - start^2)).
   """

@@ -190,7 +190,7 @@ class Plan:
       self.multipliers = self._capped()
 
   def temperatures(self, steps: ArrayLike) -> np.ndarray:
-    """float64 [K] for steps [K]."""
+    """Temperatures [K] float64 of steps [K]."""
     return heating.temperatures(self.strategy.temperature, np.asarray(steps))
 
   def rates(self, steps: ArrayLike) -> np.ndarray:

@@ -267,7 +267,7 @@ class TrainBatches:
     return float(self.plan.temperatures([self.step])[0])
 
   def _identity(self) -> dict[str, Any]:
-    """What a position is only valid with."""
+    """The settings that a saved position depends on."""
     return {
       "seed": self._seed,
       "batch_size": self.batch_size,

@@ -33,7 +33,7 @@ PathLike = str | os.PathLike[str]
 
 
 def default_cache_dir() -> str:
-  """$BASEMT_CACHE, or basemt_jax in the user's cache directory."""
+  """`$BASEMT_CACHE`, or basemt_jax in the user's cache directory."""
   home = os.environ.get("XDG_CACHE_HOME", "~/.cache")
   return os.environ.get(
     "BASEMT_CACHE", os.path.join(os.path.expanduser(home), "basemt_jax")
@@ -421,7 +421,7 @@ class RowStore(Header):
   """
 
   def __init__(self, directory: PathLike, verify: bool = False):
-    """Opens a store.
+    """Reads the header and checks sizes; rows are mapped when first read.
 
     Args:
       directory: where it lies.

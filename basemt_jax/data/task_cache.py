@@ -80,7 +80,7 @@ def cache_task(
 
 
 def _first_examples(task: seqio.Task) -> str:
-  """Stands for what the task gives now, whatever its files are called."""
+  """Checksum of all splits' first examples, whatever the files are called."""
   found = [
     seqio.dict_to_tfexample(example).SerializeToString(deterministic=True)
     for split in task.splits

@@ -114,7 +114,7 @@ class Vocabulary:
 
   @property
   def kind(self) -> str:
-    """'bytes' or 'sentencepiece'."""
+    """The kind of vocabulary: 'bytes' or 'sentencepiece'."""
     return BYTES if self.model is None else "sentencepiece"
 
   @property
@@ -451,7 +451,7 @@ def _train_size(task: Any) -> int:
 
 
 def raw_pairs(task: Any, split: str = "train") -> Iterator[tuple[str, str]]:
-  """(source, target) texts of a SeqIO task, normalised, before tokenising.
+  """Pairs (source, target) of a SeqIO task's texts, normalised, untokenised.
 
   Runs the task's preprocessors up to SeqIO's `tokenize`, which is several
   times faster than the whole task; where there are none, and the data source
