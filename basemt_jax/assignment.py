@@ -296,7 +296,7 @@ def _newton_step(
 
 
 def _gumbel_noise(num_experts: int, num_tokens: int) -> jax.Array:
-  """[E, S] fixed Gumbel noise: a hash of the position, no random state."""
+  """Fixed Gumbel noise [E, S]: a hash of the position, no random state."""
   shape = (num_experts, num_tokens)
   expert = lax.broadcasted_iota(jnp.uint32, shape, 0)
   token = lax.broadcasted_iota(jnp.uint32, shape, 1)
@@ -362,7 +362,7 @@ class _Choice(NamedTuple):
 
   @property
   def start(self) -> jax.Array:
-    """[E] int32, where in `order` the tokens of an expert begin."""
+    """Where in `order` the tokens of each expert begin; int32 [E]."""
     return jnp.cumsum(self.load, dtype=jnp.int32) - self.load
 
 
@@ -478,5 +478,5 @@ def _slots(
 
 
 def capacity_of(num_tokens: int, num_experts: int) -> int:
-  """C, the slots of an expert for a group of `num_tokens` tokens."""
+  """The slots C of an expert for a group of `num_tokens` tokens."""
   return math.ceil(num_tokens / num_experts)

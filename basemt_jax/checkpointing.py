@@ -77,7 +77,7 @@ def restored_opt_state(template: Tree, param_states: dict[str, Any]) -> Tree:
 
 
 class _Manager(ocp.CheckpointManager):
-  """Orbax's, without its own questions whether to stop.
+  """Orbax's manager, without its own questions whether to stop.
 
   JAX answers each process at a step that all agree on, and takes every question
   for news of the step a process is at. Orbax asks later, and in the first
@@ -85,7 +85,7 @@ class _Manager(ocp.CheckpointManager):
   """
 
   def reached_preemption(self, step: int) -> bool:
-    """Nothing here depends on it."""
+    """Always False: the trainer asks instead, once a step."""
     del step
     return False
 
@@ -242,7 +242,7 @@ class Checkpoints:
 
   @property
   def _manager(self) -> ocp.CheckpointManager:
-    """Orbax's, which only one thread may use: not while a save starts in it."""
+    """Orbax's manager, for one thread only: waits while a save starts."""
     if self._start is not None:
       start, self._start = self._start, None
       with self._writing():
@@ -384,7 +384,7 @@ class Checkpoints:
       raise self._damaged(step, why) from error
 
   def phase(self, step: int) -> str:
-    """'sparse' if the checkpoint holds experts, else 'dense'.
+    """The phase: 'sparse' if the checkpoint holds experts, else 'dense'.
 
     The arrays tell, so that a checkpoint that `convert` or T5X wrote needs no
     note of it.

@@ -31,7 +31,7 @@ def file_checksum(path: str | os.PathLike[str]) -> str:
 
 
 def bytes_checksum(data: bytes) -> str:
-  """The same of bytes at hand."""
+  """The XXH3 of bytes in memory; 32 hexadecimal digits."""
   return xxhash.xxh3_128(data).hexdigest()
 
 
@@ -70,7 +70,7 @@ def _all(root: pathlib.Path, names: Iterable[str]) -> dict[str, str]:
 
 
 def is_sealed(directory: str | os.PathLike[str]) -> bool:
-  """Whether there is anything to compare files with."""
+  """Whether the directory holds checksums of its files."""
   return (pathlib.Path(directory) / FILE).exists()
 
 

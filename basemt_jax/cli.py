@@ -182,7 +182,7 @@ def _commands(asked: str) -> dict[str, Any]:
 
 
 def _parser(arguments: Sequence[str] = ()) -> argparse.ArgumentParser:
-  """Of the command that is asked for; some import much, and all for --help."""
+  """The parser of the command asked for, or of all for --help."""
   parser = _Parser(
     prog="basemt",
     description="Sparse multilingual translation: train, convert, evaluate, "

@@ -47,7 +47,7 @@ class Hypotheses(NamedTuple):
 
 
 def length_penalty(length: Array | int, alpha: float | Array) -> Array:
-  """((5 + length) / 6)^alpha, what a hypothesis' log-probability is divided by.
+  """`((5 + length) / 6)^alpha`, which divides a hypothesis' log-probability.
 
   Wu et al., "Google's Neural Machine Translation System" (arXiv:1609.08144),
   equation 14; T5X's brevity penalty. A length counts EOS.
@@ -69,7 +69,7 @@ def greedy_search(
   max_length: int,
   alpha: float | Array = 0.0,
 ) -> Hypotheses:
-  """The most probable token after the other, until every sequence has ended.
+  """Takes the most probable token at every step, until all sequences end.
 
   Args:
     tokens_to_logits: See the module; N = B.

@@ -296,7 +296,7 @@ def _is_in(name: str, groups: Sequence[str]) -> bool:
 
 
 def _flat(values: Any, name: str = "") -> Iterator[tuple[str, Any]]:
-  """(dotted name, value) of everything in nested dictionaries."""
+  """Pairs (dotted name, value) of everything in nested dictionaries."""
   if not isinstance(values, Mapping) or not values:
     yield name, values
     return

@@ -32,7 +32,7 @@ _PROBES = np.unique(np.geomspace(1, 1e7, 4000).astype(np.int64)) - 1
 
 
 def mixing_rates(sizes: ArrayLike, temperature: ArrayLike) -> np.ndarray:
-  """Shares of the directions, p_i = n_i^(1/T) / sum_j n_j^(1/T).
+  """Shares of the directions, `p_i = n_i^(1/T) / sum_j n_j^(1/T)`.
 
   Computed from logarithms, hence exact in range for any size and for T = inf
   (uniform over the directions that have data).
@@ -58,17 +58,17 @@ def mixing_rates(sizes: ArrayLike, temperature: ArrayLike) -> np.ndarray:
   sizes = np.asarray(sizes, np.float64)
   if sizes.ndim != 1 or not sizes.size:
     raise ValueError(
-      f"mixing_rates needs one size per direction, got shape {sizes.shape}."
+      f"mixing_rates needs one size per direction, got shape {sizes.shape}"
     )
   if not np.all(np.isfinite(sizes)) or np.any(sizes < 0) or not np.any(sizes):
     raise ValueError(
       "mixing_rates needs finite sizes, none negative and one at least above "
-      f"0, got {sizes.tolist()}."
+      f"0, got {sizes.tolist()}"
     )
   temperature = np.asarray(temperature, np.float64)
   if not np.all(temperature > 0):
     raise ValueError(
-      f"A sampling temperature must be above 0, got {temperature.min()}."
+      f"a sampling temperature must be above 0, got {temperature.min()}"
     )
   # The largest n_i / n_max is 1, so no power overflows and none is NaN.
   log_sizes = np.log(
@@ -122,8 +122,8 @@ def temperatures(schedule: Schedule, steps: np.ndarray) -> np.ndarray:
   if not np.all(values > 0):
     step = np.asarray(steps)[~(values > 0)][0]
     raise ValueError(
-      f"Schedule {describe(schedule)} gives a temperature that is not above 0 "
-      f"at step {step}."
+      f"schedule {describe(schedule)} gives a temperature that is not above 0 "
+      f"at step {step}"
     )
   return values
 
@@ -284,11 +284,11 @@ def stepwise(
   if len(temperatures) != len(boundaries) + 1:
     raise ValueError(
       f"stepwise needs one temperature more than boundaries, got "
-      f"{len(temperatures)} temperatures for {len(boundaries)} boundaries."
+      f"{len(temperatures)} temperatures for {len(boundaries)} boundaries"
     )
   if any(b <= a for a, b in itertools.pairwise(boundaries)):
     raise ValueError(
-      f"stepwise needs rising boundaries, got {list(boundaries)}."
+      f"stepwise needs rising boundaries, got {list(boundaries)}"
     )
   _check_temperatures("stepwise", temperatures)
   return _Stepwise(tuple(boundaries), tuple(map(float, temperatures)))
@@ -297,7 +297,7 @@ def stepwise(
 def linear(
   start: ranges.Positive, end: ranges.Positive, steps: ranges.Steps
 ) -> Schedule:
-  """T rises or falls by the same amount every step (Wang et al. 2020).
+  """Temperature changes by the same amount every step (Wang et al. 2020).
 
   Args:
     start: temperature at step 0.
@@ -316,7 +316,7 @@ def linear(
 def square_root(
   start: ranges.Positive, end: ranges.Positive, steps: ranges.Steps
 ) -> Schedule:
-  """T^2 is linear in the step: the competence curve of Platanios et al. 2019.
+  """`T^2` is linear in the step: the competence curve, Platanios et al. 2019.
 
   T(k) = sqrt(start^2 + (k / steps) (end^2 - start^2)).
   """
@@ -356,7 +356,7 @@ def there_and_back(
   if not 0 <= top_steps <= end_steps:
     raise ValueError(
       f"there_and_back needs 0 <= top_steps <= end_steps, got {top_steps} and "
-      f"{end_steps}."
+      f"{end_steps}"
     )
   back = linear(top, end, end_steps - top_steps)
   return _Sequence((linear(start, top, top_steps), back), (top_steps,))
@@ -368,10 +368,10 @@ def _interpolated(curve: str, start: float, end: float, steps: int) -> Schedule:
   if not np.isfinite(start) or not np.isfinite(end):
     raise ValueError(
       f"{curve} needs finite temperatures, got {start} and {end}; 100 is as "
-      "good as uniform."
+      "good as uniform"
     )
   if steps < 0:
-    raise ValueError(f"{curve} needs steps of at least 0, got {steps}.")
+    raise ValueError(f"{curve} needs steps of at least 0, got {steps}")
   if steps == 0:  # A share of a run of very few steps.
     return constant(end)
   return _Interpolated(curve, start, end, int(steps))
@@ -379,4 +379,4 @@ def _interpolated(curve: str, start: float, end: float, steps: int) -> Schedule:
 
 def _check_temperatures(curve: str, values: Sequence[float]) -> None:
   if not all(value > 0 for value in values):
-    raise ValueError(f"{curve} needs temperatures above 0, got {list(values)}.")
+    raise ValueError(f"{curve} needs temperatures above 0, got {list(values)}")

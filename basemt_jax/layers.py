@@ -49,7 +49,7 @@ def activation(name: str) -> Callable[[Array], Array]:
 
 
 class Dense(nn.Module):
-  """y = x W over the last axis, W [in, out] float32, no bias.
+  """Product `y = x W` over the last axis, W [in, out] float32, no bias.
 
   Attributes:
     features: Width of the output.
@@ -87,7 +87,7 @@ class RMSNorm(nn.Module):
 
 
 def rms_norm(x: Array, scale: Array, epsilon: float = 1e-6) -> Array:
-  """X / rms(x) * scale in float32; x [..., D], scale broadcastable to x."""
+  """`x / rms(x) * scale` in float32; x [..., D], scale broadcastable to x."""
   x = x.astype(jnp.float32)
   mean_square = jnp.mean(jnp.square(x), axis=-1, keepdims=True)
   scale = scale.reshape((1,) * (x.ndim - scale.ndim) + scale.shape)
@@ -131,7 +131,7 @@ class Embed(nn.Module):
 
 @jax.custom_vjp
 def _logits(x: Array, embedding: Array) -> Array:
-  """[B, L, D], [V, D] to [B, L, V] float32, products in the inputs' type.
+  """Logits [B, L, V] float32 of [B, L, D] and [V, D], in the inputs' type.
 
   The gradient of logits is rounded to that type too, as that of any other
   layer's output: two of the three largest products of a network would
@@ -159,7 +159,7 @@ _logits.defvjp(_logits_forward, _logits_backward)
 
 
 class MlpBlock(nn.Module):
-  """Feed-forward: wo(drop(act(wi x))), or gated: act(wi_0 x) * wi_1 x.
+  """Feed-forward `wo(drop(act(wi x)))`, or gated: `act(wi_0 x) * wi_1 x`.
 
   Attributes:
     mlp_dim: F.

@@ -74,7 +74,7 @@ def _token_losses_forward(label_smoothing, z_loss, logits, targets):
 
 
 def _token_losses_backward(label_smoothing, z_loss, saved, cotangents):
-  """Closed form: (1 + 2 z log Z) p_v - q_v of the loss, p_v - 1[v] of nll."""
+  """`(1 + 2 z log Z) p_v - q_v` of the loss, `p_v - 1[v]` of nll."""
   logits, targets, log_z = saved
   loss, nll, _ = cotangents
   confidence, low = _target_distribution(label_smoothing, logits.shape[-1])
@@ -99,7 +99,7 @@ def _target_distribution(
 
 
 def _pick(values: Array, index: Array) -> Array:
-  """values[b, l, index[b, l]]."""
+  """Picks one value a token: `values[b, l, index[b, l]]`."""
   return jnp.take_along_axis(values, index[..., None], axis=-1)[..., 0]
 
 
@@ -187,7 +187,7 @@ def auxiliary_loss(intermediates: dict) -> Array:
 
 
 def _expert_layers(tree: dict, path: tuple[str, ...] = ()):
-  """(path, sown values) of every layer of experts, in path order."""
+  """Pairs (path, sown values) of every layer of experts, in path order."""
   if "auxiliary_loss" in tree:
     yield "/".join(path).removesuffix("/base_layer"), tree
     return

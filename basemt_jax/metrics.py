@@ -23,12 +23,12 @@ _GROUPS = ("high", "mid", "low", "all")
 
 
 def ratio(total: Array, count: Array) -> Array:
-  """A mean of what was added up; NaN of nothing."""
+  """The sum divided by its weight; NaN where the weight is 0."""
   return total / count
 
 
 def _load_max(wanted: Array) -> Array:
-  """Tokens [E] that want each expert: the largest by the mean."""
+  """Largest over mean load, of the tokens [E] that want each expert."""
   return wanted.max() * wanted.shape[-1] / wanted.sum()
 
 
@@ -176,7 +176,7 @@ class Name:
 
   @property
   def label(self) -> str:
-    """'dev BLEU', 'training loss'."""
+    """Split and metric in words: 'dev BLEU', 'training loss'."""
     split = self.split or ("training" if self.metric.is_main else "")
     return f"{split} {self.metric.label}".strip()
 
@@ -233,7 +233,7 @@ def scalars(
   directions: Sequence[str],
   known: Sequence[Metric] = METRICS,
 ) -> dict[str, float]:
-  """The values by full name, of sums on the host; without what is of nothing.
+  """Values by full name, from sums on the host; NaN (of no tokens) left out.
 
   Args:
     sums: see `computed`; NumPy's.

@@ -204,7 +204,10 @@ class Conversion:
   def _function_error(
     self, dense: Tree, sparse: Tree, batch: steps.Batch
   ) -> jax.Array:
-    """Of variables, to be traced; the dense network runs once for both."""
+    """Largest relative error of sparse logits, in training and at test.
+
+    To be traced; the dense network runs once for both.
+    """
     rows = self._rows(batch)
 
     def logits(program: steps.Program, variables: Tree, train: bool):

@@ -28,7 +28,7 @@ class Prefetcher:
       place: what the thread does with each, such as putting it on the devices.
     """
     if depth <= 0:
-      raise ValueError(f"depth must be above 0, got {depth}.")
+      raise ValueError(f"depth must be above 0, got {depth}")
     self._queue: queue.Queue[tuple[str, Any]] = queue.Queue(depth)
     self._stop = threading.Event()
     self._done = False

@@ -38,7 +38,7 @@ def is_first() -> bool:
 
 
 def name() -> str:
-  """'', or ' (process 1 of 4)' where there are several."""
+  """Suffix for messages: ' (process 1 of 4)'; '' where there is only one."""
   if jax.process_count() == 1:
     return ""
   return f" (process {jax.process_index()} of {jax.process_count()})"

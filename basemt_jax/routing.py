@@ -61,11 +61,11 @@ class Router(Protocol):
 
   @property
   def num_selected_experts(self) -> int:
-    """K, experts per token."""
+    """Experts per token, K."""
     ...
 
   def capacity(self, num_tokens: int, num_experts: int) -> int:
-    """C, slots of an expert for a training group of `num_tokens`."""
+    """Slots C of an expert for a training group of `num_tokens`."""
     ...
 
   def even_gate(self, num_experts: int) -> float:
@@ -113,7 +113,7 @@ class BalancedRouter:
     return 1
 
   def capacity(self, num_tokens: int, num_experts: int) -> int:
-    """C = ceil(S / E)."""
+    """Slots of an expert, `C = ceil(S / E)`."""
     return assignment.capacity_of(num_tokens, num_experts)
 
   def even_gate(self, num_experts: int) -> float:
@@ -175,15 +175,15 @@ class TopKRouter:
     if self.num_selected_experts < 1:
       raise ValueError(
         f"num_selected_experts is {self.num_selected_experts}; a token needs "
-        "at least 1 expert."
+        "at least 1 expert"
       )
     if not self.capacity_factor > 0:
       raise ValueError(
-        f"capacity_factor is {self.capacity_factor}; it must be positive."
+        f"capacity_factor is {self.capacity_factor}; it must be positive"
       )
 
   def capacity(self, num_tokens: int, num_experts: int) -> int:
-    """C = ceil(S K capacity_factor / E), at most S."""
+    """Slots of an expert, `C = ceil(S K capacity_factor / E)`, at most S."""
     wanted = num_tokens * self.num_selected_experts * self.capacity_factor
     # No expert can be chosen twice by one token.
     return min(num_tokens, math.ceil(wanted / num_experts))
@@ -229,7 +229,7 @@ class TopKRouter:
     if self.num_selected_experts > num_experts:
       raise ValueError(
         f"num_selected_experts is {self.num_selected_experts}, but there are "
-        f"{num_experts} experts; choose at most that many."
+        f"{num_experts} experts; choose at most that many"
       )
     _, expert = lax.top_k(affinities, self.num_selected_experts)
     gate = _pick(jax.nn.softmax(affinities, axis=-1), expert, mask)
@@ -238,7 +238,7 @@ class TopKRouter:
   def _auxiliary_loss(
     self, affinities: jax.Array, mask: jax.Array, expert: jax.Array
   ) -> jax.Array:
-    """E sum_e f_e P_e and the z-loss, weighted; means over real tokens."""
+    """`E sum_e f_e P_e` and the z-loss, weighted; means over real tokens."""
     num_experts = affinities.shape[1]
     real = mask[:, None].astype(jnp.float32)
     count = jnp.maximum(jnp.sum(real), 1.0)
@@ -253,7 +253,7 @@ class TopKRouter:
 
 
 def _pick(values: jax.Array, expert: jax.Array, mask: jax.Array) -> jax.Array:
-  """values[s, expert[s, k]], 0 on padding; [S, E], [S, K], [S] -> [S, K].
+  """Picks `values[s, expert[s, k]]` of [S, E], for [S, K]; 0 on padding [S].
 
   By comparison, because the transpose of indexing would be a scatter.
   """
@@ -284,14 +284,14 @@ class Dispatcher(NamedTuple):
   num_experts: int
 
   def dispatch(self, rows: jax.Array) -> jax.Array:
-    """[N, D] -> [E, M, D]; empty slots are zero."""
+    """Moves rows [N, D] to their slots [E, M, D]; empty slots are zero."""
     num_rows, num_selected = self.slot.shape
     token = jnp.minimum(self.source // num_selected, num_rows)
     slots = gather_rows(rows, token, self.slot)
     return slots.reshape(self.num_experts, -1, rows.shape[1])
 
   def combine(self, slots: jax.Array) -> jax.Array:
-    """[E, M, D] -> [N, K, D]; dropped choices are zero."""
+    """Moves slots [E, M, D] back to [N, K, D]; dropped choices are zero."""
     width = slots.shape[2]
     rows = gather_rows(
       slots.reshape(-1, width), self.slot.reshape(-1), self.source[:, None]
@@ -330,7 +330,7 @@ def dispatcher(plans: Plan, num_experts: int) -> Dispatcher:
 def gather_rows(
   rows: jax.Array, index: jax.Array, inverse: jax.Array
 ) -> jax.Array:
-  """rows[index], zero where the index is out of range, without scatters.
+  """Gathers `rows[index]`, zero where out of range, without scatters.
 
   The transpose of a gather is a scatter-add; here the caller knows who reads
   each row, so the transpose is a gather too.

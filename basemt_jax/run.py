@@ -40,7 +40,7 @@ class HasName(Protocol):
 
   @property
   def name(self) -> str:
-    """Under which it is registered."""
+    """The name under which it is registered."""
     ...
 
 
@@ -194,7 +194,7 @@ class Run:
     return train_batches
 
   def mesh(self) -> jax.sharding.Mesh:
-    """Over all devices of all processes."""
+    """The mesh over all devices of all processes."""
     processes.check_joined()
     return partitioning.make_mesh(self.expert_devices, self.model_devices)
 

@@ -74,19 +74,19 @@ class Strategy:
     if not callable(self.temperature):
       raise ValueError(
         "Strategy.temperature must be a schedule such as heating.constant(5),"
-        f" got {self.temperature!r}."
+        f" got {self.temperature!r}"
       )
     for name, step in self.joins.items():
       if not isinstance(step, int) or step < 0:
-        raise ValueError(f"{name!r} must join at a step from 0, got {step!r}.")
+        raise ValueError(f"{name!r} must join at a step from 0, got {step!r}")
     if self.max_epochs is None:
       return
     if not 0 < self.max_epochs < math.inf:
-      raise ValueError(f"max_epochs must be above 0, got {self.max_epochs}.")
+      raise ValueError(f"max_epochs must be above 0, got {self.max_epochs}")
     if self.steps is None or self.steps <= 0:
       raise ValueError(
         f"max_epochs={self.max_epochs} needs the steps of the run, above 0, "
-        f"got steps={self.steps}."
+        f"got steps={self.steps}"
       )
 
   def __str__(self) -> str:
@@ -171,15 +171,15 @@ class Plan:
     self.batch_size = batch_size
     if not self.pairs.shape == self.rows.shape == (len(self.directions),):
       raise ValueError(
-        f"A plan needs pairs and rows of each of {len(self.directions)} "
-        f"directions, got shapes {self.pairs.shape} and {self.rows.shape}."
+        f"a plan needs pairs and rows of each of {len(self.directions)} "
+        f"directions, got shapes {self.pairs.shape} and {self.rows.shape}"
       )
     self.sizes = self.pairs
     if strategy.sizes is not None:
       missing = sorted({*self.directions} - strategy.sizes.keys())
       if missing:
         raise ValueError(
-          f"The given sizes lack the directions {', '.join(missing)}."
+          f"the given sizes lack the directions {', '.join(missing)}"
         )
       given = [strategy.sizes[name] for name in self.directions]
       # What has no rows cannot be drawn, whatever is published.
@@ -190,7 +190,7 @@ class Plan:
       self.multipliers = self._capped()
 
   def temperatures(self, steps: ArrayLike) -> np.ndarray:
-    """float64 [K] for steps [K]."""
+    """Temperatures [K] float64 of steps [K]."""
     return heating.temperatures(self.strategy.temperature, np.asarray(steps))
 
   def rates(self, steps: ArrayLike) -> np.ndarray:
@@ -249,7 +249,7 @@ class Plan:
           f"{strategy.max_epochs:g} epochs of the directions there are before "
           f"step {end} are {allowed:,.0f} rows, and the steps before it draw "
           f"{drawn:,.0f}: allow more epochs, take fewer steps, or let more "
-          "directions join earlier."
+          "directions join earlier"
         )
     has_rows = self.rows > 0
     weights, counts = self._distinct_rates(strategy.steps)
@@ -261,7 +261,7 @@ class Plan:
     if found is None:
       raise ValueError(
         f"{strategy.max_epochs:g} epochs are hardly enough for "
-        f"{strategy.steps} steps: allow a little more."
+        f"{strategy.steps} steps: allow a little more"
       )
     multipliers[has_rows] = found
     return multipliers
@@ -302,15 +302,15 @@ def _starts(
       if not match.any():
         raise ValueError(
           f"{key!r}, which is to join at step {step}, is neither a direction "
-          f"nor a language of {', '.join(directions)}."
+          f"nor a language of {', '.join(directions)}"
         )
     else:
       match = sizes < key
     starts = np.where(match, np.maximum(starts, step), starts)
   if not ((starts == 0) & (sizes > 0)).any():
     raise ValueError(
-      "All directions join after step 0, so there is nothing to begin with: "
-      f"leave some out of joins={dict(joins)}."
+      "all directions join after step 0, so there is nothing to begin with: "
+      f"leave some out of joins={dict(joins)}"
     )
   return starts
 

@@ -128,7 +128,7 @@ class TrainState:
   mutables: Tree
 
   def tree(self) -> dict[str, Any]:
-    """As checkpoints hold it."""
+    """The state as the nested dictionary that checkpoints hold."""
     return checkpointing.state_dict(
       self.params, self.opt_state, self.step, self.mutables
     )
@@ -263,7 +263,7 @@ def microbatch_loss(
 def _own_rows(
   settings: Settings, logits: Array, batch: Batch
 ) -> dict[str, Array]:
-  """Sums over rows [B] of the metrics that bring their own."""
+  """Values by row [B] of the metrics that have a `row` function."""
   return {m.name: m.row(logits, batch) for m in settings.metrics if m.row}
 
 

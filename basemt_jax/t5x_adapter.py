@@ -147,13 +147,13 @@ class Optimizer(struct.PyTreeNode):
     )
 
   def state_dict(self) -> dict[str, Any]:
-    """{'target', 'state'}: what is written to checkpoints."""
+    """What is written to checkpoints, under 'target' and 'state'."""
     return checkpointing.state_dict(
       self.target, self.state.param_states, self.state.step, {}
     )
 
   def restore_state(self, tree: Mapping[str, Any]) -> "Optimizer":
-    """With a checkpoint's values."""
+    """The optimizer with a checkpoint's values."""
     param_states = checkpointing.restored_opt_state(
       self.state.param_states, tree["state"].get("param_states", {})
     )
@@ -212,7 +212,7 @@ class Added(clu_metrics.Metric):
   value: Callable[..., Array] = struct.field(pytree_node=False)
 
   def merge(self, other: "Added") -> "Added":
-    """Adds another's."""
+    """The sums of both, as CLU's metrics merge."""
     arrays = tuple(map(jnp.add, self.arrays, other.arrays))
     return Added(arrays, self.value)
 
@@ -284,7 +284,7 @@ class Model:
     dropout_rng: Array,
     flax_mutables: Tree | None = None,
   ) -> tuple[Array, Any]:
-    """(loss, metrics), or (loss, (metrics, mutables)) with prices.
+    """Returns `(loss, metrics)`, or `(loss, (metrics, mutables))` with prices.
 
     Raises:
       ValueError: The batch is not one of `get_dataset`, or is part of one.
@@ -322,7 +322,7 @@ class Model:
     batch: Mapping[str, Array],
     flax_mutables: Tree | None = None,
   ) -> tuple[Array, dict[str, Any]]:
-    """(nats per target token, metrics) with test-time routing."""
+    """Returns nats per target token and metrics, with test-time routing."""
     batch = dict(batch)
     has_directions = "direction" in batch
     if not has_directions:
@@ -340,7 +340,7 @@ class Model:
     return jnp.sum(sums["nll"]) / jnp.sum(sums["weight"]), metrics
 
   def _metrics(self, sums: Mapping[str, Any]) -> dict[str, Any]:
-    """Of a step's sums, named as `trainer.Trainer` writes them."""
+    """Metrics of a step's sums, named as `trainer.Trainer` writes them."""
     known = (*metrics_lib.METRICS, *self._run.settings.metrics)
     return {
       name: Added(arrays, metric.value)
@@ -412,7 +412,7 @@ def _network(
 
 
 def _variables(params: Tree, mutables: Tree | None) -> Tree:
-  """Of a trained model; T5X's infer restores bfloat16 unless told otherwise."""
+  """Variables of a trained model; T5X's infer restores bfloat16 by default."""
   return {
     "params": jax.tree.map(lambda p: p.astype(jnp.float32), params),
     **(unfreeze(mutables) if mutables else {}),

@@ -59,7 +59,7 @@ class TrainIterator(dataset_iterator.DatasetIterator):
 
   @property
   def element_spec(self) -> dict[str, dataset_iterator.ArraySpec]:
-    """Of this host's rows."""
+    """Shapes and types of this host's rows."""
     return self._spec
 
   def __next__(self) -> packing.Batch:
@@ -170,7 +170,7 @@ class EvalBatches:
 
   @property
   def element_spec(self) -> dict[str, Any]:
-    """Of this host's rows."""
+    """Shapes and types of this host's rows."""
     return {
       name: jax.ShapeDtypeStruct(value.shape, value.dtype)
       for name, value in next(self._start()).items()
@@ -301,7 +301,7 @@ def _start_checkpoint(model_dir: str, restore: Any) -> epath.Path | None:
 
 
 def phase_of(checkpoint: str) -> str:
-  """'dense' or 'sparse': of the checkpoint at a path.
+  """The phase, 'dense' or 'sparse', of the checkpoint at a path.
 
   Raises:
     ValueError: There is none, or not all of it.
@@ -359,7 +359,7 @@ def _check_data(
 
 
 def _place(position: Mapping[str, Any]) -> dict[str, Any]:
-  """Where in the data a position is, without what it is valid with."""
+  """A position's step and rows drawn, without the settings it depends on."""
   return {name: position[name] for name in ("step", "counters")}
 
 

@@ -46,7 +46,7 @@ _IN_FLIGHT = 4
 def drifting_scores(
   num_tokens: int, num_experts: int, seed: int, batches: int
 ) -> list[np.ndarray]:
-  """[S, E] float32 scores of batches: Zipf clusters and a common mean."""
+  """Scores of batches, [S, E] float32: Zipf clusters and a common mean."""
   draw = np.random.default_rng(seed)
   width, clusters = 64, 200
   share = np.arange(1, clusters + 1) ** -1.1
@@ -82,7 +82,7 @@ def best_total(affinities: np.ndarray, prices: np.ndarray) -> float:
 
 
 def quality(affinities: np.ndarray, result: assignment.Assignment) -> float:
-  """(score - random) / (optimum - random) of one group; checks the balance."""
+  """`(score - random) / (optimum - random)` of a group; checks the balance."""
   values = affinities.astype(np.float64)
   expert = np.asarray(result.expert)
   load = np.bincount(expert, minlength=values.shape[1])

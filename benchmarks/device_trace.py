@@ -48,7 +48,7 @@ class Trace:
     return busy / 1e6
 
   def overlaps(self, groups: Mapping[str, str]) -> dict[str, tuple[float, ...]]:
-    """(Milliseconds, of these beside other kernels, kernels) of each group.
+    """Per group: milliseconds, how many beside other kernels, and kernels.
 
     Time in which several kernels of a group run counts once; other kernels are
     those of no group.
@@ -77,7 +77,7 @@ class Trace:
   def by_source(
     self, hlo: str, groups: Mapping[str, str]
   ) -> dict[str, tuple[float, int]]:
-    """(Milliseconds, kernels) by the first group whose pattern is found.
+    """Milliseconds and kernels by the first group whose pattern is found.
 
     Args:
       hlo: Text of the compiled program.
@@ -97,7 +97,7 @@ class Trace:
     return dict(sorted(sums.items(), key=lambda item: -item[1][0]))
 
   def longest(self, hlo: str, count: int) -> list[tuple[float, int, str, str]]:
-    """(Milliseconds, launches, instruction, name stack), longest first."""
+    """Tuples of ms, launches, instruction and name stack, longest first."""
     sources = dict(re.findall(r"%?([\w.-]+) = [^\n]*op_name=\"([^\"]*)\"", hlo))
     sums: dict[str, tuple[float, int]] = defaultdict(lambda: (0.0, 0))
     for name, op, _, length in self.kernels:

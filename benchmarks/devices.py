@@ -225,7 +225,7 @@ def equality(
 
 
 def _relative(found: Iterable[Any], expected: Iterable[Any]) -> float:
-  """||found - expected|| / ||expected||, in float64."""
+  """Relative error `||found - expected|| / ||expected||`, in float64."""
   pairs = [
     (np.asarray(a, np.float64), np.asarray(b, np.float64))
     for a, b in zip(found, expected, strict=True)

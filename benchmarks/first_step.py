@@ -109,7 +109,7 @@ SHAPES = {
 
 
 def settings(train_steps: int, dense_steps: int = 0) -> steps.Settings:
-  """As the study's."""
+  """Training settings like the study's."""
   return steps.Settings(
     train_steps=train_steps,
     dense_steps=dense_steps,

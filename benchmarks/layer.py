@@ -26,7 +26,7 @@ LENGTH = 256
 
 
 class DenseLayer(nn.Module):
-  """h + FF(LN(h)): what an expert computes for every token."""
+  """`h + FF(LN(h))`: what an expert computes for every token."""
 
   mlp_dim: int
   dtype: Any

@@ -128,7 +128,7 @@ def summary() -> str:
 
 
 def page() -> str:
-  """docs/pods.md."""
+  """The text of docs/pods.md."""
   parts = [HEAD + summary()]
   for pod in PODS:
     command = "basemt " + " \\\n      ".join(pod.command)

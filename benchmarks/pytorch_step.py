@@ -31,7 +31,7 @@ class Attention(nn.Module):
     self.out = nn.Linear(width, width, bias=False)
 
   def forward(self, x: torch.Tensor, memory: torch.Tensor, causal: bool):
-    """X [B, Lq, D], memory [B, Lk, D] to [B, Lq, D]."""
+    """Maps queries `x` [B, Lq, D] and `memory` [B, Lk, D] to [B, Lq, D]."""
 
     def split(y: torch.Tensor) -> torch.Tensor:
       return y.unflatten(-1, (self.heads, -1)).transpose(1, 2)
@@ -56,7 +56,7 @@ class Block(nn.Module):
     self.drop = nn.Dropout(0.1)
 
   def forward(self, x: torch.Tensor, memory: torch.Tensor | None):
-    """[B, L, D] to [B, L, D]."""
+    """Maps [B, L, D] to [B, L, D]."""
     y = self.norms[0](x)
     x = x + self.drop(self.attention(y, y, self.cross is not None))
     if self.cross is not None:
@@ -77,7 +77,7 @@ class Translator(nn.Module):
     self.norms = nn.ModuleList(nn.RMSNorm(width) for _ in range(2))
 
   def forward(self, source: torch.Tensor, target: torch.Tensor):
-    """Tokens [B, L] each to the mean loss."""
+    """Mean loss of source and target tokens, [B, L] each."""
     x = self.embedding(source)
     for block in self.encoder:
       x = block(x, None)

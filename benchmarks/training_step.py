@@ -154,7 +154,7 @@ def activation_bytes(
 
 
 def _attention_bytes(cfg: model.TransformerConfig, length: int) -> int:
-  """Of a token."""
+  """Bytes that a token's attention keeps for the backward pass."""
   size = jnp.dtype(cfg.dtype).itemsize
   shape = (1, length, cfg.num_heads, cfg.head_dim)
   heads: Any = jax.ShapeDtypeStruct(shape, jnp.dtype(cfg.dtype))
@@ -166,7 +166,7 @@ def _attention_bytes(cfg: model.TransformerConfig, length: int) -> int:
 
 
 def _feed_forward_bytes(cfg: model.TransformerConfig, is_sparse: bool) -> int:
-  """Of a token."""
+  """Bytes that a token's feed-forward keeps for the backward pass."""
   size = jnp.dtype(cfg.dtype).itemsize
   is_gated = len(cfg.mlp_activations) > 1
   hidden = cfg.mlp_dim * (3 * size if is_gated else size + 1)

@@ -92,7 +92,7 @@ class Benchmark:
     if not languages:
       raise ValueError(
         f"{folder.path} has none of the languages of {self.name}: "
-        f"{', '.join(self.languages)}."
+        f"{', '.join(self.languages)}"
       )
     self._unregister()
     ways = (
@@ -139,9 +139,9 @@ class Folder:
     """Raises a ValueError that says where the folder is expected."""
     if not self.path.exists():
       raise ValueError(
-        f"The data of {self._benchmark.name} is not in {self.path}: prepare it "
+        f"the data of {self._benchmark.name} is not in {self.path}: prepare it "
         f"with `basemt prepare {self._benchmark.name}` (see docs/data.md), or "
-        f"set {ENVIRONMENT} to the folder that {self._benchmark.name} is in."
+        f"set {ENVIRONMENT} to the folder that {self._benchmark.name} is in"
       )
 
   @functools.cached_property
@@ -189,7 +189,7 @@ class ModelFile(seqio.SentencePieceVocabulary):
     path = self.sentencepiece_model_file
     if not os.path.exists(path):
       raise ValueError(
-        f"The vocabulary {path} does not exist: train it with `basemt vocab "
+        f"the vocabulary {path} does not exist: train it with `basemt vocab "
         f"--module tasks --mixture {pathlib.Path(path).parent.name} "
-        f"--output {path}`."
+        f"--output {path}`"
       )

@@ -108,7 +108,7 @@ class PairSource(seqio.DataSource):
     del shuffle, seed, sequence_length, use_cached, num_epochs
     if split not in self.splits:
       raise ValueError(
-        f"There is no split {split!r}; there are {', '.join(self.splits)}."
+        f"there is no split {split!r}; there are {', '.join(self.splits)}"
       )
 
     def chunks() -> Iterator[np.ndarray]:

@@ -336,7 +336,7 @@ def test_pair_without_tokens_is_refused(tmp_path):
 
 
 def test_missing_store_is_named(tmp_path):
-  with pytest.raises(ValueError, match=r"No row store in .*store.json"):
+  with pytest.raises(ValueError, match=r"no row store in .*store.json"):
     row_store.RowStore(tmp_path)
 
 
@@ -692,7 +692,7 @@ def test_new_schedule_can_be_asked_for(store):
     ({"host_count": 3}, "32 rows cannot be divided over 3 hosts"),
     ({"host_count": 2, "host_index": 2}, r"host_index must be in 0 \.\.\. 1"),
     ({"start_step": -1}, "must not be negative, got -1"),
-    ({"split": "validation"}, "Direction 'de-en' has no rows in split 'valid"),
+    ({"split": "validation"}, "direction 'de-en' has no rows in split 'valid"),
   ],
 )
 def test_impossible_batches_are_refused(store, options, message):

@@ -254,7 +254,7 @@ def test_direction_without_rows_is_never_drawn():
     ({"joins": {"gu": -1}}, "'gu' must join at a step from 0, got -1"),
     ({"joins": {"gu": 0.5}}, "'gu' must join at a step from 0, got 0.5"),
     ({"joins": {"gj": 5}}, "'gj', which is to join at step 5, is neither"),
-    ({"joins": {"en": 5}}, "All directions join after step 0"),
+    ({"joins": {"en": 5}}, "all directions join after step 0"),
     ({"max_epochs": 0, "steps": 5}, "max_epochs must be above 0, got 0"),
     ({"max_epochs": 4}, "needs the steps of the run, above 0, got steps=None"),
     (

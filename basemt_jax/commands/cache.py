@@ -19,7 +19,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-  """Runs the command."""
+  """Builds the run's row store, or SeqIO's cache of its tasks."""
   run = configuration.configured(options)
   if options.seqio_dir:
     from basemt_jax.data import task_cache

@@ -28,7 +28,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-  """Runs the command."""
+  """Compares two runs or more; prints, and writes files if asked to."""
   from basemt_jax.inspection import compare, page
 
   if len(options.runs) < 2:

@@ -46,7 +46,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-  """Runs the command."""
+  """Compiles the step on the meshes asked for; 1 if it does not fit, else 0."""
   import json
 
   if options.topology:

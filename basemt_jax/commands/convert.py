@@ -21,7 +21,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-  """Runs the command."""
+  """Converts the checkpoint; prints how well the models agree."""
   from basemt_jax import description, training
 
   configuration.import_modules(options.module)

@@ -18,7 +18,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-  """Runs the command."""
+  """Evaluates the checkpoint; prints and writes the scores."""
   from basemt_jax import trained
 
   run = with_search(configuration.trained(options), options)

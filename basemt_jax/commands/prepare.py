@@ -73,7 +73,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-  """Runs the command."""
+  """Prepares the raw text; prints a table of pairs of languages, and notes."""
   import dataclasses
   import shlex
 

@@ -138,7 +138,7 @@ def _values(config: Config, owner: str, parameter: str) -> list[Any]:
 
 
 def _text(value: Any) -> str:
-  """As gin writes it, references by the ends of their names."""
+  """The value as gin writes it, references by the ends of their names."""
   text = repr(value)
   if text.startswith("@"):
     return "@" + ".".join(text[1:].split("/")[-1].split(".")[-2:])

@@ -30,7 +30,7 @@ class Tracker(Protocol):
     """Writes out what is buffered."""
 
   def close(self) -> None:
-    """Ends."""
+    """Closes files and connections; nothing may be written afterwards."""
 
 
 # model_dir -> an open tracker.
@@ -46,7 +46,7 @@ class JsonLines:
     self._file = path.open("a", encoding="utf-8")
 
   def write_scalars(self, step: int, scalars: Mapping[str, Any]) -> None:
-    """A line."""
+    """Writes one line: the step and its metrics."""
     line = {"step": step, "time": time.time(), **scalars}
     self._file.write(json.dumps(line) + "\n")
 
@@ -55,12 +55,12 @@ class JsonLines:
     self._file.flush()
 
   def close(self) -> None:
-    """Ends."""
+    """Closes files and connections; nothing may be written afterwards."""
     self._file.close()
 
 
 class Dashboard:
-  """A tracker of whom only `metrics.tag`s are shown.
+  """A tracker that gets only metrics with a `metrics.tag`, by that tag.
 
   Args:
     write: (step, values by tag).
@@ -77,7 +77,7 @@ class Dashboard:
     self._write, self.flush, self.close = write, flush, close
 
   def write_scalars(self, step: int, scalars: Mapping[str, Any]) -> None:
-    """Passes on what is shown."""
+    """Passes on the metrics that have a tag."""
     tags = {metrics.tag(name): value for name, value in scalars.items()}
     self._write(step, {t: float(v) for t, v in tags.items() if t is not None})
 
@@ -214,7 +214,7 @@ class Guarded:
       self._guard(self._tracker.flush)
 
   def close(self) -> None:
-    """Ends."""
+    """Closes files and connections; nothing may be written afterwards."""
     if self._tracker:
       self._guard(self._tracker.close)
 

@@ -19,7 +19,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-  """Runs the command."""
+  """Trains, and evaluates the trained model; returns the exit code."""
   from basemt_jax import trained, training
 
   run = configuration.configured(options)

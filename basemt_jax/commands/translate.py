@@ -36,7 +36,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-  """Runs the command."""
+  """Translates lines, of a file or standard input, into one language."""
   import dataclasses
 
   from basemt_jax import evaluation, files, processes

@@ -26,7 +26,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-  """Runs the command."""
+  """Trains a vocabulary on a mixture's text; prints its size."""
   from basemt_jax.data import mixtures, vocabulary
 
   configuration.import_modules(options.module)

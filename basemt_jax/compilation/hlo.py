@@ -281,7 +281,7 @@ def _main_memory_bytes(type_: str) -> int:
 
 
 def estimated_cycles(text: str) -> int:
-  """Cycles of a step in the TPU compiler's own model of costs, exchanges not.
+  """Cycles of a step by the TPU compiler's own estimate, without exchanges.
 
   0 where the compiler does not say.
   """
@@ -480,7 +480,7 @@ def _mesh_groups(axes: str, devices: str | None, used: str) -> np.ndarray:
 
 
 def _iota(shape: Sequence[int], transposed: Sequence[int]) -> np.ndarray:
-  """0, 1, ... in `shape`, its axes transposed, flat."""
+  """Numbers 0, 1, ... in `shape`, its axes transposed, flat."""
   order = np.arange(math.prod(shape)).reshape(shape)
   return (order.transpose(transposed) if transposed else order).reshape(-1)
 

@@ -52,7 +52,7 @@ class Options:
     ):
       if not getattr(self, name) >= least:
         raise ValueError(
-          f"{name} must be at least {least}, got {getattr(self, name)}."
+          f"{name} must be at least {least}, got {getattr(self, name)}"
         )
 
 

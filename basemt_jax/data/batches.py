@@ -92,12 +92,12 @@ def _host_slice(batch_size: int, host_index: int, host_count: int) -> slice:
   """The rows of a global batch that a host reads."""
   if batch_size <= 0 or host_count <= 0 or batch_size % host_count:
     raise ValueError(
-      f"A global batch of {batch_size} rows cannot be divided over "
-      f"{host_count} hosts: choose a multiple of the number of hosts."
+      f"a global batch of {batch_size} rows cannot be divided over "
+      f"{host_count} hosts: choose a multiple of the number of hosts"
     )
   if not 0 <= host_index < host_count:
     raise ValueError(
-      f"host_index must be in 0 ... {host_count - 1}, got {host_index}."
+      f"host_index must be in 0 ... {host_count - 1}, got {host_index}"
     )
   share = batch_size // host_count
   return slice(host_index * share, (host_index + 1) * share)
@@ -154,7 +154,7 @@ class TrainBatches:
     if host_rows is None:
       self._slice = _host_slice(batch_size, host_index, host_count)
     if start_step < 0:
-      raise ValueError(f"start_step must not be negative, got {start_step}.")
+      raise ValueError(f"start_step must not be negative, got {start_step}")
     self._store, self._split = store, split
     self.batch_size, self._seed, self.step = batch_size, int(seed), start_step
     self.directions = store.directions
@@ -162,8 +162,8 @@ class TrainBatches:
     if not self._rows.all():
       name = self.directions[int(np.argmin(self._rows))]
       raise ValueError(
-        f"Direction {name!r} has no rows in split {split!r} of the store in "
-        f"{store.directory}: leave its task out of the mixture."
+        f"direction {name!r} has no rows in split {split!r} of the store in "
+        f"{store.directory}: leave its task out of the mixture"
       )
     self.plan = strategy.plan(
       self.directions, store.pairs(split), self._rows, batch_size
@@ -267,7 +267,7 @@ class TrainBatches:
     return float(self.plan.temperatures([self.step])[0])
 
   def _identity(self) -> dict[str, Any]:
-    """What a position is only valid with."""
+    """The settings that a saved position depends on."""
     return {
       "seed": self._seed,
       "batch_size": self.batch_size,
@@ -310,18 +310,18 @@ class TrainBatches:
     differences += _row_differences(state.get("data", {}), self._data())
     if differences:
       raise ValueError(
-        "The saved data position does not fit this run: "
-        f"{'; '.join(differences)}. Set them back (a longer run keeps its "
+        "the saved data position does not fit this run: "
+        f"{'; '.join(differences)}; set them back (a longer run keeps its "
         "temperatures with HEATING_STEPS, and its cap on epochs with "
-        "CAP_STEPS), or begin a new run."
+        "CAP_STEPS), or begin a new run"
       )
     try:
       step = int(state["step"])
       drawn = [int(state["counters"][name]) for name in self.directions]
     except (KeyError, TypeError, ValueError) as error:
       raise ValueError(
-        f"The saved data position is damaged (no {error}): go on from another "
-        "checkpoint."
+        f"the saved data position is damaged (no {error}): go on from another "
+        "checkpoint"
       ) from error
     self.step = self._plan_start = self._plan_end = step
     self._counters = np.array(drawn, np.int64)

@@ -33,7 +33,7 @@ def of_data(mixture: Any, store: row_store.RowStore) -> list[str]:
 
 
 def listed(trouble: str, items: Sequence[str], most: int = 6) -> Iterator[str]:
-  """'trouble: a, b and 3 more', if there are items."""
+  """A warning such as 'trouble: a, b and 3 more', if there are items."""
   if items:
     more = f" and {len(items) - most} more" if len(items) > most else ""
     yield f"{trouble}: {', '.join(items[:most])}{more}"

@@ -343,7 +343,7 @@ class BandThresholds:
 
 
 def band(pairs: int, thresholds: BandThresholds | None = None) -> str:
-  """'high', 'mid' or 'low': the band of a direction by its training pairs."""
+  """The band of a direction by its training pairs: 'high', 'mid' or 'low'."""
   thresholds = thresholds or BandThresholds()
   if pairs >= thresholds.high:
     return "high"

@@ -31,7 +31,7 @@ class Ragged(NamedTuple):
 
   @classmethod
   def of(cls, sequences: Sequence[Sequence[int]]) -> "Ragged":
-    """From lists of ids."""
+    """Lays lists of ids end to end."""
     lengths = np.array([len(s) for s in sequences], np.int64)
     values = np.fromiter(
       itertools.chain.from_iterable(sequences), np.int32, lengths.sum()
@@ -83,7 +83,7 @@ class Ragged(NamedTuple):
 
 
 def ranks(lengths: np.ndarray) -> np.ndarray:
-  """0, 1, ... within each of the runs with these lengths."""
+  """Numbers 0, 1, ... within each of the runs with these lengths."""
   starts = np.cumsum(lengths) - lengths
   return np.arange(lengths.sum()) - np.repeat(starts, lengths)
 
@@ -109,11 +109,11 @@ class RowLayout:
     for name in ("inputs", "targets"):
       if lengths.get(name, 0) < 2:
         raise ValueError(
-          "Feature lengths need 'inputs' and 'targets' of at least 2 tokens, "
-          f"got {dict(lengths)}."
+          "feature lengths need 'inputs' and 'targets' of at least 2 tokens, "
+          f"got {dict(lengths)}"
         )
     if max(lengths["inputs"], lengths["targets"]) > np.iinfo(np.uint16).max:
-      raise ValueError(f"Feature lengths must be below 65,536, got {lengths}.")
+      raise ValueError(f"feature lengths must be below 65,536, got {lengths}")
     dtype = "<u2" if vocab_size <= 1 << 16 else "<i4"
     return cls(int(lengths["inputs"]), int(lengths["targets"]), dtype)
 
@@ -202,7 +202,7 @@ def _follows(segments: np.ndarray) -> np.ndarray:
 
 
 def _positions(segments: np.ndarray, follows: np.ndarray) -> np.ndarray:
-  """0, 1, ... within each segment, 0 on padding; int32 [R, L]."""
+  """Positions 0, 1, ... in each segment, 0 on padding; int32 [R, L]."""
   index = np.arange(segments.shape[1], dtype=np.int32)
   starts = np.where(follows, np.int32(0), index)
   np.maximum.accumulate(starts, axis=1, out=starts)

@@ -12,7 +12,7 @@ import numpy as np
 
 
 def key_of(*parts: Any) -> np.uint64:
-  """64 bits that name the parts; the same in every process."""
+  """A 64-bit key of the parts; the same in every process."""
   text = json.dumps(parts).encode()
   digest = hashlib.blake2b(text, digest_size=8).digest()
   return np.uint64(int.from_bytes(digest, "little"))

@@ -33,7 +33,7 @@ PathLike = str | os.PathLike[str]
 
 
 def default_cache_dir() -> str:
-  """$BASEMT_CACHE, or basemt_jax in the user's cache directory."""
+  """`$BASEMT_CACHE`, or basemt_jax in the user's cache directory."""
   home = os.environ.get("XDG_CACHE_HOME", "~/.cache")
   return os.environ.get(
     "BASEMT_CACHE", os.path.join(os.path.expanduser(home), "basemt_jax")
@@ -160,14 +160,14 @@ class RowStoreWriter:
     if len(inputs.lengths) != len(targets.lengths):
       raise ValueError(
         f"{self._name}: {len(inputs.lengths)} source sequences for "
-        f"{len(targets.lengths)} target sequences."
+        f"{len(targets.lengths)} target sequences"
       )
     empty = (inputs.lengths == 0) | (targets.lengths == 0)
     if empty.any():
       pair = self.stats.pairs + len(self._inputs.lengths) + int(empty.argmax())
       raise ValueError(
         f"{self._name}: pair {pair} has a side without tokens; remove it, or "
-        "set add_eos on the task's features."
+        "set add_eos on the task's features"
       )
     self._inputs = self._inputs.join(inputs)
     self._targets = self._targets.join(targets)
@@ -312,20 +312,20 @@ def read_header(directory: PathLike) -> dict[str, Any]:
     header = json.loads(path.read_text("utf-8"))
   except FileNotFoundError:
     raise ValueError(
-      f"No row store in {directory}: store.json is missing."
+      f"no row store in {directory}: store.json is missing"
     ) from None
   except ValueError as error:
-    raise ValueError(f"{path} is not valid JSON: {error}.") from None
+    raise ValueError(f"{path} is not valid JSON: {error}") from None
   if not isinstance(header, dict):
     raise ValueError(
       f"{path} is not the description of a row store: delete the directory, and"
-      " it is built again."
+      " it is built again"
     )
   if header.get("format") != FORMAT or header.get("version") != VERSION:
     raise ValueError(
       f"{path} is of format {header.get('format')!r} version "
       f"{header.get('version')}, this program reads {FORMAT!r} version "
-      f"{VERSION}: delete the directory and build the store again."
+      f"{VERSION}: delete the directory and build the store again"
     )
   return header
 
@@ -364,7 +364,7 @@ class Header:
     except (KeyError, TypeError, ValueError, AttributeError) as error:
       raise ValueError(
         f"{self.place} does not describe a row store ({error}): it is damaged"
-        " or of another version; delete the store and build it again."
+        " or of another version; delete the store and build it again"
       ) from error
     self.splits = tuple(self._stats)
     names = {name for stats in self._stats.values() for name in stats}
@@ -391,12 +391,12 @@ class Header:
     """Statistics of a direction; all 0 where it lacks the split."""
     if split not in self._stats:
       raise ValueError(
-        f"{self.place} has no split {split!r}, it has {', '.join(self.splits)}."
+        f"{self.place} has no split {split!r}, it has {', '.join(self.splits)}"
       )
     if direction not in self.directions:
       raise ValueError(
         f"{self.place} has no direction {direction!r}, it has "
-        f"{', '.join(self.directions)}."
+        f"{', '.join(self.directions)}"
       )
     return self._stats[split].get(direction, RowStats(finished=True))
 
@@ -421,7 +421,7 @@ class RowStore(Header):
   """
 
   def __init__(self, directory: PathLike, verify: bool = False):
-    """Opens a store.
+    """Reads the header and checks sizes; rows are mapped when first read.
 
     Args:
       directory: where it lies.
@@ -435,8 +435,8 @@ class RowStore(Header):
     super().__init__(self.directory / HEADER, values)
     if not values.get("complete"):
       raise ValueError(
-        f"The row store in {directory} is not finished: build it again, it "
-        "goes on where it stopped."
+        f"the row store in {directory} is not finished: build it again, it "
+        "goes on where it stopped"
       )
     self._arrays: dict[tuple[str, int], np.ndarray] = {}
     for split, stats in self._stats.items():
@@ -460,7 +460,7 @@ class RowStore(Header):
       if size != expected:
         raise ValueError(
           f"{path} has {size} bytes, {expected} were written: delete the store"
-          f" in {self.directory}, and it is built again."
+          f" in {self.directory}, and it is built again"
         )
 
   @property

@@ -76,7 +76,7 @@ def of_texts(texts: Sequence[str]) -> SourceTag | None:
 
 
 def _some_have_one(tags: Sequence[str]) -> SourceTag | None:
-  """Nothing, where what looks like a tag is rare, and so is text."""
+  """No tag, if few sources seem to have one; None, undecided, if more do."""
   share = sum(map(bool, tags)) / len(tags)
   return None if share > 1 - _AGREE else SourceTag()
 

@@ -55,8 +55,8 @@ def cache_task(
   """Caches a task; see `cache_mixture`."""
   if not task.supports_caching:
     raise ValueError(
-      f"Task {task.name!r} cannot be cached: it lacks a "
-      "seqio.CacheDatasetPlaceholder among its preprocessors."
+      f"task {task.name!r} cannot be cached: it lacks a "
+      "seqio.CacheDatasetPlaceholder among its preprocessors"
     )
   folder = pathlib.Path(cache_dir) / seqio.get_task_dir_from_name(task.name)
   folder.mkdir(parents=True, exist_ok=True)
@@ -67,7 +67,7 @@ def cache_task(
   if note.exists() and json.loads(note.read_text()) != made_of:
     raise ValueError(
       f"{folder} was cached from other data: delete it, or choose another "
-      "folder."
+      "folder"
     )
   note.write_text(json.dumps(made_of, indent=1) + "\n")
   for split in task.splits:
@@ -80,7 +80,7 @@ def cache_task(
 
 
 def _first_examples(task: seqio.Task) -> str:
-  """Stands for what the task gives now, whatever its files are called."""
+  """Checksum of all splits' first examples, whatever the files are called."""
   found = [
     seqio.dict_to_tfexample(example).SerializeToString(deterministic=True)
     for split in task.splits

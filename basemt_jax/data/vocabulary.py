@@ -84,8 +84,8 @@ class Vocabulary:
     path = pathlib.Path(source)
     if not path.is_file():
       raise ValueError(
-        f"There is no vocabulary file {str(path)!r}: give a SentencePiece"
-        " model (`basemt vocab` trains one) or 'bytes'."
+        f"there is no vocabulary file {str(path)!r}: give a SentencePiece"
+        " model (`basemt vocab` trains one) or 'bytes'"
       )
     return cls(path.read_bytes(), path=str(path))
 
@@ -107,14 +107,14 @@ class Vocabulary:
     if vocabulary.vocab_size - vocabulary.extra_ids == len(cls()):
       return cls(extra_ids=vocabulary.extra_ids)
     raise ValueError(
-      f"Vocabulary {type(vocabulary).__name__} is neither SentencePiece nor"
+      f"vocabulary {type(vocabulary).__name__} is neither SentencePiece nor"
       " bytes; tasks must use seqio.SentencePieceVocabulary or"
-      " seqio.ByteVocabulary."
+      " seqio.ByteVocabulary"
     )
 
   @property
   def kind(self) -> str:
-    """'bytes' or 'sentencepiece'."""
+    """The kind of vocabulary: 'bytes' or 'sentencepiece'."""
     return BYTES if self.model is None else "sentencepiece"
 
   @property
@@ -179,7 +179,7 @@ class Vocabulary:
   def save(self, path: str | os.PathLike[str]) -> None:
     """Writes the SentencePiece model; a byte vocabulary has no file."""
     if self.model is None:
-      raise ValueError("A byte vocabulary has no file: load it as 'bytes'.")
+      raise ValueError("a byte vocabulary has no file: load it as 'bytes'")
     pathlib.Path(path).write_bytes(self.model)
 
   def seqio(self) -> Any:
@@ -191,7 +191,7 @@ class Vocabulary:
     if self.path is None:
       raise ValueError(
         "SeqIO reads SentencePiece models from files: `save` this vocabulary"
-        " and `load` it again."
+        " and `load` it again"
       )
     return seqio.SentencePieceVocabulary(self.path)
 
@@ -227,11 +227,11 @@ def _processor(
     processor = sentencepiece.SentencePieceProcessor(model_proto=model)
     ids = (processor.pad_id(), processor.eos_id(), processor.unk_id())
   except (RuntimeError, TypeError) as error:
-    raise ValueError(f"{name} is not a SentencePiece model.") from error
+    raise ValueError(f"{name} is not a SentencePiece model") from error
   if ids != (PAD_ID, EOS_ID, UNK_ID):
     raise ValueError(
       f"{name} has pad, eos, unk ids {ids}, but (0, 1, 2) is needed: train it"
-      " with `basemt vocab`."
+      " with `basemt vocab`"
     )
   return processor
 
@@ -270,7 +270,7 @@ def train_sentencepiece(
   if vocab_size < least:
     raise ValueError(
       f"vocab_size is {vocab_size}, but the bytes, special tokens and"
-      f" {len(tags)} tags alone take {least - 1}: ask for more."
+      f" {len(tags)} tags alone take {least - 1}: ask for more"
     )
   counted = _Counted(text for text in texts if text.strip())
   options = {
@@ -295,7 +295,7 @@ def train_sentencepiece(
     model = _train(counted, options)
   except RuntimeError as error:
     if not counted.count:
-      raise ValueError("There are no texts to train a vocabulary on.") from None
+      raise ValueError("there are no texts to train a vocabulary on") from None
     needed = re.search(r"required_chars\. \d+ vs (\d+)", str(error))
     why = (
       f"their characters, the bytes and the tags alone take {needed[1]}: ask "
@@ -446,12 +446,12 @@ def _train_size(task: Any) -> int:
   size = task.num_input_examples("train")
   size = sum(1 for _ in raw_pairs(task)) if size is None else size
   if not size:
-    raise ValueError(f"Task {task.name!r} has no training examples.")
+    raise ValueError(f"task {task.name!r} has no training examples")
   return size
 
 
 def raw_pairs(task: Any, split: str = "train") -> Iterator[tuple[str, str]]:
-  """(source, target) texts of a SeqIO task, normalised, before tokenising.
+  """Pairs (source, target) of a SeqIO task's texts, normalised, untokenised.
 
   Runs the task's preprocessors up to SeqIO's `tokenize`, which is several
   times faster than the whole task; where there are none, and the data source

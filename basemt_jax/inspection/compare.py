@@ -153,7 +153,7 @@ def _settings(model_dir: pathlib.Path) -> dict[str, str]:
 
 
 def _differing(runs: Sequence[Mapping[str, str]]) -> list[dict[str, str]]:
-  """Of each run the bindings that are not the same in all."""
+  """For each run, the bindings that are not the same in all."""
   names = list(dict.fromkeys(itertools.chain(*runs)))
   names = [n for n in names if len({r.get(n) for r in runs}) > 1]
   return [

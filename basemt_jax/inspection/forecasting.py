@@ -48,7 +48,7 @@ class Sizes:
 
 
 def sizes_of_store(store: row_store.Header) -> Sizes:
-  """Counted when the rows were packed."""
+  """Sizes of a store, counted when its rows were packed."""
   stats = [store.stats("train", name) for name in store.directions]
   dev = np.zeros(len(stats), np.int64)
   if "validation" in store.splits:
@@ -65,7 +65,7 @@ def sizes_of_store(store: row_store.Header) -> Sizes:
 
 
 def sizes_of_data(data: text_report.Data) -> Sizes:
-  """Estimated from the pairs looked at.
+  """Sizes estimated from the pairs that an inspection looked at.
 
   Raises:
     ValueError: a direction whose number of pairs is not known.
@@ -74,8 +74,8 @@ def sizes_of_data(data: text_report.Data) -> Sizes:
   for d in directions:
     if d.pairs is None:
       raise ValueError(
-        f"Task {d.task!r} does not tell how many training pairs it has, so "
-        "that nothing can be expected of it: count them with --full."
+        f"task {d.task!r} does not tell how many training pairs it has, so "
+        "that nothing can be expected of it: count them with --full"
       )
   pairs = np.array([d.pairs for d in directions])
   # How many times the pairs looked at there are.

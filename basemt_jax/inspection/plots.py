@@ -215,7 +215,7 @@ def routers(report: run_report.RunReport) -> list[charts.Chart]:
 
 
 def short_layer(name: str) -> str:
-  """'encoder/layers_1' as 'enc 1'."""
+  """A layer's name, shortened: 'enc 1' for 'encoder/layers_1'."""
   for long, short in (("encoder", "enc"), ("decoder", "dec")):
     name = name.replace(f"{long}/layers_", f"{short} ")
   return name

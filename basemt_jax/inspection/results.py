@@ -115,6 +115,6 @@ def _read(path: pathlib.Path) -> Evaluated | None:
 
 
 def search_name(search: Mapping[str, Any]) -> str:
-  """'greedy' or 'beam 4'."""
+  """What readers call a search: 'greedy' or 'beam 4'."""
   beam = search.get("beam_size", 1)
   return "greedy" if beam == 1 else f"beam {beam}"

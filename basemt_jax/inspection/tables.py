@@ -21,7 +21,7 @@ _MIN_TEXT = 24  # Columns of text are not folded to less.
 
 
 def count(value: int | float) -> str:
-  """'12,345'."""
+  """A whole number with separators: '12,345'."""
   return f"{value:,.0f}"
 
 
@@ -31,7 +31,7 @@ def fixed(digits: int) -> Callable[[float], str]:
 
 
 def percent(share: float) -> str:
-  """'12%', '0.12%'; '0' for none at all."""
+  """A share as '12%' or '0.12%'; '0' for none at all."""
   value = 100 * share
   if value == 0:
     return "0"

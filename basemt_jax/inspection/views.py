@@ -338,7 +338,7 @@ def run_section(report: run_report.RunReport) -> Section:
 
 
 def _label(own: run_report.Curves) -> str:
-  """'Dev BLEU'."""
+  """A curve's title, such as 'Dev BLEU'."""
   name = metrics.parse(own.metric)
   assert name is not None
   return name.label[0].upper() + name.label[1:]

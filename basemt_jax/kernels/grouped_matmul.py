@@ -85,7 +85,7 @@ def grouped_matmul(
   tiles: tuple[int, int, int, int] | None = None,
   interpret: bool = False,
 ) -> jax.Array:
-  """prod_i activation_i(x W_i[e]) for every block of rows, e its expert.
+  """`prod_i activation_i(x W_i[e])` for every block of rows, e its expert.
 
   Sums, activations and their product are float32. Not differentiable.
 

@@ -50,7 +50,7 @@ def _score_records(name_of_set: str) -> list[dict[str, Any]]:
 def scores(
   name_of_set: str,
 ) -> dict[str, dict[tuple[int, str], tuple[float, float]]]:
-  """(Beam, direction) to (BLEU, chrF++), by the name of a log."""
+  """BLEU and chrF++ by beam and direction, by the name of a log."""
   found: dict[str, dict[tuple[int, str], tuple[float, float]]] = {}
   for record in _score_records(name_of_set):
     if "bleu" in record:
@@ -61,7 +61,7 @@ def scores(
 
 @functools.cache
 def runs() -> dict[str, list[reading.Finished]]:
-  """Of the claim, by system; whole runs only."""
+  """Runs of the claim by system; whole ones only."""
   found = {
     system: [
       one
@@ -126,7 +126,7 @@ def _spread(values: Sequence[float]) -> dict[str, float]:
 
 
 def _heat(settings: Mapping[str, Any]) -> str:
-  """'1 to 3 at 20%, 1 at 70%': a run's temperature."""
+  """A run's temperature in words: '1 to 3 at 20%, 1 at 70%'."""
   text = f"{settings['start']:g}"
   if settings["schedule"] == "linear":
     text += f" to {settings['end']:g} at {settings['heating_share']:.0%}"

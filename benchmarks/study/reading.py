@@ -184,7 +184,7 @@ def step_times(runs: Iterable[Finished]) -> dict[str, float]:
 def seconds(
   header: Mapping[str, Any], updates: np.ndarray, step_ms: Mapping[str, float]
 ) -> np.ndarray:
-  """Of training until some updates; the dense phase goes at its own speed."""
+  """Seconds of training up to some updates, each phase at its own speed."""
   dense = _dense_steps(header)
   milliseconds = np.maximum(updates - dense, 0) * step_ms[header["network"]]
   if dense:  # A log without any knows no dense step's time.

@@ -102,7 +102,7 @@ class Log:
 
 
 def _is_dev_loss(name: str) -> bool:
-  """Of the whole or a direction; means by band follow from those."""
+  """Whether it is a dev loss of all or a direction; bands follow from those."""
   found = metrics.parse(name)
   return bool(
     found

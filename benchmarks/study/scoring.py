@@ -56,7 +56,7 @@ class Scorer:
     self.references, self.translations = references, translations
 
   def jobs(self, others: Sequence[str]) -> Iterator[Job]:
-    """Of every run and direction: its scores, and each comparison."""
+    """Jobs of every run and direction: its scores, and each comparison."""
     for other in (None, *others):  # The cheap ones first.
       for system, seed, beam in self.translations:
         is_paired = (other, seed, beam) in self.translations

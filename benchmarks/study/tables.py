@@ -22,7 +22,7 @@ _BANDS = languages.BANDS
 
 
 def mean_spread(values: Iterable[float]) -> str:
-  """'12.3 ± 0.4': mean and standard deviation; the mean alone for one."""
+  """Mean and standard deviation, '12.3 ± 0.4'; the mean alone for one."""
   values = list(values)
   text = f"{statistics.mean(values):.2f}"
   if len(values) > 1:
@@ -37,7 +37,7 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def factor(values: Sequence[float] | None) -> str:
-  """'2.10 ± 0.10', or a dash where base's best loss is never reached."""
+  """A factor, '2.10 ± 0.10'; a dash where base's best loss is never reached."""
   return "–" if values is None else mean_spread(values)
 
 
