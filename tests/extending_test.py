@@ -20,7 +20,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 FILES = {
   name: text
   for name, text in re.findall(
-    r"```(?:python|gin)\n# (\S+)\n(.*?)```",
+    r"```(?:python|gin|po|toml)\n# (\S+)\n(.*?)```",
     (ROOT / "docs/extending.md").read_text(),
     re.S,
   )
@@ -30,8 +30,10 @@ FILES = {
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
   for name, text in FILES.items():
+    (tmp_path / name).parent.mkdir(exist_ok=True)
     (tmp_path / name).write_text(text)
   monkeypatch.syspath_prepend(str(tmp_path))
+  monkeypatch.chdir(tmp_path)
   gin.clear_config()
   yield tmp_path
   for name in FILES:
@@ -60,6 +62,12 @@ def test_its_configurations_are_runs(name, folder):
   if name == "wave.gin":
     assert [run.strategy.temperature(k) for k in (0, 250)] == [1, 4]
     assert str(run.strategy).startswith("wave (1 at first, ")
+  if name == "priced.gin":
+    priced = importlib.import_module("priced")
+    config = run.network(vocab_size=32)
+    assert config.router == priced.PricedRouter(rate=0.001)
+    read = plain_data.from_plain(plain_data.to_plain(config), ["priced"])
+    assert read == config and hash(read) == hash(config)
 
 
 def test_its_attention_trains_decodes_and_is_described(folder):
