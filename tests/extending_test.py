@@ -11,10 +11,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import seqio
 
 import gin
 from basemt_jax import cli, model, plain_data
 from basemt_jax.commands import configuration
+from basemt_jax.data import parallel_text
+from tasks import files
 
 ROOT = pathlib.Path(__file__).parent.parent
 FILES = {
@@ -34,6 +37,8 @@ def folder(tmp_path, monkeypatch):
     (tmp_path / name).write_text(text)
   monkeypatch.syspath_prepend(str(tmp_path))
   monkeypatch.chdir(tmp_path)
+  formats = dict(parallel_text.FORMATS)
+  monkeypatch.setattr(parallel_text, "FORMATS", formats)
   gin.clear_config()
   yield tmp_path
   for name in FILES:
@@ -55,13 +60,25 @@ def test_its_configurations_are_runs(name, folder):
   options = cli._parser().parse_args(
     ["train", f"--gin_file={model}", f"--gin_file={folder / name}"]
   )
-  options.bindings = [f"MODEL_DIR='{folder}'", "MIXTURE_OR_TASK_NAME='none'"]
+  options.bindings = [f"MODEL_DIR='{folder}'"]
+  if name != "po.gin":
+    options.bindings.append("MIXTURE_OR_TASK_NAME='none'")
   run = configuration.configured(options)
   rate = run.settings.learning_rate(10)
   run.settings.transformation(rate)
   if name == "wave.gin":
     assert [run.strategy.temperature(k) for k in (0, 250)] == [1, 4]
     assert str(run.strategy).startswith("wave (1 at first, ")
+  if name == "po.gin":
+    summary = seqio.MixtureRegistry.get("files.catalogues").summary
+    assert list(files.read_direction(summary, "train", "de", "en")) == [
+      ("Speichern", "Save"),
+      (
+        "Die Datei „%s“ wurde geändert. Speichern?",
+        'The file "%s" has changed. Save it?',
+      ),
+    ]
+    assert "1 of 3 lines skipped" in run.mixture_or_task_name.warnings[0]
   if name == "priced.gin":
     priced = importlib.import_module("priced")
     config = run.network(vocab_size=32)
