@@ -6,6 +6,7 @@ import pathlib
 import re
 import runpy
 import sys
+import tomllib
 
 import jax
 import jax.numpy as jnp
@@ -35,6 +36,16 @@ def folder(tmp_path, monkeypatch):
   for name, text in FILES.items():
     (tmp_path / name).parent.mkdir(exist_ok=True)
     (tmp_path / name).write_text(text)
+  project = tomllib.loads(FILES["pyproject.toml"])["project"]
+  info = tmp_path / f"{project['name']}-{project['version']}.dist-info"
+  info.mkdir()  # As pip would install it.
+  (info / "METADATA").write_text(f"Name: {project['name']}\nVersion: 1.0\n")
+  (info / "entry_points.txt").write_text(
+    "".join(
+      f"[{group}]\n" + "".join(f"{k} = {v}\n" for k, v in entries.items())
+      for group, entries in project["entry-points"].items()
+    )
+  )
   monkeypatch.syspath_prepend(str(tmp_path))
   monkeypatch.chdir(tmp_path)
   formats = dict(parallel_text.FORMATS)
@@ -69,6 +80,8 @@ def test_its_configurations_are_runs(name, folder):
   if name == "wave.gin":
     assert [run.strategy.temperature(k) for k in (0, 250)] == [1, 4]
     assert str(run.strategy).startswith("wave (1 at first, ")
+  if name == "confidence.gin":
+    assert [m.name for m in run.settings.metrics] == ["confidence"]
   if name == "po.gin":
     summary = seqio.MixtureRegistry.get("files.catalogues").summary
     assert list(files.read_direction(summary, "train", "de", "en")) == [
