@@ -1,6 +1,6 @@
 """The same training, by T5X itself; skipped where it cannot be imported.
 
-The README says how T5X is put on PYTHONPATH. Every test starts processes of
+docs/t5x.md says how T5X is put on PYTHONPATH. Every test starts processes of
 `python -m t5x.train` and the like, about 20 seconds of CPU each.
 """
 
@@ -38,7 +38,7 @@ def missing():
 
 pytestmark = pytest.mark.skipif(
   missing() is not None,
-  reason=f"T5X cannot be run: no module {missing()}; see README, With T5X",
+  reason=f"T5X cannot be run: no module {missing()}; see docs/t5x.md",
 )
 
 ROOT = pathlib.Path(__file__).parent.parent
