@@ -36,6 +36,7 @@ from basemt_jax.inspection import (
   results,
   run_report,
   text_report,
+  token_counts,
   views,
 )
 from tasks import common
@@ -171,7 +172,7 @@ def test_lengths_and_tokens_are_those_of_the_vocabulary(planted, pieces):
           for own, t in zip(ids, texts, strict=True)
         ]
       )
-      edges = [0, *text_report.BINS, max(lengths) + text_report.BINS[-1]]
+      edges = [0, *token_counts.BINS, max(lengths) + token_counts.BINS[-1]]
       assert list(side.histogram) == [
         sum(low < n <= high for n in lengths)
         for low, high in itertools.pairwise(edges)
