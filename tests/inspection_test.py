@@ -22,6 +22,7 @@ from basemt_jax import (
   cli,
   evaluation,
   heating,
+  layers,
   partitioning,
   sampling,
   training,
@@ -578,7 +579,7 @@ def test_a_model_is_loaded_in_the_type_it_multiplies_in(
   loaded = trained_lib.load(
     dataclasses.replace(trained, network=half), _silent()
   )
-  expected = model_lib.rounded(full.variables["params"], "bfloat16")
+  expected = layers.rounded(full.variables["params"], "bfloat16")
 
   def check(path, x, y):
     assert x.dtype == y.dtype and x.sharding == y.sharding, path
