@@ -1,4 +1,4 @@
-"""The device mesh and where arrays live on it.
+"""The device mesh, where arrays live on it, and functions compiled for it.
 
 The mesh has three axes, always: `data` and `expert` together split the batch;
 `expert` also splits the experts; `model` splits widths of matrices. Logical
