@@ -140,16 +140,7 @@ class BaseLayer(nn.Module):
       (self.num_experts, width),
       axes=("unmodeled", "embed"),
     )
-    scale = 1.0
-    if self.converted:
-      even = self.router.even_gate(self.num_experts)
-      scale = 1.0 / (even * self.router.num_selected_experts)
-    gate = {
-      name: nn_partitioning.param_with_axes(
-        f"gate_{name}", _gate_init(value), (), axes=()
-      )
-      for name, value in (("bias", 0.0), ("scale", scale))
-    }
+    gate = self._gate()
     weights = experts.Experts(
       self.num_experts,
       self.mlp_dim,
@@ -185,6 +176,19 @@ class BaseLayer(nn.Module):
     for name, value in metrics.items():
       self.sow("intermediates", name, value)
     return out
+
+  def _gate(self) -> dict[str, jax.Array]:
+    """Bias and scale of the gates, both []; 1 in all after a conversion."""
+    scale = 1.0
+    if self.converted:
+      even = self.router.even_gate(self.num_experts)
+      scale = 1.0 / (even * self.router.num_selected_experts)
+    return {
+      name: nn_partitioning.param_with_axes(
+        f"gate_{name}", _gate_init(value), (), axes=()
+      )
+      for name, value in (("bias", 0.0), ("scale", scale))
+    }
 
   def _prices(self, train: bool) -> jax.Array:
     """The prices; zero at test time where the caller has none to give."""

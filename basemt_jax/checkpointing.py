@@ -33,7 +33,6 @@ from orbax.checkpoint import checkpoint_managers
 
 from basemt_jax import checksums, processes
 
-State = Any
 Tree = Any
 
 PREFIX = "checkpoint"

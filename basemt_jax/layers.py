@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from flax import traverse_util
 from flax.linen import partitioning as nn_partitioning
 
 from basemt_jax import drawing
@@ -420,6 +421,18 @@ def _implementation(query: Array, key: Array) -> str:
   return "cudnn" if fits else "xla"
 
 
+def without_fusion(attention: nn.Module) -> nn.Module:
+  """The same attention by XLA, for a search.
+
+  A search with cuDNN's attention in it works in the process that compiled it,
+  but dies in the next one that finds it in the compilation cache: its plan is
+  then read while a CUDA graph is recorded (jax 0.11.2, H100).
+  """
+  if getattr(attention, "implementation", "xla") is not None:
+    return attention
+  return attention.clone(implementation="xla")
+
+
 def without_empty_rows(mask: Array) -> Array:
   """Lets queries that may see no key at all see every key.
 
@@ -466,3 +479,30 @@ def positions_of(tokens: Array, positions: Array | None) -> Array:
   if positions is None:
     return jnp.broadcast_to(jnp.arange(tokens.shape[1])[None], tokens.shape)
   return positions
+
+
+def rounded(params: Any, dtype: str) -> Any:
+  """Parameters with every matrix in the type it is multiplied in.
+
+  What does not learn need not keep what a product rounds away: in half
+  precision a model takes half the memory, and decoding, which reads all
+  weights for few tokens, half the traffic. Norms, centroids and gates are used
+  in float32 and stay so.
+
+  Args:
+    params: Nested dict of arrays, or of `jax.ShapeDtypeStruct`.
+    dtype: Its name, as `TransformerConfig.dtype`.
+
+  Returns:
+    Parameters of the same function, placed as they were.
+  """
+
+  def cast(path: tuple[str, ...], x: Any) -> Any:
+    if path[-1] not in ("kernel", "embedding"):
+      return x
+    if isinstance(x, jax.ShapeDtypeStruct):
+      return x.update(dtype=dtype)
+    return x.astype(dtype)
+
+  flat = traverse_util.flatten_dict(params)
+  return traverse_util.unflatten_dict({k: cast(k, x) for k, x in flat.items()})

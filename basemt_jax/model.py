@@ -18,7 +18,6 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from flax import traverse_util
 from flax.core import scope as flax_scope
 
 from basemt_jax import base_layer, layers, ranges, routing
@@ -415,13 +414,10 @@ class Transformer(nn.Module):
       if decoder_target_tokens is None
       else layers.segments_of(decoder_target_tokens, decoder_segment_ids)
     )
-    if decode:
-      mask, memory_mask = None, (source > 0)[:, None, None]
-    elif decoder_segment_ids is None:
-      mask = layers.segment_mask(target, target, causal=True)
+    mask = None if decode else layers.segment_mask(target, target, causal=True)
+    if decode or decoder_segment_ids is None:
       memory_mask = (source > 0)[:, None, None]
     else:
-      mask = layers.segment_mask(target, target, causal=True)
       memory_mask = layers.segment_mask(target, source)
     x = self.decoder(
       self.token_embedder(decoder_input_tokens),
@@ -487,8 +483,6 @@ class Transformer(nn.Module):
       enable_dropout=enable_dropout,
     )
 
-  # The three pure functions that decoding needs.
-
   @nn.nowrap
   def encode_tokens(
     self, variables: Params, encoder_input_tokens: Array
@@ -498,7 +492,9 @@ class Transformer(nn.Module):
     Holds the source mask's tokens and every block's cross-attention keys and
     values, so that a decoding step does not compute them again.
     """
-    network = self._without_fused_attention()
+    attention = layers.without_fusion(self.config.attention)
+    config = dataclasses.replace(self.config, attention=attention)
+    network = self.clone(config=config)
     encoded = network.apply(
       variables, encoder_input_tokens, method=network.encode
     )
@@ -515,32 +511,13 @@ class Transformer(nn.Module):
     return {"tokens": encoder_input_tokens, "memory": state["memory"]}
 
   @nn.nowrap
-  def _without_fused_attention(self) -> "Transformer":
-    """The same network with XLA's attention, for a search.
-
-    A search with cuDNN's attention in it works in the process that compiled
-    it, but dies in the next one that finds it in the compilation cache: its
-    plan is then read while a CUDA graph is recorded (jax 0.11.2, H100).
-    """
-    attention = self.config.attention
-    if getattr(attention, "implementation", "xla") is not None:
-      return self
-    attention = attention.clone(implementation="xla")
-    return self.clone(
-      config=dataclasses.replace(self.config, attention=attention)
-    )
-
-  @nn.nowrap
   def init_cache(
     self, variables: Params, memory: Params, max_decode_length: int
   ) -> Params:
     """An empty cache for the sequences of `memory`."""
+    first = memory["tokens"][:, :1]
     _, state = self._step(
-      variables,
-      memory,
-      {},
-      memory["tokens"][:, :1],
-      max_decode_length=max_decode_length,
+      variables, memory, {}, first, max_decode_length=max_decode_length
     )
     return state["cache"]
 
@@ -620,30 +597,3 @@ def forward(
     mutable=mutable,
   )
   return logits, {**{name: {} for name in reported}, **updates}
-
-
-def rounded(params: Params, dtype: str) -> Params:
-  """Parameters with every matrix in the type it is multiplied in.
-
-  What does not learn need not keep what a product rounds away: in half
-  precision a model takes half the memory, and decoding, which reads all
-  weights for few tokens, half the traffic. Norms, centroids and gates are used
-  in float32 and stay so.
-
-  Args:
-    params: Nested dict of arrays, or of `jax.ShapeDtypeStruct`.
-    dtype: `TransformerConfig.dtype`.
-
-  Returns:
-    Parameters of the same function, placed as they were.
-  """
-
-  def cast(path: tuple[str, ...], x: Any) -> Any:
-    if path[-1] not in ("kernel", "embedding"):
-      return x
-    if isinstance(x, jax.ShapeDtypeStruct):
-      return x.update(dtype=dtype)
-    return x.astype(dtype)
-
-  flat = traverse_util.flatten_dict(params)
-  return traverse_util.unflatten_dict({k: cast(k, x) for k, x in flat.items()})

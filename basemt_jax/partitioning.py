@@ -1,11 +1,12 @@
-"""The device mesh and where arrays live on it.
+"""The device mesh, where arrays live on it, and functions compiled for it.
 
 The mesh has three axes, always: `data` and `expert` together split the batch;
 `expert` also splits the experts; `model` splits widths of matrices. Logical
 axis names, as T5X's, are mapped to mesh axes by `LOGICAL_AXIS_RULES`.
 """
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -240,3 +241,41 @@ def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, Any]:
     return jax.make_array_from_callback(shape, sharding, part)
 
   return {name: put(array) for name, array in batch.items()}
+
+
+class Compiled:
+  """A jitted function that can be compiled before it is first called.
+
+  Args:
+    function: Of `jax.jit`.
+    mesh: Where logical axis names have their meaning.
+  """
+
+  def __init__(self, function: Any, mesh: Mesh):
+    self._function, self._mesh = function, mesh
+    self._compiled: Any = None
+
+  def __call__(self, *args: Any) -> Any:
+    """Calls it; if `compile` was called, with arguments of the same shapes."""
+    return self._in_scope(self._compiled or self._function, *args)
+
+  def lower(self, *args: Any) -> jax.stages.Lowered:
+    """Ready to be compiled, for arguments given by shapes and shardings."""
+    return self._in_scope(self._function.lower, *args)
+
+  def compile(self, *args: Any) -> None:
+    """Compiles; any thread may do so while others run programs."""
+    self._compiled = self.lower(*args).compile()
+
+  def trace(self, *args: Any) -> Any:
+    """The shapes of what it returns."""
+    return self._in_scope(
+      functools.partial(jax.eval_shape, self._function), *args
+    )
+
+  def _in_scope(self, function: Callable[..., Any], *args: Any) -> Any:
+    with (
+      jax.set_mesh(self._mesh),
+      nn_partitioning.axis_rules(LOGICAL_AXIS_RULES),
+    ):
+      return function(*args)

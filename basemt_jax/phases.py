@@ -82,11 +82,11 @@ class Conversion:
     # Only what no dense value fills is drawn.
     self._new_paths = [p for p in shapes if plan["/".join(p)][1] is None]
     self._new: dict[tuple[str, ...], jax.Array] | None = None
-    self._convert = steps.Compiled(
+    self._convert = partitioning.Compiled(
       jax.jit(self._converted, out_shardings=sparse.shardings.params),
       sparse.mesh,
     )
-    self._copy_moments = steps.Compiled(
+    self._copy_moments = partitioning.Compiled(
       jax.jit(
         lambda old, new: conversion.convert_opt_state(old, new, self._rules),
         out_shardings=sparse.shardings.opt_state,
@@ -94,7 +94,7 @@ class Conversion:
       ),
       sparse.mesh,
     )
-    self._error = steps.Compiled(
+    self._error = partitioning.Compiled(
       jax.jit(
         self._function_error,
         out_shardings=partitioning.replicated(sparse.mesh),

@@ -14,11 +14,12 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import traceback
 import zlib
 from collections.abc import Callable, Iterator
-from typing import NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import jax
 import numpy as np
@@ -317,3 +318,22 @@ def is_stop_agreed(step: int) -> bool:
   process has been asked.
   """
   return multihost_utils.reached_preemption_sync_point(step)
+
+
+@contextlib.contextmanager
+def on_sigterm(function: Callable[[], None]) -> Iterator[None]:
+  """Calls a function on SIGTERM, and restores the old handler at the end.
+
+  With several processes JAX has its own handler, which tells the others
+  (`is_stop_agreed`); it does nothing but that, so that the end is the
+  default's: to end the process.
+  """
+  is_main = threading.current_thread() is threading.main_thread()
+  old: Any = signal.SIG_DFL
+  if is_main and jax.process_count() == 1:
+    old = signal.signal(signal.SIGTERM, lambda *_: function())
+  try:
+    yield
+  finally:
+    if is_main:
+      signal.signal(signal.SIGTERM, old)

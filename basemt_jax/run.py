@@ -156,10 +156,10 @@ class Run:
     """
     if self.store_dir:
       return row_store.RowStore(self.store_dir, self.verify)
-    from basemt_jax.data import mixtures  # Imports SeqIO and TensorFlow.
+    from basemt_jax.data import store_building  # Imports SeqIO and TensorFlow.
 
     return processes.in_turn(
-      lambda: mixtures.ensure_store(
+      lambda: store_building.ensure_store(
         self.mixture_or_task_name,
         self.task_feature_lengths,
         self.cache_dir or row_store.default_cache_dir(),
@@ -218,7 +218,7 @@ class Console:
   Attributes:
     message: Takes one line.
     progress: Takes a `trainer.Progress` and the temperature.
-    building: Takes progress of building a row store; see `mixtures`.
+    building: Takes progress of building a row store; see `store_building`.
     translating: Takes (done, all) sentences.
   """
 
@@ -348,9 +348,9 @@ def program(
     store = row_store.RowStore(run.store_dir)
     vocab_size, num_directions = store.vocab_size, len(store.directions)
   elif vocab_size is None:
-    from basemt_jax.data import mixtures  # Imports SeqIO and TensorFlow.
+    from basemt_jax.data import store_building  # Imports SeqIO and TensorFlow.
 
-    vocab_size, num_directions = mixtures.sizes(run.mixture_or_task_name)
+    vocab_size, num_directions = store_building.sizes(run.mixture_or_task_name)
   return phases.program(
     run.config_of(vocab_size),
     run.settings,

@@ -9,7 +9,7 @@ a step does is a function of the state, the batch and the step's number.
 import copy
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -17,7 +17,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import struct, traverse_util
-from flax.linen import partitioning as nn_partitioning
 from jax.sharding import Mesh, NamedSharding
 
 from basemt_jax import (
@@ -413,44 +412,6 @@ def routing_step(
   )
 
 
-class Compiled:
-  """A jitted function that can be compiled before it is first called.
-
-  Args:
-    function: Of `jax.jit`.
-    mesh: Where logical axis names have their meaning.
-  """
-
-  def __init__(self, function: Any, mesh: Mesh):
-    self._function, self._mesh = function, mesh
-    self._compiled: Any = None
-
-  def __call__(self, *args: Any) -> Any:
-    """Calls it; if `compile` was called, with arguments of the same shapes."""
-    return self._in_scope(self._compiled or self._function, *args)
-
-  def lower(self, *args: Any) -> jax.stages.Lowered:
-    """Ready to be compiled, for arguments given by shapes and shardings."""
-    return self._in_scope(self._function.lower, *args)
-
-  def compile(self, *args: Any) -> None:
-    """Compiles; any thread may do so while others run programs."""
-    self._compiled = self.lower(*args).compile()
-
-  def trace(self, *args: Any) -> Any:
-    """The shapes of what it returns."""
-    return self._in_scope(
-      functools.partial(jax.eval_shape, self._function), *args
-    )
-
-  def _in_scope(self, function: Callable[..., Any], *args: Any) -> Any:
-    with (
-      jax.set_mesh(self._mesh),
-      nn_partitioning.axis_rules(partitioning.LOGICAL_AXIS_RULES),
-    ):
-      return function(*args)
-
-
 class Program:
   """One phase's model with its shardings and compiled functions.
 
@@ -488,7 +449,7 @@ class Program:
     self.shapes = jax.eval_shape(init, self._key)
     self._draws = noted["draws"]
     self.shardings = state_shardings(self.shapes, noted["axes"], tx, mesh)
-    self._begin = Compiled(
+    self._begin = partitioning.Compiled(
       jax.jit(
         lambda params: dataclasses.replace(
           init(self._key), params={}, opt_state=tx.init(params)
@@ -497,7 +458,7 @@ class Program:
       ),
       mesh,
     )
-    self._draw_all = Compiled(
+    self._draw_all = partitioning.Compiled(
       jax.jit(
         lambda key: traverse_util.flatten_dict(
           init_state(self.model, tx, key)[0].params
@@ -513,7 +474,7 @@ class Program:
   ) -> None:
     mesh, replicated = self.mesh, partitioning.replicated(self.mesh)
     batch = partitioning.batch_sharding(mesh)
-    self._train_step = Compiled(
+    self._train_step = partitioning.Compiled(
       jax.jit(
         functools.partial(
           train_step,
@@ -532,7 +493,7 @@ class Program:
     # No sums are given away: the loop waits for those of earlier steps.
     self._add_sums = jax.jit(add_sums)
     self.eval_step, self.routing_step = (
-      Compiled(
+      partitioning.Compiled(
         jax.jit(
           functools.partial(
             function, model=self.model, num_directions=num_directions

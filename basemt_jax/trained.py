@@ -22,6 +22,7 @@ from basemt_jax import (
   description,
   evaluation,
   files,
+  layers,
   partitioning,
   phases,
   plain_data,
@@ -153,7 +154,7 @@ def load(
 ) -> Trained:
   """Restores parameters and prices, not the optimizer.
 
-  Matrices have the type they are multiplied in; see `model.rounded`.
+  Matrices have the type they are multiplied in; see `layers.rounded`.
 
   Args:
     run: A model directory; or a run that says how to use what is in its
@@ -180,7 +181,7 @@ def load(
     )
     like = program.abstract_tree()
     dtype = program.model.config.dtype
-    weights = model_lib.rounded(like.pop("target"), dtype)
+    weights = layers.rounded(like.pop("target"), dtype)
     del like["state"]
     is_averaged = run.use_average and run.settings.average_decay > 0
     if is_averaged:

@@ -17,7 +17,6 @@ import collections
 import dataclasses
 import functools
 import math
-import signal
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -272,10 +271,9 @@ class Trainer:
       NonFiniteLossError: The loss is not finite. The last checkpoint is from
         before that.
     """
-    outcome = "done"
     put = functools.partial(partitioning.put_batch, mesh=self._mesh)
     with (
-      _on_sigterm(self.stop),
+      processes.on_sigterm(self.stop),
       prefetch.Prefetcher(self._batches, place=put) as ahead,
     ):
       self._log_time, self._log_step = time.monotonic(), self._step
@@ -600,25 +598,3 @@ def direction_losses(
     for i, name in enumerate(directions)
     if total is not None and total["weight"][i] > 0
   }
-
-
-class _on_sigterm:  # noqa: N801
-  """Calls a function on SIGTERM, and restores the old handler at the end.
-
-  With several processes JAX has its own handler, which tells the others
-  (`processes.is_stop_agreed`); it does nothing but that, so that the end is the
-  default's: to end the process.
-  """
-
-  def __init__(self, function: Callable[[], None]):
-    self._function = function
-
-  def __enter__(self) -> None:
-    self._is_main = threading.current_thread() is threading.main_thread()
-    self._old: Any = signal.SIG_DFL
-    if self._is_main and jax.process_count() == 1:
-      self._old = signal.signal(signal.SIGTERM, lambda *_: self._function())
-
-  def __exit__(self, *exception: object) -> None:
-    if self._is_main:
-      signal.signal(signal.SIGTERM, self._old)

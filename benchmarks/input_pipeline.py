@@ -34,7 +34,7 @@ import seqio
 import tensorflow as tf
 
 from basemt_jax import heating, sampling
-from basemt_jax.data import batches, mixtures
+from basemt_jax.data import batches, mixtures, store_building
 
 LENGTHS = {"inputs": 128, "targets": 128}
 SIZES = np.geomspace(20_000, 100, 12).astype(int)
@@ -140,7 +140,9 @@ def measure(repeats: int, seconds: float) -> dict[str, Any]:
   )
   with tempfile.TemporaryDirectory() as directory:
     start = time.process_time()
-    store = mixtures.build_store(plain, LENGTHS, directory, splits=["train"])
+    store = store_building.build_store(
+      plain, LENGTHS, directory, splits=["train"]
+    )
     build = float(SIZES.sum() / (time.process_time() - start))
     pipelines: dict[str, Callable[[], Iterator[int]]] = {
       f"{PLAIN}": lambda: _seqio_pairs(plain, False),

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from basemt_jax import base_layer, layers, model
+from basemt_jax import base_layer, layers
 
 LENGTH = 256
 
@@ -97,7 +97,7 @@ def measure(tokens: int, experts: int, args: argparse.Namespace) -> dict:
   forward = jax.jit(lambda p, h: dense.apply({"params": p}, h))
   dense_step = jax.jit(jax.grad(dense_loss, argnums=(0, 1)))
   held, dense_held = (
-    model.rounded(p, args.dtype) for p in (params, dense_params)
+    layers.rounded(p, args.dtype) for p in (params, dense_params)
   )
   # Equal affinities: every token goes to the first expert.
   zero = jnp.zeros_like(params["expert_centroids"])

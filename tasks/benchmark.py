@@ -22,7 +22,7 @@ import seqio
 
 from basemt_jax.corpora import raw_text
 from basemt_jax.data import vocabulary as vocabulary_lib
-from tasks import common, files
+from tasks import common, files, finding
 
 ENVIRONMENT = "BASEMT_DATA_DIR"
 MODEL_FILE = "vocabulary.model"
@@ -85,7 +85,7 @@ class Benchmark:
     if data_dir is not None:
       folder.check()
     if folder.path.is_dir():
-      there = files.languages_with_text(folder.path)
+      there = finding.languages_with_text(folder.path)
       languages = tuple(x for x in languages if ("en", x) in there)
     if not languages and data_dir is None:
       languages = self.languages

@@ -19,7 +19,7 @@ import tensorflow_datasets as tfds
 
 import gin
 from basemt_jax import cli, heating, sampling, steps
-from basemt_jax.data import mixtures, task_cache
+from basemt_jax.data import mixtures, store_building, task_cache
 from tasks import ml50, opus100, wmt15
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -134,7 +134,7 @@ def test_a_folder_has_some_of_the_languages(folder, tmp_path):
   }
   from_english = seqio.get_mixture_or_task("wmt15_from_english")
   assert [t.name for t in from_english.tasks] == ["wmt15.en_cs", "wmt15.en_gu"]
-  store = mixtures.ensure_store("wmt15", LENGTHS, tmp_path)
+  store = store_building.ensure_store("wmt15", LENGTHS, tmp_path)
   assert store.directions == ("cs-en", "en-cs", "en-gu", "gu-en")
   assert store.pairs("train").tolist() == [300, 300, 40, 40]
   tests = {
@@ -149,8 +149,8 @@ def test_a_folder_has_some_of_the_languages(folder, tmp_path):
 def test_by_name_with_the_folder_from_the_environment(folder, tmp_path):
   code = f"""
 import tasks
-from basemt_jax.data import mixtures
-store = mixtures.ensure_store("wmt15.en_cs", {LENGTHS}, {str(tmp_path)!r})
+from basemt_jax.data import store_building
+store = store_building.ensure_store("wmt15.en_cs", {LENGTHS}, {str(tmp_path)!r})
 print(store.pairs("train").tolist())
 """
   out = run_python(code, BASEMT_DATA_DIR=str(folder.parent))
@@ -162,12 +162,12 @@ def test_missing_data_and_vocabulary_are_explained(monkeypatch, tmp_path):
   opus100.mixture()
   message = "opus100 is not in .*: prepare it with `basemt prepare opus100`"
   with pytest.raises(ValueError, match=message):
-    mixtures.ensure_store("opus100", LENGTHS, tmp_path / "cache")
+    store_building.ensure_store("opus100", LENGTHS, tmp_path / "cache")
   (tmp_path / "opus100").mkdir()
   (tmp_path / "opus100/en-af.train.tsv").write_text("a\tb\n")
   opus100.mixture()
   with pytest.raises(ValueError, match="train it with `basemt vocab --module"):
-    mixtures.ensure_store("opus100.en_af", LENGTHS, tmp_path / "cache")
+    store_building.ensure_store("opus100.en_af", LENGTHS, tmp_path / "cache")
 
 
 def test_tfds_text_is_tagged():

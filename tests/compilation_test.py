@@ -391,9 +391,9 @@ def configured(*flags):
 
 
 def test_sizes_are_the_vocabulary_s_and_the_mixture_s():
-  mixtures = pytest.importorskip("basemt_jax.data.mixtures")
+  building = pytest.importorskip("basemt_jax.data.store_building")
   run = configured("--gin_file=gin/recipes/quickstart.gin")
-  size, directions = mixtures.sizes(run.mixture_or_task_name)
+  size, directions = building.sizes(run.mixture_or_task_name)
   assert directions == 24  # English to and from 12 languages
   program = run_lib.program(run, jax.devices()[:1], "dense")
   assert program.name == "dense"

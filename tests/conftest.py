@@ -19,8 +19,10 @@ if os.environ["JAX_PLATFORMS"] == "cpu":
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 # Most tests compile what another one compiles too, in this run or the last: in
 # other workers, in the processes that they start, for another assertion.
-_KEPT = pathlib.Path(__file__).parent.parent / ".pytest_cache" / "programs"
-os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_KEPT))
+os.environ.setdefault(
+  "JAX_COMPILATION_CACHE_DIR",
+  str(pathlib.Path(__file__).parent.parent / ".pytest_cache" / "programs"),
+)
 os.environ.setdefault("JAX_COMPILATION_CACHE_MAX_SIZE", str(2**30))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 

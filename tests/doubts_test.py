@@ -3,7 +3,7 @@
 import pytest
 import sentencepiece
 
-from basemt_jax.data import doubts, mixtures
+from basemt_jax.data import doubts, store_building
 from tasks import files
 
 
@@ -17,7 +17,7 @@ def told(tmp_path):
     for name, text in contents.items():
       (folder / name).write_text(text, encoding="utf-8")
     mixture = files.mixture(folder, pieces, name=f"files.{tmp_path.name}")
-    store = mixtures.build_store(mixture, lengths, tmp_path / "store")
+    store = store_building.build_store(mixture, lengths, tmp_path / "store")
     return doubts.of_data(mixture, store)
 
   return tell

@@ -22,6 +22,7 @@ from basemt_jax import (
   cli,
   evaluation,
   heating,
+  layers,
   partitioning,
   sampling,
   training,
@@ -29,13 +30,14 @@ from basemt_jax import (
 from basemt_jax import model as model_lib
 from basemt_jax import run as run_lib
 from basemt_jax import trained as trained_lib
-from basemt_jax.data import batches, mixtures, row_store
+from basemt_jax.data import batches, mixtures, row_store, store_building
 from basemt_jax.data import vocabulary as vocabulary_lib
 from basemt_jax.inspection import (
   forecasting,
   results,
   run_report,
   text_report,
+  token_counts,
   views,
 )
 from tasks import common
@@ -171,7 +173,7 @@ def test_lengths_and_tokens_are_those_of_the_vocabulary(planted, pieces):
           for own, t in zip(ids, texts, strict=True)
         ]
       )
-      edges = [0, *text_report.BINS, max(lengths) + text_report.BINS[-1]]
+      edges = [0, *token_counts.BINS, max(lengths) + token_counts.BINS[-1]]
       assert list(side.histogram) == [
         sum(low < n <= high for n in lengths)
         for low, high in itertools.pairwise(edges)
@@ -333,7 +335,7 @@ def test_what_cannot_be_inspected_is_told(tmp_path, capsys):
   )
   with pytest.raises(ValueError, match=r"'only\.targets' has features targets"):
     _inspect("only.targets")
-  with pytest.raises(ValueError, match="No mixture or task named 'planned'"):
+  with pytest.raises(ValueError, match="no mixture or task named 'planned'"):
     _inspect("planned")
   for arguments, message in (
     ([], "nothing to inspect: give --mixture"),
@@ -430,7 +432,9 @@ def test_a_sample_gives_nearly_the_sizes_of_the_store(planted, tmp_path):
   pieces = vocabulary_lib.Vocabulary.load(MODEL)
   task = _register("en-fr", {"train": train, "validation": train[:7]}, pieces)
   lengths = {"inputs": 128, "targets": 128}
-  packed = mixtures.build_store(task, lengths, tmp_path, splits=("train",))
+  packed = store_building.build_store(
+    task, lengths, tmp_path, splits=("train",)
+  )
   exact = forecasting.sizes_of_store(packed)
   for sample, tolerance in ((1000, 0.08), (None, 0.02)):
     data = text_report.inspect_data(task, text_report.Options(lengths, sample))
@@ -575,7 +579,7 @@ def test_a_model_is_loaded_in_the_type_it_multiplies_in(
   loaded = trained_lib.load(
     dataclasses.replace(trained, network=half), _silent()
   )
-  expected = model_lib.rounded(full.variables["params"], "bfloat16")
+  expected = layers.rounded(full.variables["params"], "bfloat16")
 
   def check(path, x, y):
     assert x.dtype == y.dtype and x.sharding == y.sharding, path

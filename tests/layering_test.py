@@ -46,6 +46,7 @@ HEAVY = ("tensorflow", "seqio", "gin", "t5x", "clu")
 # Modules that may import heavy libraries at all, lazily or not.
 KNOWS = {
   "data.mixtures": {"seqio", "tensorflow"},
+  "data.store_building": {"seqio", "tensorflow"},
   "data.task_cache": {"seqio", "tensorflow"},
   "data.vocabulary": {"seqio"},
   "t5x_adapter": {"seqio", "t5x", "clu"},

@@ -7,7 +7,7 @@ import seqio
 import tensorflow as tf
 
 from basemt_jax import heating, sampling
-from basemt_jax.data import mixtures, packing, row_store
+from basemt_jax.data import mixtures, packing, row_store, store_building
 
 LENGTHS = {"inputs": 64, "targets": 48}
 SIZES = {"en_de": 400, "en_fr": 120, "en_af": 9}
@@ -101,7 +101,7 @@ def test_a_task_that_tells_no_languages_is_refused(corpus):
 
 def test_unknown_mixture_is_named_with_its_neighbours(corpus):
   with pytest.raises(ValueError, match=r"'corpuss' is registered \(did you me"):
-    mixtures.build_store("corpuss", LENGTHS, "nowhere")
+    store_building.build_store("corpuss", LENGTHS, "nowhere")
 
 
 def test_two_tasks_of_one_direction_are_refused(corpus):
@@ -115,7 +115,7 @@ def test_two_tasks_of_one_direction_are_refused(corpus):
 
 
 def test_store_has_what_the_tasks_have(corpus, tmp_path):
-  store = mixtures.build_store("corpus", LENGTHS, tmp_path)
+  store = store_building.build_store("corpus", LENGTHS, tmp_path)
   assert store.directions == ("en-af", "en-de", "en-fr")
   assert store.pairs("train").tolist() == [9, 400, 120]
   assert store.pairs("validation").tolist() == [1, 40, 12]
@@ -174,13 +174,13 @@ def test_what_names_and_stamps_do_not_tell_is_noticed(change, tmp_path, caplog):
       output_features={"inputs": feature, "targets": feature},
     )
 
-  before = mixtures.ensure_store(registered([]), LENGTHS, tmp_path)
+  before = store_building.ensure_store(registered([]), LENGTHS, tmp_path)
   rows = _files(before.directory)
   header = before.directory / row_store.HEADER
   made = header.stat().st_mtime_ns
-  same = mixtures.ensure_store(registered([_same]), LENGTHS, tmp_path)
+  same = store_building.ensure_store(registered([_same]), LENGTHS, tmp_path)
   assert header.stat().st_mtime_ns == made and not caplog.text
-  after = mixtures.ensure_store(registered([change]), LENGTHS, tmp_path)
+  after = store_building.ensure_store(registered([change]), LENGTHS, tmp_path)
   assert same.directory == before.directory == after.directory
   assert "it is packed again" in caplog.text
   found = _files(after.directory)
@@ -189,17 +189,19 @@ def test_what_names_and_stamps_do_not_tell_is_noticed(change, tmp_path, caplog):
 
 
 def test_a_finished_store_needs_no_lock(corpus, tmp_path, monkeypatch):
-  mixtures.build_store("corpus", LENGTHS, tmp_path)
+  store_building.build_store("corpus", LENGTHS, tmp_path)
 
   def refuse(*_):
     raise OSError("read-only")
 
-  monkeypatch.setattr(mixtures.files, "locked", refuse)
-  assert mixtures.build_store("corpus", LENGTHS, tmp_path, verify=True)
+  monkeypatch.setattr(store_building.files, "locked", refuse)
+  assert store_building.build_store("corpus", LENGTHS, tmp_path, verify=True)
 
 
 def test_layout_is_that_of_seqio_on_the_same_rows(corpus, tmp_path):
-  store = mixtures.build_store("corpus", LENGTHS, tmp_path, splits=["train"])
+  store = store_building.build_store(
+    "corpus", LENGTHS, tmp_path, splits=["train"]
+  )
   rows = store.read("train", "en-fr", np.arange(store.rows("train")[2]))
   assert len(rows["direction"]) > 3
   for row in range(3):  # SeqIO takes more than a second for each.
@@ -257,7 +259,7 @@ def test_fast_reading_equals_seqio_reading(kind, tmp_path):
   _register("fast", pieces)
   _register("slow", pieces, extra=[_same])
   stores = [
-    mixtures.build_store(name, short, tmp_path / name)
+    store_building.build_store(name, short, tmp_path / name)
     for name in ("fast", "slow")
   ]
   assert stores[0].stats("train", "en-de").truncated > 0
@@ -270,7 +272,9 @@ def test_fast_reading_equals_seqio_reading(kind, tmp_path):
 
 def test_truncation_is_that_of_append_eos_after_trim(corpus, tmp_path):
   short = {"inputs": 24, "targets": 20}
-  store = mixtures.build_store("corpus", short, tmp_path, splits=["train"])
+  store = store_building.build_store(
+    "corpus", short, tmp_path, splits=["train"]
+  )
   task = seqio.TaskRegistry.get("corpus.en_af")
   expected = [
     (e["inputs"].tolist(), e["targets"].tolist())
@@ -301,7 +305,7 @@ def test_truncation_is_that_of_append_eos_after_trim(corpus, tmp_path):
 
 @pytest.mark.parametrize("calls", [1, 2, 4])
 def test_interrupted_build_goes_on(corpus, tmp_path, calls):
-  mixtures.build_store("corpus", LENGTHS, tmp_path / "whole")
+  store_building.build_store("corpus", LENGTHS, tmp_path / "whole")
   done = []
 
   def interrupt(*progress):
@@ -310,13 +314,13 @@ def test_interrupted_build_goes_on(corpus, tmp_path, calls):
       raise KeyboardInterrupt
 
   with pytest.raises(KeyboardInterrupt):
-    mixtures.build_store(
+    store_building.build_store(
       "corpus", LENGTHS, tmp_path / "parts", progress=interrupt
     )
   with pytest.raises(ValueError, match="not finished"):
     row_store.RowStore(tmp_path / "parts")
   again = []
-  mixtures.build_store(
+  store_building.build_store(
     "corpus", LENGTHS, tmp_path / "parts", progress=lambda *p: again.append(p)
   )
   # Finished directions are not read again.
@@ -332,7 +336,7 @@ def test_interrupted_build_goes_on(corpus, tmp_path, calls):
 
 def test_progress_tells_split_direction_and_numbers(corpus, tmp_path):
   seen = []
-  mixtures.build_store(
+  store_building.build_store(
     "corpus", LENGTHS, tmp_path, progress=lambda *p: seen.append(p)
   )
   assert seen[:2] == [("train", "en-af", 9, 9), ("train", "en-de", 400, 400)]
@@ -340,14 +344,14 @@ def test_progress_tells_split_direction_and_numbers(corpus, tmp_path):
 
 
 def test_finished_store_is_opened_and_a_stale_one_refused(corpus, tmp_path):
-  mixtures.build_store("corpus", LENGTHS, tmp_path)
+  store_building.build_store("corpus", LENGTHS, tmp_path)
   before = {p: p.stat().st_mtime_ns for p in tmp_path.glob("*/*.rows")}
-  mixtures.build_store("corpus", LENGTHS, tmp_path)
+  store_building.build_store("corpus", LENGTHS, tmp_path)
   assert before == {p: p.stat().st_mtime_ns for p in tmp_path.glob("*/*.rows")}
   other = {"inputs": 32, "targets": 32}
   with pytest.raises(ValueError, match=r"something else \(other feature leng"):
-    mixtures.build_store("corpus", other, tmp_path)
-  store = mixtures.build_store("corpus", other, tmp_path, overwrite=True)
+    store_building.build_store("corpus", other, tmp_path)
+  store = store_building.build_store("corpus", other, tmp_path, overwrite=True)
   assert store.lengths == other
 
 
@@ -362,13 +366,13 @@ def test_changed_files_get_a_store_of_their_own(tmp_path):
     output_features={"inputs": feature, "targets": feature},
   )
   cache = tmp_path / "cache"
-  first = mixtures.ensure_store(task, LENGTHS, cache)
+  first = store_building.ensure_store(task, LENGTHS, cache)
   assert first.splits == ("train", "validation", "test")
   assert first.pairs("validation").tolist() == [0]
-  again = mixtures.ensure_store("lines.en_de", LENGTHS, cache)
+  again = store_building.ensure_store("lines.en_de", LENGTHS, cache)
   assert again.directory == first.directory
   data.write_text("one\teins\ntwo\tzwei\nthree\tdrei\n")
-  second = mixtures.ensure_store(task, LENGTHS, cache)
+  second = store_building.ensure_store(task, LENGTHS, cache)
   assert second.directory != first.directory
   assert second.pairs("train").tolist() == [3]
 
@@ -393,16 +397,16 @@ def test_dev_is_read_as_validation(tmp_path):
     preprocessors=[_split_tabs, seqio.preprocessors.tokenize, EOS],
     output_features={"inputs": feature, "targets": feature},
   )
-  store = mixtures.build_store(task, LENGTHS, tmp_path / "store")
+  store = store_building.build_store(task, LENGTHS, tmp_path / "store")
   assert store.pairs("validation").tolist() == [1]
   assert store.texts("validation", "en-de")[0]["target"] == "eins"
   assert store.pairs("test").tolist() == [0]
 
 
 def test_a_source_can_tell_its_fingerprint(corpus):
-  before = mixtures.fingerprint(corpus, LENGTHS)
+  before = store_building.fingerprint(corpus, LENGTHS)
   seqio.TaskRegistry.get("corpus.en_fr").source.fingerprint = "two"
-  after = mixtures.fingerprint(corpus, LENGTHS)
+  after = store_building.fingerprint(corpus, LENGTHS)
   changed = {name for name in before if before[name] != after[name]}
   assert changed == {"source files"}
 
@@ -411,7 +415,7 @@ def test_several_vocabularies_are_refused(corpus, tmp_path):
   _register("pieces", seqio.SentencePieceVocabulary(str(MODEL)))
   both = seqio.Mixture("both", [("corpus.en_de", 1), ("pieces.en_fr", 1)])
   with pytest.raises(ValueError, match=r"'pieces.en_fr' has a vocabulary of i"):
-    mixtures.build_store(both, LENGTHS, tmp_path)
+    store_building.build_store(both, LENGTHS, tmp_path)
 
 
 # ----------------------------------------------------------------- heating

@@ -177,7 +177,7 @@ def test_rounded_matrices_make_the_same_function(config):
   """To the last bit, operation by operation; the rest stays float32."""
   config = dataclasses.replace(config, dtype="bfloat16")
   network, variables = init(config)
-  params = model.rounded(variables["params"], config.dtype)
+  params = layers.rounded(variables["params"], config.dtype)
   rounded = {**variables, "params": params}
   kept = set()
   for path, x in jax.tree_util.tree_leaves_with_path(rounded):

@@ -20,6 +20,7 @@ from basemt_jax.inspection import (
   run_report,
   tables,
   text_report,
+  token_counts,
   views,
 )
 
@@ -95,12 +96,12 @@ HOSTILE = "<script>alert(1)</script> & so ᚁ </script>"
 
 def text_data(count):
   """Made up; a direction whose source is 5 and target 20 tokens, twice."""
-  bins = text_report.BINS
+  bins = token_counts.BINS
 
   def side(language, length, number):
     histogram = [0] * (len(bins) + 1)
     histogram[int(np.searchsorted(bins, length))] = number
-    return text_report.Side(
+    return token_counts.Side(
       *(language, length, length, length, length, tuple(histogram)),
       *(0.1, 90, 30, 0.0, 0.0405, 1 / 3, 0.0),
     )

@@ -182,9 +182,9 @@ def _store_there_is(run: Any) -> Any:
     return description.read(run.model_dir).header
   if run.store_dir:
     return run.store()
-  from basemt_jax.data import mixtures  # Imports SeqIO and TensorFlow.
+  from basemt_jax.data import store_building  # Imports SeqIO and TensorFlow.
 
-  directory = mixtures.store_directory(
+  directory = store_building.store_directory(
     run.mixture_or_task_name,
     run.task_feature_lengths,
     run.cache_dir or row_store.default_cache_dir(),

@@ -402,7 +402,6 @@ def report(
       seconds = _seconds(max(flops, share), traffic, exchanges, chip)
       if chip.clock and (cycles := hlo.estimated_cycles(text)):
         seconds["compiler"] = cycles / chip.clock + seconds["network"]
-  peak = chip.flops * mesh.size if chip else math.inf
   return Report(
     topology=topology,
     device=kind,
@@ -420,11 +419,7 @@ def report(
     hbm_bytes=traffic,
     exchanges=exchanges,
     seconds=seconds,
-    mfu={
-      name: total_flops / (peak * seconds[name])
-      for name in ("best", "serial", "compiler")
-      if name in seconds
-    },
+    mfu=chips.utilisation(seconds, total_flops, chip, mesh.size),
     compile_seconds=compiled.seconds,
     warnings=list(compiled.warnings),
     advice=_advice(program, memory, rows)

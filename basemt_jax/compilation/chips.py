@@ -1,7 +1,8 @@
 """Published figures of accelerators, and how long exchanges take on them."""
 
 import dataclasses
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 
 import jax
 import numpy as np
@@ -102,3 +103,25 @@ def _is_ring(size: int, chip: Chip) -> bool:
   In a 2D torus only the whole pod's 16 does, in a 3D torus multiples of 4 do.
   """
   return size == 16 if chip.dimensions == 2 else size % 4 == 0
+
+
+def utilisation(
+  seconds: Mapping[str, float],
+  flops: float,
+  chip: Chip | None,
+  devices: int,
+) -> dict[str, float]:
+  """Shares of the chips' peak at which a step works, one per estimate.
+
+  Args:
+    seconds: Of a step, by estimate; others than those of a step are left out.
+    flops: Of a step, over all chips.
+    chip: None: not a known one; 0 everywhere.
+    devices: Number of chips.
+  """
+  peak = chip.flops * devices if chip else math.inf
+  return {
+    name: flops / (peak * seconds[name])
+    for name in ("best", "serial", "compiler")
+    if name in seconds
+  }

@@ -3,7 +3,7 @@
 The layout is that of SeqIO's own `seqio_cache_tasks`, which needs Apache Beam;
 this needs nothing more, and keeps the order of the examples: a cached task
 gives the same examples as a live one, for any seed. (Our own trainer reads
-packed rows instead, see `mixtures.ensure_store`.)
+packed rows instead, see `store_building.ensure_store`.)
 """
 
 import json
@@ -16,7 +16,7 @@ import seqio
 import tensorflow as tf
 
 from basemt_jax import checksums
-from basemt_jax.data import mixtures, row_store
+from basemt_jax.data import mixtures, row_store, store_building
 
 # Examples of every split that tell whether a task still gives the same.
 _FIRST = 64
@@ -61,7 +61,7 @@ def cache_task(
   folder = pathlib.Path(cache_dir) / seqio.get_task_dir_from_name(task.name)
   folder.mkdir(parents=True, exist_ok=True)
   lengths = {"inputs": 0, "targets": 0}  # Whole sequences are cached.
-  made_of = mixtures.fingerprint(task, lengths)
+  made_of = store_building.fingerprint(task, lengths)
   made_of["first examples"] = _first_examples(task)
   note = folder / "made_of.json"
   if note.exists() and json.loads(note.read_text()) != made_of:

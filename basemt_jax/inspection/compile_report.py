@@ -7,81 +7,95 @@ from typing import Any
 from basemt_jax.compilation import ahead_of_time, chips
 from basemt_jax.inspection import tables
 
+Rows = list[tuple[str, str]]
+
 
 def tables_of(result: ahead_of_time.Report) -> list[tables.Table]:
   """Program, memory, work, estimate, notes, and the exchanges of a step."""
-  memory, seconds = result.memory, result.seconds
+  notes = [("warning", text) for text in result.warnings]
+  notes += [("to change", text) for text in result.advice]
+  parts = (
+    ("program", _program_rows(result)),
+    ("memory of a chip, GiB", _memory_rows(result.memory)),
+    ("work", _work_rows(result)),
+    ("estimate", _estimate_rows(result)),
+    ("notes", notes),
+  )
+  return [
+    *(tables.Table("", (title, ""), rows) for title, rows in parts if rows),
+    _exchange_table(result),
+  ]
+
+
+def _program_rows(result: ahead_of_time.Report) -> Rows:
+  return [
+    ("devices", f"{result.chips} x {result.device}"),
+    ("topology", result.topology or "the devices at hand"),
+    ("mesh", ", ".join(f"{k} {v}" for k, v in result.mesh.items())),
+    ("phase", result.phase),
+    ("parameters", f"{result.parameters:,}"),
+    (
+      "batch",
+      f"{result.rows:,} rows: {result.source_tokens:,} source and "
+      f"{result.target_tokens:,} target tokens at most",
+    ),
+    ("compiled in", f"{result.compile_seconds:.0f} s"),
+    (
+      "versions",
+      ", ".join(f"{k} {v}" for k, v in result.versions.items()),
+    ),
+  ]
+
+
+def _memory_rows(memory: ahead_of_time.Memory) -> Rows:
   available = ""
   if memory.available:
     available = f" of {memory.available / chips.GIB:.2f}: {_verdict(memory)}"
-  parts: list[tuple[str, list[tuple[str, str]]]] = [
-    (
-      "program",
-      [
-        ("devices", f"{result.chips} x {result.device}"),
-        ("topology", result.topology or "the devices at hand"),
-        ("mesh", ", ".join(f"{k} {v}" for k, v in result.mesh.items())),
-        ("phase", result.phase),
-        ("parameters", f"{result.parameters:,}"),
-        (
-          "batch",
-          f"{result.rows:,} rows: {result.source_tokens:,} source and "
-          f"{result.target_tokens:,} target tokens at most",
-        ),
-        ("compiled in", f"{result.compile_seconds:.0f} s"),
-        (
-          "versions",
-          ", ".join(f"{k} {v}" for k, v in result.versions.items()),
-        ),
-      ],
-    ),
-    (
-      "memory of a chip, GiB",
-      [
-        (name, f"{size / chips.GIB:.2f}")
-        for name, size in (
-          ("parameters", memory.parameters),
-          ("optimizer", memory.optimizer),
-          ("batch", memory.batch),
-          ("temporary", memory.temporary),
-          ("of which gradients, at most", memory.gradients),
-        )
-      ]
-      + [("in all", f"{memory.total / chips.GIB:.2f}{available}")],
-    ),
-  ]
-  if result.flops is not None:
-    work = [
-      ("model operations of a step", f"{result.model_flops:.4g}"),
-      ("a chip's share", f"{result.model_flops / result.chips:.4g}"),
-      ("compiled operations of a chip", f"{result.flops:.4g}"),
-      ("bytes accessed, by XLA's count", f"{result.bytes_accessed:.4g}"),
-      ("bytes of main memory, at most", f"{result.hbm_bytes:.4g}"),
-    ]
-    parts.append(("work", work))
-  if seconds:
-    estimate = [
-      (name, f"{seconds[name] * 1e3:.1f} ms")
-      for name in ("compute", "memory", "network")
-    ]
-    estimate += [
-      (
-        f"step: {name}",
-        f"{seconds[name] * 1e3:.1f} ms, MFU {result.mfu[name]:.2f}, "
-        f"{result.target_tokens / seconds[name]:,.0f} target tokens/s",
-      )
-      for name in ("best", "serial", "compiler")
-      if name in seconds
-    ]
-    parts.append(("estimate", estimate))
-  notes = [("warning", text) for text in result.warnings]
-  notes += [("to change", text) for text in result.advice]
-  if notes:
-    parts.append(("notes", notes))
   return [
-    *(tables.Table("", (title, ""), rows) for title, rows in parts),
-    _exchange_table(result),
+    *(
+      (name, f"{size / chips.GIB:.2f}")
+      for name, size in (
+        ("parameters", memory.parameters),
+        ("optimizer", memory.optimizer),
+        ("batch", memory.batch),
+        ("temporary", memory.temporary),
+        ("of which gradients, at most", memory.gradients),
+      )
+    ),
+    ("in all", f"{memory.total / chips.GIB:.2f}{available}"),
   ]
+
+
+def _work_rows(result: ahead_of_time.Report) -> Rows:
+  if result.flops is None:
+    return []
+  return [
+    ("model operations of a step", f"{result.model_flops:.4g}"),
+    ("a chip's share", f"{result.model_flops / result.chips:.4g}"),
+    ("compiled operations of a chip", f"{result.flops:.4g}"),
+    ("bytes accessed, by XLA's count", f"{result.bytes_accessed:.4g}"),
+    ("bytes of main memory, at most", f"{result.hbm_bytes:.4g}"),
+  ]
+
+
+def _estimate_rows(result: ahead_of_time.Report) -> Rows:
+  seconds = result.seconds
+  if not seconds:
+    return []
+  rows = [
+    (name, f"{seconds[name] * 1e3:.1f} ms")
+    for name in ("compute", "memory", "network")
+  ]
+  rows += [
+    (
+      f"step: {name}",
+      f"{seconds[name] * 1e3:.1f} ms, MFU {result.mfu[name]:.2f}, "
+      f"{result.target_tokens / seconds[name]:,.0f} target tokens/s",
+    )
+    for name in ("best", "serial", "compiler")
+    if name in seconds
+  ]
+  return rows
 
 
 def _exchange_table(result: ahead_of_time.Report) -> tables.Table:

@@ -9,7 +9,13 @@ import numpy as np
 
 from basemt_jax import metrics
 from basemt_jax.data import languages
-from basemt_jax.inspection import charts, forecasting, run_report, text_report
+from basemt_jax.inspection import (
+  charts,
+  forecasting,
+  run_report,
+  text_report,
+  token_counts,
+)
 
 _PAIRS = "% of the pairs of a step"
 
@@ -26,10 +32,10 @@ def lengths(data: text_report.Data) -> list[charts.Chart]:
   ):
     sides = {d.name: getattr(d, side) for d in data.directions}
     # Up to the limit, so that the line that marks it is seen.
-    last = int(np.searchsorted(text_report.BINS, limit)) + 2
+    last = int(np.searchsorted(token_counts.BINS, limit)) + 2
     for own in sides.values():
       last = max([last, *(i + 1 for i, n in enumerate(own.histogram) if n)])
-    ends = [*text_report.BINS, 2 * text_report.BINS[-1]][:last]
+    ends = [*token_counts.BINS, 2 * token_counts.BINS[-1]][:last]
     shares = {
       name: (
         ends,

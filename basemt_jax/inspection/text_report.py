@@ -15,17 +15,15 @@ import dataclasses
 import itertools
 import math
 import os
-import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from basemt_jax.data import doubts, languages, packing, vocabulary
+from basemt_jax.inspection import token_counts
 
 SAMPLE = 2000
-# Upper ends of the bins of length histograms: powers of the root of 2.
-BINS = tuple(sorted({round(2 ** (i / 2)) for i in range(27)}))
 
 # Shares from which a warning is due.
 MAX_TRUNCATED = 0.02
@@ -34,7 +32,6 @@ MAX_BYTES = 0.05
 MAX_DUPLICATES = 0.05
 MAX_COPIED = 0.05
 
-_BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 # Sequences are read at this many times their limit, to see how long they are.
 _LONGER = 16
 
@@ -81,46 +78,6 @@ class Example:
   target_pieces: tuple[str, ...]
   source_decoded: str
   target_decoded: str
-
-
-@dataclasses.dataclass(frozen=True)
-class Side:
-  """One side of the pairs looked at.
-
-  Lengths are in tokens, tag and EOS included, before anything is cut.
-
-  Attributes:
-    language: its code; the direction and side where the direction's name is
-      not two codes.
-    mean: length.
-    median: length.
-    p95: length that 95% of the sequences do not exceed.
-    longest: length.
-    histogram: sequences by length; bin i ends at `BINS[i]`, one more bin is
-      for what is longer.
-    truncated: share of the sequences that exceed the limit.
-    characters: of the texts, without tags.
-    tokens: of the texts, without tags and EOS.
-    unknown: share of these tokens that are the unknown token.
-    bytes: share of these tokens that are single bytes of a character without a
-      piece; None for a vocabulary that has no such pieces, or nothing else.
-    tokens_per_character: what a character costs.
-    altered: share of the texts that decoding does not give back exactly.
-  """
-
-  language: str
-  mean: float
-  median: float
-  p95: float
-  longest: int
-  histogram: tuple[int, ...]
-  truncated: float
-  characters: int
-  tokens: int
-  unknown: float
-  bytes: float | None
-  tokens_per_character: float
-  altered: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,8 +129,8 @@ class Direction:
   looked_at: int
   is_whole: bool
   band: str | None
-  source: Side
-  target: Side
+  source: token_counts.Side
+  target: token_counts.Side
   duplicates: int
   empty: int
   copied: int
@@ -197,7 +154,8 @@ class Language:
     tokens: that they became, without tags and EOS.
     tokens_per_character: what a character costs.
     unknown: share of its tokens that are the unknown token.
-    bytes: share of its tokens that are single bytes; None: see `Side`.
+    bytes: share of its tokens that are single bytes; None: see
+      `token_counts.Side`.
   """
 
   name: str
@@ -250,7 +208,7 @@ def inspect_data(
 
   found = mixtures.get_mixture(mixture)
   tasks = _named_tasks(found)
-  pieces = _vocabularies(tasks.values())
+  pieces = token_counts.vocabularies(tasks.values())
 
   def look(name: str) -> Direction:
     direction = _inspect_task(name, tasks[name], pieces, options)
@@ -284,13 +242,13 @@ def _named_tasks(mixture: Any) -> dict[str, Any]:
   for task in tasks:
     if not {"inputs", "targets"} <= task.output_features.keys():
       raise ValueError(
-        f"Task {task.name!r} has features {', '.join(task.output_features)}; "
-        "'inputs' and 'targets' are needed."
+        f"task {task.name!r} has features {', '.join(task.output_features)}; "
+        "'inputs' and 'targets' are needed"
       )
     if "train" not in task.splits:
       raise ValueError(
-        f"Task {task.name!r} has splits {', '.join(task.splits)}; 'train' is "
-        "needed."
+        f"task {task.name!r} has splits {', '.join(task.splits)}; 'train' is "
+        "needed"
       )
   names = [mixtures.direction_or_name(task.name) for task in tasks]
   count = collections.Counter(names)
@@ -303,20 +261,22 @@ def _named_tasks(mixture: Any) -> dict[str, Any]:
 def _inspect_task(
   name: str,
   task: Any,
-  pieces: Sequence[tuple[Any, "_Pieces"]],
+  pieces: Sequence[tuple[Any, token_counts.Pieces]],
   options: Options,
 ) -> Direction:
   """Looks at one direction."""
-  from basemt_jax.data import mixtures
+  from basemt_jax.data import mixtures, store_building
 
   layout = packing.RowLayout.of(options.lengths, 1)
   long = packing.RowLayout(_LONGER * layout.inputs, _LONGER * layout.targets)
   head = _Head(
-    mixtures.read_task(task, "train", long, texts=True), options.sample
+    store_building.read_task(task, "train", long, texts=True), options.sample
   )
   limits = (layout.inputs, layout.targets)
   sides = [
-    _SideCounter(language, limit, _find(pieces, task, feature))
+    token_counts.SideCounter(
+      language, limit, token_counts.pieces_of(pieces, task, feature)
+    )
     for language, limit, feature in zip(
       _side_languages(name), limits, ("inputs", "targets"), strict=True
     )
@@ -456,7 +416,7 @@ def _examples(
   inputs: packing.Ragged,
   targets: packing.Ragged,
   records: Sequence[Mapping[str, str]],
-  sides: Sequence["_SideCounter"],
+  sides: Sequence[token_counts.SideCounter],
   count: int,
 ) -> list[Example]:
   """Some pairs, spread evenly over a block."""
@@ -484,141 +444,6 @@ def _examples(
   return examples
 
 
-# ----------------------------------------------------------------- tokens
-
-
-class _Pieces:
-  """A task's vocabulary: ours where it can be, else SeqIO's own.
-
-  Attributes:
-    unknown: id of the unknown token, or None.
-    is_byte: bool [V], pieces for bytes of characters without a piece; None
-      where there are none, or nothing else.
-  """
-
-  def __init__(self, theirs: Any):
-    self._own: vocabulary.Vocabulary | None = None
-    with contextlib.suppress(ValueError, AttributeError, NotImplementedError):
-      self._own = vocabulary.Vocabulary.from_seqio(theirs)
-    self._any = self._own or theirs
-    self.unknown = getattr(self._any, "unk_id", None)
-    self.is_byte = None
-    if self._own and self._own.kind == "sentencepiece":
-      pieces = map(self._own.piece, range(self._own.vocab_size))
-      is_byte = np.array([bool(_BYTE.fullmatch(piece)) for piece in pieces])
-      self.is_byte = is_byte if is_byte.any() else None
-
-  def counts(self, ids: np.ndarray) -> np.ndarray:
-    """Tokens, unknown ones and single bytes among ids, without EOS."""
-    is_byte = self.is_byte[ids] if self.is_byte is not None else ids < 0
-    kinds = (ids != packing.EOS_ID, ids == self.unknown, is_byte)
-    return np.array([np.sum(kind) for kind in kinds])
-
-  def encode(self, text: str) -> np.ndarray:
-    """Ids of a text, without EOS."""
-    return np.array(self._any.encode(text), np.int64)
-
-  def piece(self, token: int) -> str:
-    """How a token looks."""
-    return self._own.piece(token) if self._own else self.decode([token])
-
-  def decode(self, ids: Sequence[int]) -> str:
-    """The text of ids."""
-    return str(self._any.decode(list(ids)))
-
-
-def _vocabularies(tasks: Iterable[Any]) -> list[tuple[Any, _Pieces]]:
-  """The different vocabularies of tasks, usually one."""
-  found: list[tuple[Any, _Pieces]] = []
-  for task in tasks:
-    for feature in ("inputs", "targets"):
-      theirs = task.output_features[feature].vocabulary
-      if all(known != theirs for known, _ in found):
-        found.append((theirs, _Pieces(theirs)))
-  return found
-
-
-def _find(
-  found: Sequence[tuple[Any, _Pieces]], task: Any, feature: str
-) -> _Pieces:
-  theirs = task.output_features[feature].vocabulary
-  return next(pieces for known, pieces in found if known == theirs)
-
-
-class _SideCounter:
-  """Lengths, tokens and characters of one side; see `Side`."""
-
-  def __init__(self, language: str, limit: int, pieces: _Pieces):
-    self.language, self.limit, self.pieces = language, limit, pieces
-    self._lengths: list[np.ndarray] = []
-    self._tag_counts: dict[str, np.ndarray] = {}
-    self._counts = np.zeros(3, np.int64)  # See `_Pieces.counts`.
-    self._characters = self._altered = 0
-
-  def add(
-    self,
-    ids: packing.Ragged,
-    records: Sequence[Mapping[str, str]],
-    tagged: str,
-    plain: str,
-  ) -> None:
-    """Takes more sequences.
-
-    Args:
-      ids: as the task gives them.
-      records: their texts.
-      tagged: key of the text that the ids stand for.
-      plain: key of the text without its tag.
-    """
-    self._lengths.append(ids.lengths)
-    self._counts += self.pieces.counts(ids.values)
-    starts = np.cumsum(ids.lengths) - ids.lengths
-    for record, start, length in zip(
-      records, starts.tolist(), ids.lengths.tolist(), strict=True
-    ):
-      self._characters += len(record[plain])
-      if record[tagged] != record[plain]:
-        self._counts -= self._of_tag(record[tagged], record[plain])
-      own = ids.values[start : start + length].tolist()
-      self._altered += self.pieces.decode(own) != record[tagged]
-
-  def _of_tag(self, tagged: str, plain: str) -> np.ndarray:
-    """Counts of the tag before a text; looked up once for every tag."""
-    tag = tagged.removesuffix(plain)
-    if tag not in self._tag_counts:
-      both = [self.pieces.encode(text) for text in (tagged, plain)]
-      self._tag_counts[tag] = np.subtract(*map(self.pieces.counts, both))
-    return self._tag_counts[tag]
-
-  def all_lengths(self) -> np.ndarray:
-    """Tokens of every sequence; int64 [P]."""
-    return np.concatenate([np.zeros(0, np.int64), *self._lengths])
-
-  def report(self) -> Side:
-    """What was counted."""
-    lengths = self.all_lengths()
-    sequences = max(1, len(lengths))
-    tokens, unknown, bytes_ = self._counts.tolist()
-    # A sequence as long as a bin's end is in that bin.
-    bins = np.searchsorted(BINS, lengths, side="left")
-    some = lengths if len(lengths) else np.zeros(1)
-    return Side(
-      language=self.language,
-      mean=float(some.mean()),
-      median=float(np.median(some)),
-      p95=float(np.percentile(some, 95, method="inverted_cdf")),
-      longest=int(some.max()),
-      histogram=tuple(np.bincount(bins, minlength=len(BINS) + 1).tolist()),
-      truncated=float((lengths > self.limit).sum() / sequences),
-      characters=self._characters,
-      tokens=tokens,
-      unknown=unknown / max(1, tokens),
-      bytes=None if self.pieces.is_byte is None else bytes_ / max(1, tokens),
-      tokens_per_character=tokens / max(1, self._characters),
-      altered=self._altered / sequences,
-    )
-
-
 # ---------------------------------------------------------------- summary
 
 
@@ -632,7 +457,7 @@ def _languages(directions: Sequence[Direction]) -> tuple[Language, ...]:
   return tuple(sorted(found, key=lambda x: -x.tokens_per_character))
 
 
-def _language(name: str, sides: Sequence[Side]) -> Language:
+def _language(name: str, sides: Sequence[token_counts.Side]) -> Language:
   characters = sum(side.characters for side in sides)
   tokens = sum(side.tokens for side in sides)
 
@@ -657,8 +482,34 @@ def _warnings(directions: Sequence[Direction]) -> Iterator[str]:
     "no training pairs", [d.name for d in directions if not d.looked_at]
   )
   own = [d for d in directions if d.looked_at]
-  sides = [(d.name, side) for d in own for side in (d.source, d.target)]
-  for trouble, limit, shares in (
+  for trouble, limit, shares in _troubles(own):
+    worst = sorted((x for x in shares if x[2] > limit), key=lambda x: -x[2])
+    yield from doubts.listed(
+      trouble,
+      [
+        f"{name}{of and f' ({of})'} {100 * share:.3g}%"
+        for name, of, share in worst
+      ],
+    )
+  yield from doubts.listed(
+    "no dev set",
+    [
+      d.name
+      for d in own
+      if not any(h.split == "validation" and h.looked_at for h in d.held_out)
+    ],
+  )
+
+
+def _troubles(
+  directions: Sequence[Direction],
+) -> tuple[tuple[str, float, list[tuple[str, str, float]]], ...]:
+  """Kinds of trouble, the share each is due from, and shares found.
+
+  A share is (direction, what it is of where that is not the whole, share).
+  """
+  sides = [(d.name, side) for d in directions for side in (d.source, d.target)]
+  return (
     (
       "sequences are cut off",
       MAX_TRUNCATED,
@@ -677,41 +528,25 @@ def _warnings(directions: Sequence[Direction]) -> Iterator[str]:
     (
       "pairs have an empty side",
       0.0,
-      [(d.name, "", d.share(d.empty)) for d in own],
+      [(d.name, "", d.share(d.empty)) for d in directions],
     ),
     (
       "pairs are copies, both sides the same",
       MAX_COPIED,
-      [(d.name, "", d.share(d.copied)) for d in own],
+      [(d.name, "", d.share(d.copied)) for d in directions],
     ),
     (
       "pairs repeat an earlier one",
       MAX_DUPLICATES,
-      [(d.name, "", d.share(d.duplicates)) for d in own],
+      [(d.name, "", d.share(d.duplicates)) for d in directions],
     ),
     (
       "held-out pairs are training pairs",
       0.0,
       [
         (d.name, h.split, h.pairs_seen / max(1, h.looked_at))
-        for d in own
+        for d in directions
         for h in d.held_out
       ],
     ),
-  ):
-    worst = sorted((x for x in shares if x[2] > limit), key=lambda x: -x[2])
-    yield from doubts.listed(
-      trouble,
-      [
-        f"{name}{of and f' ({of})'} {100 * share:.3g}%"
-        for name, of, share in worst
-      ],
-    )
-  yield from doubts.listed(
-    "no dev set",
-    [
-      d.name
-      for d in own
-      if not any(h.split == "validation" and h.looked_at for h in d.held_out)
-    ],
   )

@@ -287,12 +287,13 @@ def training_affinities(
 
 def prepare(data: str, store: str, vocab_size: int, length: int) -> None:
   """Trains the vocabulary and packs the rows; needs SeqIO."""
-  from basemt_jax.data import mixtures
+  from basemt_jax.data import store_building
   from tasks import files
 
   vocabulary_path = files.vocabulary_file(data, vocab_size)
   mixture = files.mixture(data, vocabulary_path)
-  mixtures.build_store(mixture, {"inputs": length, "targets": length}, store)
+  lengths = {"inputs": length, "targets": length}
+  store_building.build_store(mixture, lengths, store)
   found = row_store.RowStore(store)
   for name, pairs, rows in zip(
     found.directions, found.pairs("train"), found.rows("train"), strict=True
