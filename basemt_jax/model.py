@@ -89,6 +89,7 @@ class TransformerConfig:
 
   def __post_init__(self):
     """Checks the values that gin or a typing slip can get wrong."""
+    ranges.check_choices(self, feed_forward=FeedForward, placement=Placement)
     if self.head_dim % 2:
       raise ValueError(
         f"TransformerConfig.head_dim is {self.head_dim}; rotary positions turn "

@@ -6,7 +6,7 @@ anything is made of it; in Python code they are plain `int`, `float`, `str`.
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Annotated
+from typing import Annotated, Any, get_args
 
 import annotated_types as at
 
@@ -40,3 +40,22 @@ FeatureLengths = Annotated[
 ]
 # A leading ~ is the home directory, wherever a configuration names a path.
 Path = Annotated[str, at.MinLen(1), "path"]
+
+
+def check_choices(instance: Any, **kinds: Any) -> None:
+  """Refuses fields whose value is none of their `Literal`'s.
+
+  Most ranges are compared where a configuration is read; a choice is compared
+  for callers in Python too, because a name that nobody knows does no harm that
+  shows.
+
+  Raises:
+    ValueError: With the field, what was found, and the choices.
+  """
+  for name, kind in kinds.items():
+    value = getattr(instance, name)
+    if value not in get_args(kind):
+      raise ValueError(
+        f"{type(instance).__name__}.{name} is {value!r}; it must be one of "
+        f"{', '.join(get_args(kind))}"
+      )

@@ -221,7 +221,6 @@ def test_converted_layer_is_the_dense_one(train):
   y = block.apply(
     {"params": {name: dense[name] for name in ("wi", "wo")}},
     norm,
-    enable_dropout=False,
   )
   expected = jnp.where(mask[:, :, None], h + y, h)
   np.testing.assert_allclose(out, expected, rtol=1e-6, atol=1e-6)

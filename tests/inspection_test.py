@@ -645,6 +645,7 @@ def test_a_checkpoint_without_position_or_metrics(
   shutil.copytree(trained.model_dir, bare.model_dir)
   (tmp_path / "bare" / "metrics.jsonl").unlink()
   shutil.rmtree(tmp_path / "bare" / "checkpoint_4" / "position")
+  (tmp_path / "bare" / "checkpoint_4" / "checksums.json").unlink()
   report = run_report.inspect_run(bare, _silent())
   assert len(report.warnings) == 2 and len(report.experts) == 2
   assert all(d.drawn_rows is None for d in report.directions)

@@ -267,6 +267,7 @@ def test_training_goes_on_from_the_newest_whole_checkpoint(copy):
   )
   next(flips(largest, 3))
   told = train(a_run(copy / "model", str(copy / "store")))
+  told = [line for line in told if "checkpoint_" in line]
   assert "holds other bytes than were written" in told[0]
   assert told[1] == "going on from checkpoint_2, dense phase"
   assert not checksums.damage(copy / "model" / "checkpoint_4")
