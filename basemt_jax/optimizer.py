@@ -134,11 +134,11 @@ class MomentumState(NamedTuple):
   """State of Muon's part.
 
   Attributes:
-    count: [] int32, updates so far.
+    updates: [] int32, how many so far.
     mean: Of gradients, like the parameters.
   """
 
-  count: jax.Array
+  updates: jax.Array
   mean: Tree
 
 
@@ -152,9 +152,11 @@ def _orthogonal_momentum(
       jnp.zeros((), jnp.int32), optax.tree.zeros_like(params)
     )
 
-  def update(updates, state, params=None):
+  def update(
+    updates: Tree, state: MomentumState, params: Tree = None
+  ) -> tuple[Tree, MomentumState]:
     del params
-    count = state.count + 1
+    count = state.updates + 1
     mean = optax.tree.update_moment(updates, state.mean, decay, 1)
     ahead = jax.tree.map(
       lambda m, g: decay * m + (1 - decay) * g,
@@ -171,7 +173,7 @@ def _orthogonal_momentum(
       stack = jnp.stack([leaves[i] for i in indices])
       for i, made in zip(indices, _orthogonal(stack, eps, dtype), strict=True):
         leaves[i] = made
-    return treedef.unflatten(leaves), MomentumState(count, mean)
+    return jax.tree.unflatten(treedef, leaves), MomentumState(count, mean)
 
   return optax.GradientTransformation(init, update)
 
