@@ -176,7 +176,9 @@ def equality(
     losses = []
     experts = []
     for step in range(args.steps):
-      state, sums = check.trained.step(state, data[step % len(data)])
+      state, sums = check.trained.step(
+        state, data[step % len(data)], check.trained.key
+      )
       training_step.check_finite(f"{program.mesh.size} devices", sums)
       losses.append(float(np.sum(sums["loss"]) / np.sum(sums["weight"])))
       # Tokens of each direction that each expert got, of all layers.
@@ -306,11 +308,11 @@ def traced(
   rows = found.program.mesh.size * args.rows
   data = training_step.batches(found, rows, args.length, count)
   state = found.init()
-  state, _ = found.step(state, data[0])
+  state, _ = found.step(state, data[0], found.key)
   jax.block_until_ready(state)
   with device_trace.recorded() as trace:
     for each in data:
-      state, _ = found.step(state, each)
+      state, _ = found.step(state, each, found.key)
     jax.block_until_ready(state)
   kernels = {
     kind: {

@@ -230,13 +230,15 @@ class Compiled:
   Attributes:
     program: What was compiled.
     init: () -> state.
-    step: (state, batch) -> state, sums; the state's arrays are taken over.
+    step: (state, batch, key) -> state, sums; the state's arrays are taken over.
+    key: Of dropout.
     seconds: Tracing, lowering and compiling.
   """
 
   program: steps.Program
   init: Any
   step: Any
+  key: Any
   seconds: float
 
   @property
@@ -275,7 +277,9 @@ def compiled(
     for name, value in batch(rows, length, 0, cfg.vocab_size).items()
   }
   step = program.lower(data).compile()
-  return Compiled(program, program.init, step, time.perf_counter() - start)
+  seconds = time.perf_counter() - start
+  _, key = steps.keys(settings.seed)
+  return Compiled(program, program.init, step, key, seconds)
 
 
 def batches(
@@ -316,7 +320,7 @@ def first_steps(
   for key in sorted(programs, key=lambda key: programs[key].bytes):
     found = programs[key]
     data = batches(found, rows[key], length, 1)[0]
-    state, sums = found.step(found.init(), data)
+    state, sums = found.step(found.init(), data, found.key)
     check_finite(str(key), sums)
     del state, sums, data
     device = found.program.mesh.devices.flat[0]
@@ -341,7 +345,7 @@ def times(
     for name, found in programs.items():
       start = time.perf_counter()
       for each in data:
-        states[name], sums = found.step(states[name], each)
+        states[name], sums = found.step(states[name], each, found.key)
       jax.block_until_ready(states[name])
       seconds[name].append((time.perf_counter() - start) / len(data))
       check_finite(name, sums)
@@ -369,7 +373,7 @@ def print_trace(found: Compiled, rows: int, length: int) -> None:
   state = jax.block_until_ready(found.init())
   with device_trace.recorded() as trace:
     for each in data:
-      state, _ = found.step(state, each)
+      state, _ = found.step(state, each, found.key)
     jax.block_until_ready(state)
   if not trace.kernels:
     print("no kernels in the trace: it needs a GPU or a TPU")
