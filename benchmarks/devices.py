@@ -176,9 +176,7 @@ def equality(
     losses = []
     experts = []
     for step in range(args.steps):
-      state, sums = check.trained.step(
-        state, data[step % len(data)], check.trained.key
-      )
+      state, sums = check.trained.step(state, data[step % len(data)])
       training_step.check_finite(f"{program.mesh.size} devices", sums)
       losses.append(float(np.sum(sums["loss"]) / np.sum(sums["weight"])))
       # Tokens of each direction that each expert got, of all layers.
@@ -244,7 +242,7 @@ def _relative(found: Iterable[Any], expected: Iterable[Any]) -> float:
 
 def exchanges(found: training_step.Compiled) -> dict[str, Any]:
   """Collectives of a compiled step: kinds, bytes, splits, what overlaps."""
-  text, mesh = found.step.as_text(), found.program.mesh
+  text, mesh = found.executable.as_text(), found.program.mesh
   kinds: dict[tuple[str, str], dict[str, float]] = {}
   all_to_alls: list[dict[str, Any]] = []
   for c in hlo.collectives(text, mesh.size):
@@ -308,11 +306,11 @@ def traced(
   rows = found.program.mesh.size * args.rows
   data = training_step.batches(found, rows, args.length, count)
   state = found.init()
-  state, _ = found.step(state, data[0], found.key)
+  state, _ = found.step(state, data[0])
   jax.block_until_ready(state)
   with device_trace.recorded() as trace:
     for each in data:
-      state, _ = found.step(state, each, found.key)
+      state, _ = found.step(state, each)
     jax.block_until_ready(state)
   kernels = {
     kind: {
@@ -471,7 +469,7 @@ def main() -> None:
     print(f"\nno trace: {device.platform} has no kernels to show")
   if args.hlo:
     with open(args.hlo, "w", encoding="utf-8") as file:
-      file.write(sparse.step.as_text())
+      file.write(sparse.executable.as_text())
   figures["exchanges"] = exchanges(sparse)
   print_exchanges(figures["exchanges"], args.devices)
   write()
