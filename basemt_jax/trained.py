@@ -23,12 +23,13 @@ from basemt_jax import (
   evaluation,
   files,
   layers,
+  losses,
+  metrics,
   partitioning,
   phases,
   plain_data,
   processes,
   steps,
-  trainer,
   translation,
 )
 from basemt_jax import model as model_lib
@@ -331,7 +332,7 @@ def evaluate(
       f"{', '.join(s for s in store.splits if store.has_pairs(s))}"
     )
   mesh = trained.program.mesh
-  losses = trainer.direction_losses(
+  measured = losses.measured(
     trained.program.eval_step,
     trained.variables,
     (partitioning.put_batch(batch, mesh) for batch in batches()),
@@ -341,7 +342,7 @@ def evaluate(
     trained.translator(),
     trained.pieces,
     direction_texts(store, split),
-    losses,
+    metrics.of_directions(measured, "loss"),
     run.bands,
     console.translating,
   )
