@@ -40,10 +40,24 @@ def with_search(run: Any, options: argparse.Namespace, n_best: int = 1) -> Any:
     if getattr(options, name) is not None
   }
   beam_size = changes.get("beam_size", max(run.search.beam_size, n_best))
+  if beam_size < 1:
+    raise configuration.UsageError(
+      f"--beam_size is {beam_size}; it must be 1 (greedy search) or more"
+    )
+  if not 1 <= n_best <= beam_size:
+    raise configuration.UsageError(
+      f"--n_best is {n_best} with --beam_size {beam_size}; a search gives from "
+      "1 to as many hypotheses as its beam is large"
+    )
   search = dataclasses.replace(
     run.search, **{**changes, "beam_size": beam_size, "num_return": n_best}
   )
-  checks.check_fields(search)
+  try:
+    checks.check_fields(search)
+  except ValueError as error:
+    raise configuration.UsageError(
+      str(error).replace("SearchOptions.", "--")
+    ) from error
   return dataclasses.replace(run, search=search)
 
 
