@@ -95,7 +95,9 @@ def test_training_leaves_checkpoints_metrics_and_scores(dense):
   assert len(losses) == 2 and min(losses) > 0
   assert [m["temperature"] for m in metrics if "loss" in m] == [1.0, 1.0]
   assert list(dense.glob("events.out.tfevents*"))
-  scores = json.loads((dense / "evaluation/test_4/scores.json").read_text())
+  scores = json.loads(
+    (dense / "evaluation/test_4_greedy/scores.json").read_text()
+  )
   assert "en-de" in json.dumps(scores)
 
 
@@ -127,7 +129,7 @@ def test_evaluation_of_another_split_and_checkpoint(dense, one_device, capsys):
   output = capsys.readouterr().out
   assert re.search(r"validation at step 2", output)
   assert "de-en" in output and "nrefs:1" in output
-  written = dense / "evaluation" / "validation_2"
+  written = dense / "evaluation" / "validation_2_beam2"
   assert (written / "scores.json").exists()
   assert len(list(written.iterdir())) > 1
 
