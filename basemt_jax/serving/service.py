@@ -220,6 +220,8 @@ class _Translator:
         "again later",
         {"Retry-After": "1"},
       ) from None
+    except ValueError as error:  # Of the model: its scores are not finite.
+      raise fastapi.HTTPException(500, str(error)) from error
     return [
       Translation(
         text=best[1],
@@ -329,8 +331,10 @@ async def _one_sentence(
   del request
   assert isinstance(error, exceptions.RequestValidationError)
   found = error.errors()[0]
-  place = ".".join(str(part) for part in found["loc"][1:])
-  detail = f"{place}: {found['msg']}" if place else found["msg"]
+  if found["type"] == "json_invalid":
+    detail = "the request is not JSON"
+  else:
+    detail = ": ".join([*map(str, found["loc"][1:2]), found["msg"]])
   return responses.JSONResponse({"detail": detail}, 422)
 
 
