@@ -122,14 +122,14 @@ def write_model(directory, store, network=DENSE, **changes):
   phase = "sparse" if network is SPARSE else "dense"
   program = phases.program(run.config(rows), run.settings, phase, mesh(), 3)
   draw = np.random.RandomState(0)
-  tree = jax.tree.map(
-    lambda x: (
-      np.asarray(x + draw.uniform(0.0, 0.3, x.shape), x.dtype)
-      if x.dtype == np.float32
-      else x
-    ),
-    jax.device_get(program.init().tree()),
-  )
+
+  def varied(x):
+    if x.dtype != np.float32:
+      return x
+    factor, term = draw.uniform(0, (2, 0.01), (*x.shape, 2)).T
+    return np.asarray(x * factor.T + term.T, np.float32)
+
+  tree = jax.tree.map(varied, jax.device_get(program.init().tree()))
   with contextlib.closing(checkpointing.Checkpoints(directory)) as saved:
     saved.save(STEP, tree, {"data": None})
   known = run_lib.describe(run, rows)

@@ -215,7 +215,7 @@ def _fill_linear(spec: Any, params: Params, names: Sequence[str]) -> None:
 
 
 def _float32(array: Any) -> np.ndarray:
-  return np.asarray(array, np.float32)
+  return np.array(array, np.float32)  # A copy: quantization works in place.
 
 
 # ---------------------------------------------------------------- searching

@@ -44,10 +44,10 @@ def writer(model: trained.Trained) -> Callable[[pathlib.Path], None]:
   def write(directory: pathlib.Path) -> None:
     flat = traverse_util.flatten_dict(jax.device_get(model.variables), sep="/")
     arrays = {
-      name: np.ascontiguousarray(x, np.float32) for name, x in flat.items()
+      name: np.asarray(x, np.float32, order="C") for name, x in flat.items()
     }
-    step = {"format": "np", "step": str(model.step)}
-    numpy.save_file(arrays, directory / FILE, step)
+    # One entry only: several would come in any order.
+    numpy.save_file(arrays, directory / FILE, {"step": str(model.step)})
 
   return write
 
