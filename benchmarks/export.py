@@ -129,7 +129,7 @@ def main() -> None:
   with tempfile.TemporaryDirectory() as temporary:
     folder = pathlib.Path(temporary)
     exports = exported(model, folder, args.threads)
-    found = {"bytes": sizes(model, folder), "rows": []}
+    found: dict[str, Any] = {"bytes": sizes(model, folder), "rows": []}
     print(json.dumps(found["bytes"]), flush=True)
     for text in args.searches:
       beam, _, alpha = text.partition(":")
