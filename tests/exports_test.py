@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 import toy
+import toy_models
 import yaml
 
 from basemt_jax import (
@@ -21,7 +22,7 @@ from basemt_jax import (
 from basemt_jax import run as run_lib
 from basemt_jax.exports import ctranslate, safetensors_files
 
-STEP = toy.STEP
+STEP = toy_models.STEP
 
 
 @pytest.fixture(scope="module")
@@ -29,8 +30,10 @@ def folder(tmp_path_factory):
   """Holds a dense and a sparse model with averaged weights."""
   directory = tmp_path_factory.mktemp("exports")
   store = toy.write_store(directory / "store")
-  toy.write_model(directory / "dense", store, average_decay=0.5)
-  toy.write_model(directory / "sparse", store, toy.SPARSE, average_decay=0.5)
+  toy_models.write_model(directory / "dense", store, average_decay=0.5)
+  toy_models.write_model(
+    directory / "sparse", store, toy.SPARSE, average_decay=0.5
+  )
   return directory
 
 

@@ -18,6 +18,7 @@ import urllib.request
 
 import pytest
 import toy
+import toy_models
 from playwright import sync_api
 
 from basemt_jax import cli, evaluation, trained, translation
@@ -311,8 +312,8 @@ def models(tmp_path_factory):
   """A sparse model's directory, and a dense one exported for CTranslate2."""
   folder = tmp_path_factory.mktemp("models")
   store = toy.write_store(folder / "store")
-  toy.write_model(folder / "sparse", store, toy.SPARSE)
-  toy.write_model(folder / "dense", store)
+  toy_models.write_model(folder / "sparse", store, toy.SPARSE)
+  toy_models.write_model(folder / "dense", store)
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(run_lib.Run, "mesh", lambda self: toy.mesh())
     arguments = [f"--model_dir={folder}/dense", f"--to={folder}/exported"]

@@ -10,7 +10,6 @@ from flax import traverse_util
 
 from basemt_jax import (
   checkpointing,
-  description,
   heating,
   model,
   optimizer,
@@ -110,31 +109,6 @@ def a_run(model_dir, store, network=DENSE, train_steps=4, **changes):
     functools.partial(dataclasses.replace, network),
     **values,
   )
-
-
-STEP = 4
-
-
-def write_model(directory, store, network=DENSE, **changes):
-  """A model directory of random weights, other ones in the average."""
-  run = a_run(directory, store, network, settings=settings(STEP, **changes))
-  rows = run.store()
-  phase = "sparse" if network is SPARSE else "dense"
-  program = phases.program(run.config(rows), run.settings, phase, mesh(), 3)
-  draw = np.random.RandomState(0)
-
-  def varied(x):
-    if x.dtype != np.float32:
-      return x
-    factor, term = draw.uniform(0, (2, 0.01), (*x.shape, 2)).T
-    return np.asarray(x * factor.T + term.T, np.float32)
-
-  tree = jax.tree.map(varied, jax.device_get(program.init().tree()))
-  with contextlib.closing(checkpointing.Checkpoints(directory)) as saved:
-    saved.save(STEP, tree, {"data": None})
-  known = run_lib.describe(run, rows)
-  description.write(directory, known, description.pieces_of(rows))
-  return directory
 
 
 def texts(split, direction):
