@@ -14,7 +14,8 @@ import importlib.metadata
 import logging
 import os
 import sys
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn
 
 # Quiet C++ logs; set before TensorFlow or XLA are loaded.
@@ -40,7 +41,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
   options = _parser(rest).parse_args(rest)
   options.bindings = bindings
   _quiet_libraries()
-  return _guarded(options, _start)
+  with _warnings_told():
+    return _guarded(options, _start)
 
 
 def _guarded(
@@ -131,6 +133,38 @@ def _quiet_libraries() -> None:
   """Libraries' warnings are for their developers, not for this command."""
   for name in ("absl", "jax", "orbax"):
     logging.getLogger(name).setLevel(logging.ERROR)
+
+
+class _Sentence(logging.StreamHandler):
+  """Warnings of this package as sentences of the command."""
+
+  def format(self, record: logging.LogRecord) -> str:
+    """The message alone, with nothing in it that a terminal would obey."""
+    return files.printable(f"basemt: warning: {record.getMessage()}")
+
+
+@contextlib.contextmanager
+def _warnings_told() -> Iterator[None]:
+  """Has this package's warnings, logged or not, told on standard error."""
+  log = logging.getLogger("basemt_jax")
+  package, show = str(configuration.PACKAGE), warnings.showwarning
+
+  def told(message: Any, kind: Any, filename: str, *rest: Any) -> None:
+    if filename.startswith(package):
+      log.warning("%s", message)
+    else:
+      show(message, kind, filename, *rest)
+
+  handler, propagated = _Sentence(sys.stderr), log.propagate
+  log.addHandler(handler)
+  log.propagate = False  # TensorFlow's handler shows all, in its own way.
+  try:
+    with warnings.catch_warnings():
+      warnings.showwarning = told
+      yield
+  finally:
+    log.removeHandler(handler)
+    log.propagate = propagated
 
 
 class _Parser(argparse.ArgumentParser):

@@ -221,3 +221,29 @@ def test_all_pairs_of_common_codes_are_read_in_one_way():
   codes = ["en", "de", "pt", "br", "fr", "ca", "zh", "sr", "in", "id", "no"]
   for a, b in itertools.permutations(codes, 2):
     assert Direction.parse(f"{a}_{b}") == (a, b)
+
+
+@pytest.mark.parametrize(
+  "name, expected",
+  [
+    ("en-pt_BR", ["en-pt_BR"]),
+    ("en-pt-br", ["en-pt_BR"]),
+    ("EN-pt_br", ["en-pt_BR"]),
+    ("eng_Latn-por", ["en-pt_BR"]),
+    ("pt-br", ["en-pt_BR", "pt_BR-en"]),
+    ("por_Latn", ["en-pt_BR", "pt_BR-en"]),
+    ("en", ["en-pt_BR", "en-zh_Hant", "pt_BR-en"]),
+    ("zh-TW", ["en-zh_Hant", "zh_Hant-deu_Latn"]),
+    ("de", ["zh_Hant-deu_Latn"]),
+    ("zh-de", ["zh_Hant-deu_Latn"]),
+    ("cleaned", ["cleaned"]),
+    ("de-zh", []),
+    ("fr", []),
+    ("nonsense", []),
+  ],
+)
+def test_a_name_means_directions_in_any_spelling(name, expected):
+  directions = ["cleaned", "en-pt_BR", "en-zh_Hant", "pt_BR-en"]
+  directions.append("zh_Hant-deu_Latn")
+  assert sorted(languages.meant(name, directions)) == sorted(expected)
+  assert languages.meant(name, []) == []

@@ -73,7 +73,19 @@ def _checked(run: Any) -> Any:
     for name in ("model_dir", "store_dir", "cache_dir")
     if (value := getattr(run, name)) is not None
   }
-  return dataclasses.replace(run, **paths)
+  optimizer = _with_bindings(run.settings.optimizer)
+  settings = dataclasses.replace(run.settings, optimizer=optimizer)
+  return dataclasses.replace(run, settings=settings, **paths)
+
+
+def _with_bindings(function: Callable[..., Any]) -> Callable[..., Any]:
+  """The function with what gin binds, for those who do not know gin."""
+  import gin
+
+  try:
+    return functools.partial(function, **gin.get_bindings(function))
+  except ValueError:  # It is not gin's.
+    return function
 
 
 # What may be set for a model that is used as it was trained, by the fields of

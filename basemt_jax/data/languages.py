@@ -14,7 +14,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import langcodes
@@ -261,6 +261,26 @@ def _matching(wanted: Language, known: tuple[str, ...]) -> tuple[str, ...]:
     if found:
       return found
   return ()
+
+
+def meant(name: str, directions: Sequence[str]) -> list[str]:
+  """Which directions a name means: one, or all from or to a language.
+
+  Args:
+    name: of a direction or a language, however spelled.
+    directions: their names.
+  """
+  if name in directions:
+    return [name]
+  parsed = {d: likely[0] for d in directions if (likely := _directions(d)[0])}
+  sides = [{*side} for side in zip(*parsed.values(), strict=True)]
+  for wanted in _directions(name)[1] if sides else ():
+    sources, targets = map(matching, wanted, sides)
+    found = [d for d, (a, b) in parsed.items() if a in sources and b in targets]
+    if found:
+      return found
+  spoken = {*matching(name, {x for side in sides for x in side})}
+  return [d for d, own in parsed.items() if spoken & {*own}]
 
 
 # ------------------------------------------------------------------ writing
