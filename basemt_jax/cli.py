@@ -160,7 +160,7 @@ def _warnings_told() -> Iterator[None]:
   log.propagate = False  # TensorFlow's handler shows all, in its own way.
   try:
     with warnings.catch_warnings():
-      warnings.showwarning = told
+      warnings.showwarning = told  # type: ignore[assignment]
       yield
   finally:
     log.removeHandler(handler)

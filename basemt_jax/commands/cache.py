@@ -11,6 +11,7 @@ SUMMARY = "Build a run's packed rows ahead of training."
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
   """The flags of this command."""
+  flags.modules(parser)
   parser.add_argument(
     "--seqio_dir",
     metavar="DIR",

@@ -16,6 +16,7 @@ SUMMARY = (
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
   """The flags of this command."""
+  flags.modules(parser)
   parser.add_argument(
     "--topology",
     metavar="NAME",

@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from basemt_jax.commands import checks
+from basemt_jax.commands import saved as saved_lib
 
 PACKAGE = pathlib.Path(__file__).parent.parent
 CONFIG_FILE = "config.gin"
@@ -147,22 +148,14 @@ def _parse(
   import gin
   from basemt_jax import run
 
+  named = getattr(options, "module", [])
+  import_modules(named)
   files = list(options.gin_file)
   if options.model_dir:
     macros = {"MODEL_DIR": options.model_dir, **macros}
-  if not files:
-    if not options.model_dir:
-      raise UsageError(
-        "nothing is configured: give --gin_file=gin/recipes/NAME.gin, or "
-        "--model_dir of a run, which holds its configuration"
-      )
-    saved = pathlib.Path(options.model_dir) / CONFIG_FILE
-    if not saved.exists():
-      raise UsageError(
-        f"{options.model_dir} is not the directory of a run: it holds no "
-        f"{CONFIG_FILE}; give another, or --gin_file"
-      )
-    files = [str(saved)]
+  is_saved = not files
+  if is_saved:
+    files = [_saved_file(options)]
   for path in (
     "",
     *filter(None, options.gin_search_paths.split(",")),
@@ -175,6 +168,8 @@ def _parse(
   logging.disable(logging.ERROR)
   try:
     paths = [_find(f, options) for f in files]
+    if is_saved:
+      saved_lib.check_imports(files[0], named)
     with native_output_hidden():  # Imports tasks, and with them TensorFlow.
       gin.parse_config_files_and_bindings(
         paths,
@@ -182,6 +177,8 @@ def _parse(
         finalize_config=False,
         skip_unknown=False,
       )
+      if is_saved:
+        saved_lib.check_references(files[0], named)
       checks.check([b.partition("=")[0].strip() for b in options.bindings])
       gin.finalize()
       if "seqio" in sys.modules:
@@ -197,6 +194,22 @@ def _parse(
       f"{', '.join(files)} binds nothing of run.Run; include "
       "'gin/runs/train.gin'"
     ) from error
+
+
+def _saved_file(options: argparse.Namespace) -> str:
+  """The configuration in the model directory, where no other is given."""
+  if not options.model_dir:
+    raise UsageError(
+      "nothing is configured: give --gin_file=gin/recipes/NAME.gin, or "
+      "--model_dir of a run, which holds its configuration"
+    )
+  saved = pathlib.Path(options.model_dir) / CONFIG_FILE
+  if not saved.exists():
+    raise UsageError(
+      f"{options.model_dir} is not the directory of a run: it holds no "
+      f"{CONFIG_FILE}; give another, or --gin_file"
+    )
+  return str(saved)
 
 
 # Bytes of compiled programs that are kept between runs; the least recently used
