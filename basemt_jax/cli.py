@@ -133,6 +133,8 @@ def _quiet_libraries() -> None:
   """Libraries' warnings are for their developers, not for this command."""
   for name in ("absl", "jax", "orbax"):
     logging.getLogger(name).setLevel(logging.ERROR)
+  # A trace for each array of a checkpoint that could not be written.
+  logging.getLogger("asyncio").setLevel(logging.CRITICAL)
 
 
 class _Sentence(logging.StreamHandler):

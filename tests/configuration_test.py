@@ -274,6 +274,8 @@ def test_text_tells_a_terminal_nothing():
 def test_the_first_process_listens_where_it_was_told():
   assert processes._bind_address("localhost:1234") == "localhost:1234"
   assert processes._bind_address("127.0.0.1:1234") == "127.0.0.1:1234"
+  if os.path.exists("/proc/net/if_inet6"):
+    assert processes._bind_address("[::1]:1234") == "[::1]:1234"
   # Of no interface here (a documentation address): JAX's default.
   assert processes._bind_address("192.0.2.1:1234") is None
   assert processes._bind_address(None) is None

@@ -78,7 +78,15 @@ def cache_task(
   files.write_atomically(note, files.json_text(made_of))
   for split, info in infos.items():
     if not info.exists():  # Written last.
-      features = _write_split(task, split, folder, progress)
+      try:
+        features = _write_split(task, split, folder, progress)
+      except (
+        tf.errors.ResourceExhaustedError,
+        tf.errors.PermissionDeniedError,
+      ) as error:
+        raise ValueError(
+          f"the cache of {task.name} cannot be written: {error.message}"
+        ) from error
       files.write_atomically(info, files.json_text(features))
   files.write_atomically(folder / "COMPLETED", "")
   return folder
