@@ -12,6 +12,8 @@ import collections
 import contextlib
 import dataclasses
 import errno
+import itertools
+import logging
 import os
 import pathlib
 import random
@@ -163,34 +165,46 @@ def of_row_store(work: pathlib.Path, count: int, wrong: list[str]) -> Counts:
 def largest_file(size: int) -> Iterator[None]:
   """Files cannot grow beyond a size; what was open or written is kept."""
   limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+  # Half a program is not to be kept: other processes would read it.
+  keep = "jax_persistent_cache_min_compile_time_secs"
+  seconds = getattr(jax.config, keep)
+  jax.config.update(keep, 1e9)
   resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
   try:
     yield
   finally:
     resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    jax.config.update(keep, seconds)
 
 
-@contextlib.contextmanager
-def full_at(number: int) -> Iterator[Callable[[], bool]]:
-  """The disk is full at the n-th file that is forced to it."""
-  real, calls = os.fsync, 0
+class FullAt:
+  """The disk is full at the n-th file that is forced to it.
 
-  def fsync(handle: int) -> None:
-    nonlocal calls
-    calls += 1
-    if calls == number:
+  Attributes:
+    reached: Whether there were so many.
+  """
+
+  def __init__(self, number: int):
+    self._left, self.reached = number, False
+
+  def __enter__(self) -> "FullAt":
+    self._real = os.fsync
+    os.fsync = self._fsync
+    return self
+
+  def _fsync(self, handle: int) -> None:
+    self._left -= 1
+    if not self._left:
+      self.reached = True
       raise OSError(errno.ENOSPC, "No space left on device")
-    real(handle)
+    self._real(handle)
 
-  os.fsync = fsync
-  try:
-    yield lambda: calls >= number
-  finally:
-    os.fsync = real
+  def __exit__(self, *_: object) -> None:
+    os.fsync = self._real
 
 
 def survived(
-  work: pathlib.Path,
+  directory: pathlib.Path,
   fault: contextlib.AbstractContextManager[Any],
   write: Callable[[], Any],
   digest: Callable[[], str],
@@ -204,16 +218,16 @@ def survived(
       write()
     return digest()
 
-  found = outcome(use, expected, str(work), wrong)
+  shutil.rmtree(directory, ignore_errors=True)
+  found = outcome(use, expected, str(directory), wrong)
   try:
     write()
+    if digest() == expected:
+      return found
+    wrong.append(f"went on to another result ({fault})")
   except Exception as error:
     wrong.append(f"could not go on: {type(error).__name__}: {error}")
-    return "wrong"
-  if digest() != expected:
-    wrong.append(f"went on to another result than {expected}")
-    return "wrong"
-  return found
+  return "wrong"
 
 
 def full_disks_of_store(
@@ -222,45 +236,38 @@ def full_disks_of_store(
   """The disk is full at every write of a row store."""
   directory, found = work / "store", Counts()
   expected = digest_of_store(pathlib.Path(toy.write_store(directory)))
-  number, reached = 1, True
-  while reached:
-    shutil.rmtree(directory)
-    with full_at(number) as is_reached:
-      found[
-        survived(
-          work,
-          contextlib.nullcontext(),
-          lambda: toy.write_store(directory),
-          lambda: digest_of_store(directory),
-          expected,
-          wrong,
-        )
-      ] += 1
-      reached = is_reached()
-    number += every
-  return found
+  for number in itertools.count(1, every):
+    fault = FullAt(number)
+    result = survived(
+      directory,
+      fault,
+      lambda: toy.write_store(directory),
+      lambda: digest_of_store(directory),
+      expected,
+      wrong,
+    )
+    if not fault.reached:
+      return found
+    found[result] += 1
+  raise AssertionError
 
 
 def full_disks_of_training(
   work: pathlib.Path, limits: list[int], writes: list[int], wrong: list[str]
 ) -> Counts:
   """The disk is full while a model directory is written, at any point."""
-  store, found = toy.write_store(work / "store"), Counts()
-  model = work / "model"
-  run = a_run(model, store)
+  run = a_run(work / "model", toy.write_store(work / "store"))
 
   def digest() -> str:
-    return digest_of_model(model, 4)
+    return digest_of_model(work / "model", 4)
 
   train(run)
-  expected = digest()
-  for fault in (
-    *(largest_file(size) for size in limits),
-    *(full_at(number) for number in writes),
-  ):
-    shutil.rmtree(model)
+  expected, found = digest(), Counts()
+  for fault in (*map(largest_file, limits), *map(FullAt, writes)):
     found[
-      survived(work, fault, lambda: train(run), digest, expected, wrong)
+      survived(
+        work / "model", fault, lambda: train(run), digest, expected, wrong
+      )
     ] += 1
   return found
 
@@ -372,6 +379,8 @@ def main() -> int:
   parser.add_argument("--bytes", type=int, default=3, help="faults a file")
   parser.add_argument("--only", default="", help="rows whose names hold this")
   options = parser.parse_args()
+  for name in ("absl", "asyncio", "orbax"):
+    logging.getLogger(name).setLevel(logging.CRITICAL)
   names = ("told", "unharmed", "wrong")
   print("| fault | tried | told | unharmed | wrong |\n|---|--:|--:|--:|--:|")
   all_wrong: list[str] = []

@@ -66,6 +66,8 @@ def test_every_spelling_is_one_value(spelled):
     "en--US",
     "pt_BR_",
     "v1",
+    "de_2019",
+    "en-corpus",
   ],
 )
 def test_what_is_no_code(wrong):
@@ -186,6 +188,25 @@ def test_what_is_no_direction(wrong):
 def test_what_can_be_read_in_two_ways_is_asked_about():
   with pytest.raises(ValueError, match="could be en-fr_CA or en_FR-ca: write"):
     Direction.parse("en_fr_ca")
+
+
+@pytest.mark.parametrize(
+  "code, text",
+  [
+    *(
+      ("th", "ภาษาไทย"),
+      ("km", "ភាសាខ្មែរ"),
+      ("lo", "ພາສາລາວ"),
+      ("my", "မြန်မာ"),
+    ),
+    *(("bo", "བོད་ཡིག"), ("ii", "ꆈꌠꉙ"), ("nod", "ᨣᩤᩴᨾᩮᩬᩥᨦ")),
+  ],
+)
+def test_scripts_without_spaces_are_known_by_text_and_by_code(code, text):
+  for spelled in (code, "xx", "de"):
+    assert languages.writing_of(spelled, [text]) == "unspaced"
+  assert languages.writing_of(code) == "unspaced"
+  assert languages.writing_of(code, ["but in Latin letters"]) == "spaced"
 
 
 def test_tags_are_taken_off():

@@ -167,11 +167,13 @@ def _parsed(spelled: str) -> Language | None:
   if not match:
     return None
   script, region = match["script"] or "", match["region"] or ""
-  if not all(langcodes.tag_is_valid(f"und-{x}") for x in (script, region) if x):
-    return None
   variants = re.split("[-_]", match["variants"].lower())[1:]
-  parts = [match["language"].lower(), script.title(), region.upper(), *variants]
-  return Language("_".join(filter(None, parts)))
+  parts = filter(None, (script, region, *variants))
+  if not all(langcodes.tag_is_valid(f"und-{part}") for part in parts):
+    return None
+  code = match["language"].lower()
+  spelled_so = (code, script.title(), region.upper(), *variants)
+  return Language("_".join(filter(None, spelled_so)))
 
 
 @functools.cache
@@ -292,7 +294,8 @@ _LETTERS = {
   "Hani": regex.compile(r"[\p{sc=Hani}\p{sc=Bopo}]"),
   "Kore": regex.compile(r"\p{sc=Hang}"),
   "unspaced": regex.compile(
-    r"[\p{LB=SA}\p{sc=Tibt}\p{sc=Yiii}\p{sc=Java}\p{sc=Bali}]"
+    r"[\p{LB=SA}\p{sc=Tibt}\p{sc=Yiii}\p{sc=Java}\p{sc=Bali}\p{sc=Bugi}"
+    r"\p{sc=Tang}\p{sc=Nshu}]"
   ),
   "all": regex.compile(r"\p{L}"),
 }
@@ -300,7 +303,13 @@ _LETTERS = {
 _WRITINGS = {
   **dict.fromkeys(("Hans", "Hant", "Hani"), "Hani"),
   **{"Jpan": "Jpan", "Kore": "Kore", "Hang": "Kore"},
-  **dict.fromkeys(("Thai", "Laoo", "Khmr", "Mymr", "Tibt"), "unspaced"),
+  **dict.fromkeys(
+    (
+      *("Thai", "Laoo", "Khmr", "Mymr", "Lana", "Tale", "Talu", "Tavt", "Ahom"),
+      *("Tibt", "Yiii", "Java", "Bali", "Bugi", "Tang", "Nshu"),
+    ),
+    "unspaced",
+  ),
 }
 # Text that is looked at, in characters.
 _SAMPLE = 100_000
