@@ -198,7 +198,7 @@ def memory(
     "activations": activation_bytes(cfg, own, length),
     "logits": own * length * cfg.vocab_size * (4 + size),
   }
-  stats = found.step.memory_analysis()
+  stats = found.executable.memory_analysis()
   compiled_ = {
     "arguments": stats.argument_size_in_bytes,
     "temporary": stats.temp_size_in_bytes,
@@ -230,19 +230,25 @@ class Compiled:
   Attributes:
     program: What was compiled.
     init: () -> state.
-    step: (state, batch) -> state, sums; the state's arrays are taken over.
+    executable: The compiled step.
+    key: Of dropout.
     seconds: Tracing, lowering and compiling.
   """
 
   program: steps.Program
   init: Any
-  step: Any
+  executable: Any
+  key: Any
   seconds: float
+
+  def step(self, state: Any, data: Any) -> tuple[Any, dict[str, Any]]:
+    """Takes a step; the state's arrays are taken over."""
+    return self.executable(state, data, self.key)
 
   @property
   def bytes(self) -> int:
     """Memory of a device that the compiler plans with for a step."""
-    stats = self.step.memory_analysis()
+    stats = self.executable.memory_analysis()
     return int(
       stats.argument_size_in_bytes
       + stats.output_size_in_bytes
@@ -275,7 +281,13 @@ def compiled(
     for name, value in batch(rows, length, 0, cfg.vocab_size).items()
   }
   step = program.lower(data).compile()
-  return Compiled(program, program.init, step, time.perf_counter() - start)
+  return Compiled(
+    program,
+    program.init,
+    step,
+    steps.keys(settings.seed)[1],
+    time.perf_counter() - start,
+  )
 
 
 def batches(
@@ -374,7 +386,7 @@ def print_trace(found: Compiled, rows: int, length: int) -> None:
   if not trace.kernels:
     print("no kernels in the trace: it needs a GPU or a TPU")
     return
-  hlo, steps_ = found.step.as_text(), len(data)
+  hlo, steps_ = found.executable.as_text(), len(data)
   kernels = len(trace.kernels) / steps_
   print(f"busy {trace.busy_ms() / steps_:.2f} ms a step, {kernels:.0f} kernels")
   for part, (total, _) in trace.by_source(hlo, PARTS).items():

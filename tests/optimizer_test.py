@@ -92,7 +92,9 @@ def test_muon_is_optax_muon_on_each_kernel_and_adam_elsewhere():
     "expert_centroids": make(3, 8),
   }
   grads = [jax.tree.map(lambda p: make(*p.shape), params) for _ in range(3)]
-  found = run(optimizer.muon(0.1, max_grad_norm=None), params, grads)
+  found = run(
+    optimizer.muon(0.1, max_grad_norm=None, dtype="float32"), params, grads
+  )
   for i in range(3):  # An expert's matrix is as if it were alone.
     alone = optax.contrib.muon(0.1, eps=1e-9, consistent_rms=0.2)
     expected = run(
@@ -107,6 +109,19 @@ def test_muon_is_optax_muon_on_each_kernel_and_adam_elsewhere():
   adam = run(nadam, params, grads)
   for name in ("embedding", "expert_centroids"):
     np.testing.assert_allclose(found[name], adam[name], atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(16, 48), (48, 16), (3, 20, 20)])
+def test_muon_in_bfloat16_makes_singular_values_nearly_equal(shape):
+  grad = {"kernel": jax.random.normal(jax.random.key(0), shape)}
+  tx = optimizer.muon(1.0, max_grad_norm=None)
+  update, _ = tx.update(grad, tx.init(grad), grad)
+  found = np.linalg.svd(update["kernel"], compute_uv=False)
+  found = found / (0.2 * max(shape[-2:]) ** 0.5)
+  exact = np.linalg.svd(grad["kernel"], compute_uv=False)
+  far = exact > 0.05 * exact.max()  # What is nearly 0 rises in five steps.
+  assert found[far].min() > 0.6
+  assert found.max() < 1.3
 
 
 def test_an_average_spans_a_ninth_at_first_and_then_its_own_length():
