@@ -131,10 +131,18 @@ def _as_one(options: argparse.Namespace) -> int | None:
 
 def _quiet_libraries() -> None:
   """Libraries' warnings are for their developers, not for this command."""
-  for name in ("absl", "jax", "orbax"):
-    logging.getLogger(name).setLevel(logging.ERROR)
-  # A trace for each array of a checkpoint that could not be written.
-  logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+  logging.getLogger("jax").setLevel(logging.ERROR)
+  # Of a checkpoint that could not be written Orbax logs a trace for each array,
+  # and tensorstore shows more; who waits for the checkpoint says it once.
+  for name in ("absl", "orbax", "asyncio"):
+    logging.getLogger(name).setLevel(logging.CRITICAL)
+  show = sys.unraisablehook
+
+  def hook(unraisable: Any) -> None:
+    if str(unraisable.exc_value) != "Event loop is closed":
+      show(unraisable)
+
+  sys.unraisablehook = hook
 
 
 class _Sentence(logging.StreamHandler):

@@ -385,6 +385,8 @@ def one_sentence(error: Exception) -> str:
   text = str(error).strip() or type(error).__name__
   if isinstance(error, OSError) and error.filename and error.strerror:
     text = f"{error.filename}: {error.strerror}"
+  # One that gin or another error has taken in.
+  text = re.sub(r"\[Errno \d+\] ([^:\n]+): '([^'\n]+)'", r"\2: \1", text)
   # gin repeats the whole configuration there.
   text = text.split(" in config string:")[0]
   lines = [line.strip() for line in text.splitlines() if line.strip()]

@@ -139,6 +139,7 @@ def build_store(
     return store
   directory.mkdir(parents=True, exist_ok=True)
   with files.locked(directory):
+    files.remove_left_behind(directory)
     store = _finished(directory, parts, verify)
     if store and not _gives_the_same(tasks, store):
       _log.warning(
