@@ -309,6 +309,9 @@ def _complete(values: Mapping[str, Any]) -> Any:
   if "settings" in found:
     settings = {"class": _SETTINGS, "fields": found["settings"]}
     found["settings"] = plain_data.completed(settings)["fields"]
+  if "optimizer" in found:
+    call = plain_data.completed_call(found["optimizer"])
+    found["optimizer"] = json.loads(json.dumps(call))
   return found
 
 
