@@ -14,6 +14,7 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from basemt_jax import ranges
@@ -31,6 +32,7 @@ def adamw(
   eps: ranges.NotNegative = 1e-9,
   weight_decay: ranges.Decay = 0.0,
   max_grad_norm: ranges.Positive | None = 1.0,
+  moments: Literal["float32", "bfloat16"] = "float32",
 ) -> optax.GradientTransformation:
   """Adam with decoupled weight decay (arXiv:1711.05101) and clipping.
 
@@ -44,13 +46,74 @@ def adamw(
     eps: Added to the root.
     weight_decay: Per step and unit of learning rate; matrices only.
     max_grad_norm: Global norm gradients are clipped to; None: not clipped.
+    moments: Type in which both means are kept between steps. In bfloat16 they
+      are rounded up or down at random, so that small changes are kept on
+      average; the state is half as large.
   """
-  return _chain(
-    max_grad_norm,
-    optax.scale_by_adam(b1=b1, b2=b2, eps=eps),
-    weight_decay,
-    learning_rate,
+  adam = optax.scale_by_adam(b1=b1, b2=b2, eps=eps)
+  if moments == "bfloat16":
+    adam = _with_rounded_moments(adam)
+  return _chain(max_grad_norm, adam, weight_decay, learning_rate)
+
+
+def _with_rounded_moments(
+  adam: optax.GradientTransformation,
+) -> optax.GradientTransformation:
+  """Adam that computes in float32 and keeps its means in bfloat16."""
+
+  def init(params: Tree) -> Any:
+    state = adam.init(params)
+    mean, square = optax.tree.cast((state.mu, state.nu), jnp.bfloat16)
+    return state._replace(mu=mean, nu=square)
+
+  def update(
+    updates: Tree, state: Any, params: Tree = None
+  ) -> tuple[Tree, Any]:
+    mean, square = optax.tree.cast((state.mu, state.nu), jnp.float32)
+    exact = state._replace(mu=mean, nu=square)
+    updates, exact = adam.update(updates, exact, params)
+    leaves, treedef = jax.tree.flatten((exact.mu, exact.nu))
+    rounded = [
+      round_at_random(leaf, state.count * len(leaves) + i)
+      for i, leaf in enumerate(leaves)
+    ]
+    mean, square = jax.tree.unflatten(treedef, rounded)
+    return updates, exact._replace(mu=mean, nu=square)
+
+  return optax.GradientTransformation(init, update)
+
+
+def round_at_random(x: jax.Array, salt: jax.Array) -> jax.Array:
+  """Rounds to bfloat16, up or down so that the expectation is x itself.
+
+  The random bits are a hash of an element's index and of the salt: no memory is
+  read or written for them, and they are the same on any devices.
+
+  Args:
+    x: float32, any shape.
+    salt: [] int32; other values give other bits.
+
+  Returns:
+    Like x, bfloat16; what is not finite is rounded as usual.
+  """
+  index = jnp.zeros(x.shape, jnp.uint32)
+  for axis, size in enumerate(x.shape):
+    index = index * np.uint32(size) + jax.lax.broadcasted_iota(
+      jnp.uint32, x.shape, axis
+    )
+  # "lowbias32" of https://github.com/skeeto/hash-prospector, twice.
+  noise = _hashed(index ^ _hashed(jnp.asarray(salt).astype(jnp.uint32)))
+  bits = jax.lax.bitcast_convert_type(x, jnp.uint32) + (noise >> 16)
+  up_or_down = jax.lax.bitcast_convert_type(
+    (bits >> 16).astype(jnp.uint16), jnp.bfloat16
   )
+  return jnp.where(jnp.isfinite(x), up_or_down, x.astype(jnp.bfloat16))
+
+
+def _hashed(x: jax.Array) -> jax.Array:
+  x = (x ^ (x >> 16)) * np.uint32(0x7FEB352D)
+  x = (x ^ (x >> 15)) * np.uint32(0x846CA68B)
+  return x ^ (x >> 16)
 
 
 def adafactor(

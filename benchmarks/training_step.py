@@ -40,6 +40,7 @@ vocabulary.
 import argparse
 import concurrent.futures
 import dataclasses
+import functools
 import itertools
 import json
 import statistics
@@ -264,12 +265,16 @@ def compiled(
   length: int,
   warmup: int = 1000,
   optimizer_name: str = "adamw",
+  **options: Any,
 ) -> Compiled:
-  """Compiles, and runs nothing, so that threads can do several at once."""
+  """Compiles, and runs nothing, so that threads can do several at once.
+
+  Options are those of the optimizer.
+  """
   settings = steps.Settings(
     train_steps=10**6,
     learning_rate=optimizer.inverse_square_root(1e-3, warmup),
-    optimizer=getattr(optimizer, optimizer_name),
+    optimizer=functools.partial(getattr(optimizer, optimizer_name), **options),
   )
   start = time.perf_counter()
   program = steps.Program(
@@ -419,6 +424,12 @@ def main() -> None:
     "--optimizer", choices=("adamw", "adafactor", "muon"), default="adamw"
   )
   parser.add_argument(
+    "--moments",
+    choices=("float32", "bfloat16"),
+    default="float32",
+    help="of adamw",
+  )
+  parser.add_argument(
     "--trace", action="store_true", help="show where the time goes"
   )
   parser.add_argument("--peak_tflops", type=float, default=989.0)
@@ -437,6 +448,7 @@ def main() -> None:
         key[0][1],
         args.length,
         optimizer_name=args.optimizer,
+        **({"moments": args.moments} if args.optimizer == "adamw" else {}),
       ),
       keys,
     )
