@@ -36,7 +36,9 @@ import toy
 import xxhash
 from model_directory_test import a_run, load, train
 
-from basemt_jax import checkpointing
+import gin
+from basemt_jax import checkpointing, cli, description
+from basemt_jax import run as run_lib
 from basemt_jax.commands import configuration
 from basemt_jax.data import row_store
 
@@ -128,6 +130,7 @@ def byte_faults(
   count: int,
   wrong: list[str],
   every: int = 1,
+  place: str = "",
 ) -> Counts:
   """Faults of every file (or every so many) in a directory, one by one."""
   expected, found = use(), Counts()
@@ -136,7 +139,7 @@ def byte_faults(
   for path in paths[::every]:
     before = len(wrong)
     for fault in damaged(path, count, random_):
-      found[outcome(use, expected, str(root.parent), wrong)] += 1
+      found[outcome(use, expected, place or str(root), wrong)] += 1
       if len(wrong) > before:
         wrong[-1] += f" ({path.relative_to(root)}, {fault})"
         before = len(wrong)
@@ -153,6 +156,39 @@ def of_model_directory(
   return byte_faults(
     model, lambda: digest_of_model(model, 4), count, wrong, every=every
   )
+
+
+def of_configuration(
+  work: pathlib.Path, count: int, wrong: list[str]
+) -> Counts:
+  """The saved configuration, with which training goes on."""
+  checks_test.configured(f"MODEL_DIR={work}")
+  configuration.save_config(str(work))
+  (work / configuration.OPERATIVE_FILE).unlink()  # Nothing reads it.
+
+  def use() -> dict[str, Any]:
+    gin.clear_config()
+    options = cli._parser().parse_args(["train", f"--model_dir={work}"])
+    options.bindings = []
+    run = configuration.configured(options)
+    return {
+      "mixture": run.mixture_or_task_name,
+      "lengths": run.task_feature_lengths,
+      **run_lib.configuration(run, 300),
+    }
+
+  expected = use()
+
+  def told() -> bool:
+    found = use()
+    # What a resumption compares, and refuses or tells.
+    refused, lines = description._differences(expected, found)
+    elsewhere = ("mixture", "lengths", "strategy", "learning_rate")
+    if refused or lines or any(found[x] != expected[x] for x in elsewhere):
+      raise ValueError(f"configuration: {refused or lines}")
+    return found == expected
+
+  return byte_faults(work, told, count, wrong, place="config")
 
 
 def of_row_store(work: pathlib.Path, count: int, wrong: list[str]) -> Counts:
@@ -351,6 +387,10 @@ def parts(options: argparse.Namespace) -> list[Part]:
     Part(
       "bytes changed, files cut, emptied, deleted: model directory",
       lambda work, wrong: of_model_directory(work, options.bytes, wrong),
+    ),
+    Part(
+      "the same: `config.gin`, with which training goes on",
+      lambda work, wrong: of_configuration(work, 20 * options.bytes, wrong),
     ),
     Part(
       "the same: row store",
