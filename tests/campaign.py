@@ -40,6 +40,7 @@ import gin
 from basemt_jax import checkpointing, cli, description
 from basemt_jax import run as run_lib
 from basemt_jax.commands import configuration
+from basemt_jax.corpora import preparation, raw_text
 from basemt_jax.data import row_store
 
 Counts = collections.Counter[str]
@@ -293,6 +294,39 @@ def full_disks_of_store(
   raise AssertionError
 
 
+def full_disks_of_preparing(
+  work: pathlib.Path, limits: list[int], wrong: list[str]
+) -> Counts:
+  """The disk is full at every write of `prepare`."""
+  raw, out, found = work / "raw", work / "out", Counts()
+  raw.mkdir()
+  for name, number in (("corpus", 200), ("test", 5), ("dev", 5)):
+    for language in ("en", "de"):
+      lines = [f"{name} {i * 7919} {language}" for i in range(number)]
+      text = "\n".join([*lines, ""])
+      (raw / f"{name}.en-de.{language}").write_text(text)
+
+  def write() -> None:
+    names = raw_text.Names((("en", "de"),))
+    preparation.prepare(raw, out, names, processes=0)
+
+  def digest() -> str:
+    made = {p.name: p.read_bytes() for p in sorted(out.iterdir())}
+    return xxhash.xxh3_128(repr(made).encode()).hexdigest()
+
+  write()
+  expected = digest()
+  for fault in map(largest_file, limits):
+    found[survived(out, fault, write, digest, expected, wrong)] += 1
+  for number in itertools.count(1):
+    full = FullAt(number)
+    result = survived(out, full, write, digest, expected, wrong)
+    if not full.reached:
+      return found
+    found[result] += 1
+  raise AssertionError
+
+
 def full_disks_of_training(
   work: pathlib.Path, limits: list[int], writes: list[int], wrong: list[str]
 ) -> Counts:
@@ -405,6 +439,10 @@ def parts(options: argparse.Namespace) -> list[Part]:
     Part(
       "disk full at a write of a row store, then started again",
       lambda work, wrong: full_disks_of_store(work, 1, wrong),
+    ),
+    Part(
+      "disk full at a write of `prepare`, then started again",
+      lambda work, wrong: full_disks_of_preparing(work, sizes[:3], wrong),
     ),
     Part(
       "values of every kind for every macro of `gin/runs/train.gin`",

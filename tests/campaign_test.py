@@ -25,6 +25,10 @@ def test_a_disk_that_is_full_while_rows_are_written(tmp_path, wrong):
   assert campaign.full_disks_of_store(tmp_path, 5, wrong)["told"] >= 7
 
 
+def test_a_disk_that_is_full_while_text_is_prepared(tmp_path, wrong):
+  assert campaign.full_disks_of_preparing(tmp_path, [64], wrong)["told"] > 5
+
+
 def test_a_disk_that_is_full_while_a_model_is_trained(tmp_path, wrong):
   found = campaign.full_disks_of_training(tmp_path, [1 << 12], [2, 4], wrong)
   assert found["told"] == 3
