@@ -203,6 +203,9 @@ def read_vocabulary(
     ValueError: it is not there, or it is another.
   """
   path = pathlib.Path(directory) / VOCABULARY_FILE
+  is_file = description.header.vocabulary_kind != vocabulary.BYTES
+  if is_file and not path.is_file():
+    raise ValueError(f"{path} is missing; {_REMEDY}")
   pieces = _pieces(description.header, path)
   if pieces.fingerprint != description.vocabulary:
     raise ValueError(

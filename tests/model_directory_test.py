@@ -244,6 +244,13 @@ def test_a_damaged_checkpoint_is_named_with_the_newest_whole_one(copy, damage):
   assert (copy / "model" / "damaged_checkpoint_4").is_dir()
 
 
+def test_a_file_in_place_of_a_checkpoint_is_named(copy):
+  shutil.rmtree(copy / "model" / "checkpoint_4")
+  (copy / "model" / "checkpoint_4").write_text("")
+  with pytest.raises(ValueError, match=r"it is no directory; the newest.*2"):
+    with_checkpoints(copy / "model", lambda c: c.step_of("latest"))
+
+
 def with_checkpoints(directory, function, read_only=True):
   opened = checkpointing.Checkpoints(directory, read_only=read_only)
   try:
