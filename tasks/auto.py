@@ -277,7 +277,8 @@ def told(text: Text, machine: Machine, choice: Choice) -> Iterable[str]:
     f"{choice.train_steps:,} steps of {choice.batch_size} rows, which are "
     f"{choice.epochs:.1f} epochs"
   )
+  minutes = math.ceil(choice.minutes)
   yield (
-    f"expect about {math.ceil(choice.minutes)} minutes of training; more or "
-    "less with --gin.MINUTES=N, and any of these can be set by its macro"
+    f"expect about {minutes} minute{'s' * (minutes > 1)} of training, more or "
+    "less with --gin.MINUTES=N; any of these can be set by its macro"
   )

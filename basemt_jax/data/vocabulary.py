@@ -348,7 +348,7 @@ class _Counted:
   def __init__(self, values: Iterator[str], pieces: int):
     self.count = 0
     self._values, self._pieces = values, pieces
-    self._told = time.monotonic()
+    self._told, self._ended = time.monotonic(), False
 
   def __iter__(self) -> Iterator[str]:
     return self
@@ -357,11 +357,13 @@ class _Counted:
     try:
       value = next(self._values)
     except StopIteration:
-      _log.info(
-        "vocabulary: fitting %s pieces to %s sentences",
-        f"{self._pieces:,}",
-        f"{self.count:,}",
-      )
+      if not self._ended:  # SentencePiece asks again.
+        _log.info(
+          "vocabulary: fitting %s pieces to %s sentences",
+          f"{self._pieces:,}",
+          f"{self.count:,}",
+        )
+      self._ended = True
       raise
     self.count += 1
     if time.monotonic() > self._told + _TELL_SECONDS:
