@@ -156,6 +156,8 @@ class Choice:
   feed_forward: str
   dtype: str
   dropout_rate: float
+  weight_decay: float
+  average_decay: float
   batch_size: int
   train_steps: int
   warmup_steps: int
@@ -207,6 +209,8 @@ def choose(text: Text, machine: Machine, minutes: float) -> Choice:
     num_experts=16,
     feed_forward="experts" if is_sparse else "dense",
     dtype="float32" if machine.is_cpu else "bfloat16",
+    weight_decay=0.0 if machine.is_cpu else 0.3,
+    average_decay=0.0 if machine.is_cpu else 0.999,
     dropout_rate=0.0 if epochs < 5 else 0.1 if epochs < 20 else 0.2,
     batch_size=batch_size,
     train_steps=int(steps),
@@ -262,9 +266,13 @@ def choice(name: str, data_dir: str, minutes: float | None = None) -> Any:
   return getattr(of_folder(data_dir, minutes), name)
 
 
-# Measured: (minutes of computing, CPU), pairs of a direction, BLEU.
-_MEASURED_CPU = ()
-_MEASURED_ACCELERATOR = ()
+# What was reached, by `Machine.is_cpu`; docs/data.md has the whole table.
+_REACHED = {
+  True: "13 BLEU after 8 minutes of two cores, with 20,000 pairs in each of 2 "
+  "directions",
+  False: "51, 33 and 28 BLEU after some minutes of an H100, with more than "
+  "22,000, 5,500 and 800 pairs in each of 24 directions",
+}
 
 
 def told(text: Text, machine: Machine, choice: Choice) -> Iterable[str]:
@@ -282,3 +290,4 @@ def told(text: Text, machine: Machine, choice: Choice) -> Iterable[str]:
     f"expect about {minutes} minute{'s' * (minutes > 1)} of training, more or "
     "less with --gin.MINUTES=N; any of these can be set by its macro"
   )
+  yield f"short everyday sentences gave {_REACHED[machine.is_cpu]}"
