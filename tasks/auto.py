@@ -32,7 +32,7 @@ _SAMPLE = 2000
 _DENSE_SCRIPTS = regex.compile(r"[\p{Han}\p{Hiragana}\p{Katakana}\p{Hangul}]")
 # Of a CPU core, and as a share of an accelerator's published peak: what
 # training reaches. Measured with small networks; see docs/data.md.
-_CORE_FLOPS = 50e9
+_CORE_FLOPS = 35e9
 _SHARE_OF_PEAK = 0.15
 _UNKNOWN_ACCELERATOR = 100e12  # Published peak.
 # Width and blocks of each side, by size.
