@@ -105,17 +105,20 @@ def serve_and_ask(serve, curl):
     env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
   )
   with process:
-    address = process.stdout.readline().split()[-1]
-    _, url, _, header, _, data = shlex.split(curl)
-    request = urllib.request.Request(
-      url.replace("http://127.0.0.1:8000", address),
-      data.encode(),
-      dict([header.split(": ")]),
-    )
-    with urllib.request.urlopen(request, timeout=30) as response:
-      answer = json.load(response)
-    process.terminate()
-  assert process.returncode == 0
+    try:
+      address = process.stdout.readline().split()[-1]
+      _, url, _, header, _, data = shlex.split(curl)
+      request = urllib.request.Request(
+        url.replace("http://127.0.0.1:8000", address),
+        data.encode(),
+        dict([header.split(": ")]),
+      )
+      with urllib.request.urlopen(request, timeout=60) as response:
+        answer = json.load(response)
+      process.terminate()
+      assert process.wait(20) == 0
+    finally:
+      process.kill()
   return answer
 
 
