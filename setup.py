@@ -50,7 +50,6 @@ setuptools.setup(
   entry_points={"console_scripts": ["basemt = basemt_jax.cli:main"]},
   install_requires=[
     "absl-py>=2.1",
-    "altair>=6",
     "annotated-types>=0.7",
     "babel>=2.16",
     "clu>=0.0.12",
