@@ -133,7 +133,7 @@ def test_ten_commands(folder, monkeypatch, capsys):
       shutil.copytree(source, target)
     basemt(command, monkeypatch)
   assert (folder / "inspect.html").stat().st_size > 10_000
-  scores = folder / "runs/sparse/evaluation/test_4/scores.json"
+  (scores,) = folder.glob("runs/sparse/evaluation/test_4_beam4/scores.json")
   assert "en-sw" in scores.read_text()
   assert "license: cc-by-4.0" in (folder / "exported/README.md").read_text()
   capsys.readouterr()
