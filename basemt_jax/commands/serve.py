@@ -26,6 +26,11 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
   parser.add_argument(
     "--max_waiting", type=int, metavar="N", help="texts that wait, of all"
   )
+  group = parser.add_argument_group("of an export for CTranslate2")
+  group.add_argument(
+    "--device", choices=("auto", "cpu", "cuda"), default="auto"
+  )
+  group.add_argument("--threads", type=int, default=0, metavar="N")
 
 
 def run(options: argparse.Namespace) -> None:
@@ -69,5 +74,5 @@ def load(run: Any, options: argparse.Namespace) -> Any:
   from basemt_jax.exports import ctranslate
 
   if (pathlib.Path(run.model_dir) / ctranslate.MODEL_FILE).exists():
-    return ctranslate.load(run)
+    return ctranslate.load(run, options.device, options.threads)
   return trained.load(run, console.standard(), options.checkpoint)
