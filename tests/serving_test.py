@@ -52,8 +52,8 @@ class Backwards:
     return trained.choose_tag(tags, to, source)
 
   def translator(self, search):
-    def translate(sources, progress=None):
-      del progress
+    def translate(sources, *others):
+      del others
       self.calls.append((search.beam_size, len(sources)))
       assert self.may_go.wait(20)
       time.sleep(self.seconds)

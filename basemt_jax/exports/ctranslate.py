@@ -299,8 +299,20 @@ class Translator:
     self,
     sources: Sequence[Sequence[int]],
     progress: Callable[[int, int], None] | None = None,
+    prefixes: Sequence[Sequence[int]] | None = None,
+    numbers: Sequence[int] | None = None,
   ) -> list[list[translation.Hypothesis]]:
-    """See `translation.Translator.translate`."""
+    """See `translation.Translator.translate`.
+
+    Raises:
+      ValueError: There are prefixes.
+    """
+    del numbers  # Nothing is drawn.
+    if prefixes and any(prefixes):
+      raise ValueError(
+        "an export for CTranslate2 cannot begin translations as told: use the "
+        "model directory it was made of"
+      )
     longest = self._options.max_source_length - 1
     read = [
       [*itertools.takewhile(lambda i: i != decoding.EOS_ID, ids)][:longest]
