@@ -59,12 +59,13 @@ def run(options: argparse.Namespace) -> None:
     service.warm_up(model)
     server = service.server(service.application(model, limits))
     host, port = socket.getsockname()[:2]
-    print(f"serving {run.model_dir} on http://{host}:{port}", flush=True)
+    place = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    print(f"serving {run.model_dir} on http://{place}", flush=True)
     if options.host not in _LOOPBACK:
       print("anybody who reaches this address can use it", flush=True)
-    # The server ends, and then raises the signal again: it was no accident.
+    # The server has its own way to end, and then raises the signal again.
     for number in (signal.SIGINT, signal.SIGTERM):
-      signal.signal(number, lambda *_: None)
+      signal.signal(number, lambda *_: setattr(server, "should_exit", True))
     server.run(sockets=[socket])
 
 
