@@ -209,7 +209,7 @@ def test_a_run_has_the_defaults_of_every_run(t5x):
     ("t5x.partitioning.PjitPartitioner.num_partitions = 2", "EXPERT_DEVICES"),
     (
       "t5x.trainer.Trainer.num_microbatches = 2",
-      "trainer.Trainer.num_microbatches = None",
+      "bind steps.Settings.microbatches",
     ),
     (
       "t5x.utils.create_learning_rate_scheduler.warmup_steps = 10",

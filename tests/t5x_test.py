@@ -337,7 +337,7 @@ from t5x import utils
     ),
     (
       "trainer.Trainer.num_microbatches = 2",
-      "bind trainer.Trainer.num_microbatches = None",
+      "bind steps.Settings.microbatches",
     ),
   ],
 )

@@ -48,9 +48,8 @@ TOLD = (
     "t5x.trainer.Trainer",
     "num_microbatches",
     ("None", "1"),
-    "trainer.Trainer.num_microbatches = None: T5X adds up the gradients of its "
-    "microbatches, and ours are parts of one mean; basemt train accumulates "
-    "them (steps.Settings.microbatches)",
+    "steps.Settings.microbatches in its place: T5X's parts of a batch would "
+    "take groups of rows apart",
   ),
   Told(
     "t5x.trainer.Trainer",
