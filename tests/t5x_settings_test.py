@@ -232,3 +232,10 @@ def test_refuses_what_the_run_would_not_follow(t5x, binding, said):
     t5x_settings.check()
   t5x(*BASE, "--gin.SEED = 5")
   t5x_settings.check()
+
+
+@pytest.mark.parametrize("value", ["/tmp/run", "gs://bucket/run", "cldr"])
+def test_a_value_without_quotes_is_named(value):
+  with pytest.raises(ValueError, match=rf'write --gin.DIR=\\"{value}\\"'):
+    t5x_settings.check_quotes(["SEED = 1", f"DIR = {value}"])
+  t5x_settings.check_quotes([f"DIR = {value!r}", "NAME = @some.thing()"])
