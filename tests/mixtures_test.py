@@ -7,7 +7,13 @@ import seqio
 import tensorflow as tf
 
 from basemt_jax import heating, sampling
-from basemt_jax.data import mixtures, packing, row_store, store_building
+from basemt_jax.data import (
+  heated_mixture,
+  mixtures,
+  packing,
+  row_store,
+  store_building,
+)
 
 LENGTHS = {"inputs": 64, "targets": 48}
 SIZES = {"en_de": 400, "en_fr": 120, "en_af": 9}
@@ -76,7 +82,7 @@ def _heat(mixture, **options):
   strategy = options.pop("strategy", None) or sampling.Strategy(
     heating.linear(1, 5, 300)
   )
-  return mixtures.heat(mixture, strategy, **{**defaults, **options})
+  return heated_mixture.heat(mixture, strategy, **{**defaults, **options})
 
 
 def _files(directory, pattern="*/*"):
