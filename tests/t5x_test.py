@@ -324,12 +324,13 @@ def test_sigterm_saves(workshop):
     f"MODEL_DIR={str(model_dir)!r}",
     "train.infer_eval_dataset_cfg=None",
   )
-  while not (model_dir / "checkpoint_0").exists():
-    assert process.poll() is None, process.communicate()[1][-3000:]
-    time.sleep(0.5)
-  process.send_signal(signal.SIGTERM)
-  _, errors = process.communicate()
-  assert process.returncode == 0, errors[-3000:]
+  with concurrent.futures.ThreadPoolExecutor(1) as pool:
+    done = pool.submit(ended, [process])
+    while not (model_dir / "checkpoint_0").exists():
+      assert not done.done(), done.result()
+      time.sleep(0.5)
+    process.send_signal(signal.SIGTERM)
+    done.result()
   assert list(model_dir.glob("checkpoint_[1-9]*"))
 
 
