@@ -24,7 +24,8 @@ import pytest
 import toy
 from flax import traverse_util
 
-from basemt_jax import checkpointing, evaluation
+from basemt_jax import checkpointing
+from basemt_jax.data import normalisation
 
 
 def missing():
@@ -266,7 +267,7 @@ def test_infers_what_we_translate(workshop, two_phases):
     (file,) = (workshop.directory / "inferred").glob(f"toy.{name}-*-00001")
     found = [
       # JSON keeps a line break that a sentence holds; a file of lines cannot.
-      evaluation.one_line(json.loads(line)["prediction"])
+      normalisation.normalise(json.loads(line)["prediction"])
       for line in file.read_text().splitlines()
     ]
     expected = (folder / f"{direction}.hyp").read_text().split("\n")[:-1]
