@@ -228,12 +228,14 @@ class DirectionTexts:
     sources: Texts as the model reads them, target-language tag included.
     references: Their translations.
     train_pairs: Sentence pairs of the direction's training split.
+    plain: The sources without tags, for readers; None: they have none.
   """
 
   direction: str
   sources: Sequence[str]
   references: Sequence[str]
   train_pairs: int
+  plain: Sequence[str] | None = None
 
   def __post_init__(self):
     if len(self.sources) != len(self.references):
@@ -355,7 +357,7 @@ def evaluate(
     hypotheses = [next(nbest)[0][1] for _ in t.sources]
     translated = DirectionTranslations(
       t.direction,
-      _one_text(t.sources),
+      _one_text(t.sources if t.plain is None else t.plain),
       hypotheses,
       _one_text(t.references),
     )
@@ -428,8 +430,10 @@ def summarise(
 ) -> list[Mean]:
   """Means per band, from and to the pivot language, and of all directions.
 
-  Groups without directions are left out. Every direction counts the same.
+  Only directions that were measured count, each the same; groups without any
+  are left out.
   """
+  results = [r for r in results if (r.loss, r.bleu, r.chrf) != (None,) * 3]
   groups: dict[str, list[DirectionResult]] = {
     name: [r for r in results if r.band == name] for name in languages.BANDS
   }
@@ -479,6 +483,15 @@ def scalars(
 def _mean(values: Sequence[float | None]) -> float | None:
   known = [value for value in values if value is not None]
   return sum(known) / len(known) if known else None
+
+
+def search_slug(search: translation.SearchOptions) -> str:
+  """A search in a file's name: 'greedy', 'beam4', 'beam4_alpha1'."""
+  if search.beam_size == 1:
+    return "greedy"
+  usual = search.alpha == translation.SearchOptions.alpha
+  alpha = "" if usual else f"_alpha{search.alpha:g}"
+  return f"beam{search.beam_size}{alpha}"
 
 
 def write_scores(

@@ -8,6 +8,7 @@ import json
 import math
 import os
 import pathlib
+import shutil
 import sys
 import tempfile
 import time
@@ -55,8 +56,13 @@ def atomic(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
   """A file to write to, of which a reader sees all, or the file before.
 
   It is on the disk, and takes its name, when the block ends; if that fails,
-  nothing changes. What killed writers of the same file left is removed.
+  nothing changes. What killed writers of the same file left is removed. A pipe
+  or a terminal cannot be replaced, and is written to as it is.
   """
+  if os.path.exists(path) and not os.path.isfile(path):
+    with named(path), open(path, "wb") as file:
+      yield file
+    return
   directory, name = os.path.split(os.fspath(path))
   os.makedirs(directory or ".", exist_ok=True)
   prefix = f".writing-{name}-"
@@ -69,14 +75,48 @@ def atomic(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
       file.flush()
       os.fsync(handle)
       # mkstemp lets nobody else read; results are as public as other files.
-      mask = os.umask(0)
-      os.umask(mask)
-      os.chmod(temporary, 0o666 & ~mask)
+      os.chmod(temporary, 0o666 & ~_mask())
       os.replace(temporary, path)
   except BaseException:
     with contextlib.suppress(FileNotFoundError):
       os.unlink(temporary)
     raise
+
+
+@contextlib.contextmanager
+def new_directory(path: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
+  """A folder to fill, which takes its name when the block ends.
+
+  If that fails, nothing is there.
+
+  Args:
+    path: the name; what is there already has to be an empty folder.
+
+  Raises:
+    ValueError: something is.
+  """
+  target = pathlib.Path(path).absolute()
+  if target.exists() and not (target.is_dir() and not os.listdir(target)):
+    raise ValueError(
+      f"{path} is there already: name a new folder, or delete it"
+    )
+  target.parent.mkdir(parents=True, exist_ok=True)
+  made = tempfile.mkdtemp(dir=target.parent, prefix=f".new-{target.name}-")
+  try:
+    with named(path):
+      yield pathlib.Path(made)
+      os.chmod(made, 0o777 & ~_mask())
+      os.replace(made, target)
+  except BaseException:
+    shutil.rmtree(made, ignore_errors=True)
+    raise
+
+
+def _mask() -> int:
+  """The process' mask of permissions, which can only be read by setting it."""
+  mask = os.umask(0)
+  os.umask(mask)
+  return mask
 
 
 def remove_left_behind(directory: str | os.PathLike[str]) -> None:
@@ -115,11 +155,6 @@ def write_atomically(
     content: text is written in UTF-8.
   """
   data = content.encode("utf-8") if isinstance(content, str) else content
-  if os.path.exists(path) and not os.path.isfile(path):
-    # A pipe or a terminal: it cannot be replaced, and must not be.
-    with open(path, "wb") as file:
-      file.write(data)
-    return
   with atomic(path) as file:
     file.write(data)
 

@@ -12,7 +12,7 @@ import contextlib
 import dataclasses
 import functools
 import pathlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -23,12 +23,13 @@ from basemt_jax import (
   evaluation,
   files,
   layers,
+  losses,
+  metrics,
   partitioning,
   phases,
   plain_data,
   processes,
   steps,
-  trainer,
   translation,
 )
 from basemt_jax import model as model_lib
@@ -82,6 +83,11 @@ class Trained:
     """
     return _rows(self.run, self.description, self.console)
 
+  @property
+  def is_averaged(self) -> bool:
+    """Whether its weights are averages of those of many steps."""
+    return _is_averaged(self.run)
+
   def translator(
     self, search: translation.SearchOptions | None = None
   ) -> translation.Translator:
@@ -104,6 +110,39 @@ class Trained:
       UnknownTagError: No such direction, or its tag is not known.
     """
     return choose_tag(self.description.tags, to, source)
+
+  def texts(
+    self, direction: str, pairs: Sequence[tuple[str, str]]
+  ) -> evaluation.DirectionTexts:
+    """Texts of any origin, tagged as those of a direction were in training.
+
+    Args:
+      direction: Of the model, such as 'en-de'.
+      pairs: Of (source, target) texts.
+
+    Raises:
+      UnknownTagError: See `tag`.
+    """
+    tag = self.description.tags[direction]
+    if tag is None:
+      raise UnknownTagError(_not_alike(direction))
+    sources, references = [a for a, _ in pairs], [b for _, b in pairs]
+    directions = self.description.directions
+    train_pairs = self.description.header.pairs("train")
+    return evaluation.DirectionTexts(
+      direction,
+      [tag(source) for source in sources],
+      references,
+      int(train_pairs[directions.index(direction)]),
+      sources,
+    )
+
+
+def _not_alike(direction: str) -> str:
+  return (
+    f"the sources of {direction} were not all tagged alike in training, so "
+    "that there is no one tag which asks for that language"
+  )
 
 
 def choose_tag(
@@ -134,10 +173,7 @@ def choose_tag(
     )
   unknown = [name for name in names if tags[name] is None]
   if unknown:
-    raise UnknownTagError(
-      f"the sources of {unknown[0]} were not all tagged alike in training, so "
-      "that there is no one tag which asks for that language"
-    )
+    raise UnknownTagError(_not_alike(unknown[0]))
   found = {tag for name in names if (tag := tags[name]) is not None}
   if len(found) > 1:
     raise UnknownTagError(
@@ -151,16 +187,17 @@ def load(
   run: run_lib.Run | str | pathlib.Path,
   console: run_lib.Console = run_lib.SILENT,
   which: str | int = "latest",
+  rounded: bool = True,
 ) -> Trained:
   """Restores parameters and prices, not the optimizer.
-
-  Matrices have the type they are multiplied in; see `layers.rounded`.
 
   Args:
     run: A model directory; or a run that says how to use what is in its
       directory. Its network must be the one that was trained.
     console: Takes progress, if rows have to be built.
     which: 'latest', 'best' (lowest dev loss) or a step.
+    rounded: Matrices have the type they are multiplied in, see
+      `layers.rounded`; else they are float32, as they were saved.
 
   Raises:
     ValueError: No such checkpoint, or it is damaged or of another model.
@@ -180,10 +217,11 @@ def load(
       len(known.directions),
     )
     like = program.abstract_tree()
-    dtype = program.model.config.dtype
-    weights = layers.rounded(like.pop("target"), dtype)
+    weights = like.pop("target")
+    if rounded:
+      weights = layers.rounded(weights, program.model.config.dtype)
     del like["state"]
-    is_averaged = run.use_average and run.settings.average_decay > 0
+    is_averaged = _is_averaged(run)
     if is_averaged:
       like["state"] = {"param_states": {"average": weights}}
     else:
@@ -194,6 +232,10 @@ def load(
   )
   variables = {"params": params, **tree.get("flax_mutables", {})}
   return Trained(run, step, program, variables, known, pieces, console)
+
+
+def _is_averaged(run: run_lib.Run) -> bool:
+  return run.use_average and run.settings.average_decay > 0
 
 
 def _known(
@@ -221,8 +263,8 @@ def _rows(
   if run.store_dir and not pathlib.Path(run.store_dir).exists():
     raise ValueError(
       f"the rows of {run.mixture_or_task_name!r} that {run.model_dir} was "
-      f"trained on are no longer in {run.store_dir}; give --gin_file of its "
-      "recipe, which packs them again"
+      f"trained on are no longer in {run.store_dir}; name test sets to "
+      "evaluate on, or give --gin_file of its recipe, which packs them again"
     )
   store = run.store(console.building)
   description.check_rows(known, store)
@@ -261,6 +303,7 @@ def direction_texts(
         [record["tagged_source"] for record in records],
         [record["target"] for record in records],
         int(pairs),
+        [record["source"] for record in records],
       )
     )
   return texts
@@ -282,21 +325,32 @@ def dev_batches(
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-  """The outcome of `evaluate`.
+  """The outcome of an evaluation.
 
   Attributes:
+    test_set: Its name; 'test' or 'validation' for a split of the model's data.
     step: Of the checkpoint.
-    split: Evaluated.
     results: By direction, most training pairs first.
     translations: In the same order.
     directory: Where both were written.
   """
 
+  test_set: str
   step: int
-  split: str
   results: list[evaluation.DirectionResult]
   translations: list[evaluation.DirectionTranslations]
   directory: pathlib.Path
+
+
+def check_evaluation(run: run_lib.Run) -> None:
+  """Refuses a directory that no results could be written to, before the work.
+
+  Raises:
+    ValueError: See `files.check_writable`.
+  """
+  folder = pathlib.Path(run.model_dir) / "evaluation"
+  if processes.is_first() and folder.parent.is_dir():
+    files.check_writable(folder / "scores.json")
 
 
 def evaluate(
@@ -305,7 +359,7 @@ def evaluate(
   which: str | int = "latest",
   split: str | None = None,
 ) -> Evaluation:
-  """Loss, BLEU and chrF++ of every direction; written to the model directory.
+  """Loss, BLEU and chrF++ on the model's own data.
 
   Args:
     run: The run; its `search` says how to translate.
@@ -317,9 +371,7 @@ def evaluate(
     NoPairsError: The split has no pairs.
     ValueError: See `load`; or the data is not what the model was trained on.
   """
-  folder = pathlib.Path(run.model_dir) / "evaluation"
-  if processes.is_first() and folder.parent.is_dir():
-    files.check_writable(folder / "scores.json")
+  check_evaluation(run)
   trained = load(run, console, which)
   store = trained.store
   if split is None:
@@ -331,30 +383,61 @@ def evaluate(
       f"{', '.join(s for s in store.splits if store.has_pairs(s))}"
     )
   mesh = trained.program.mesh
-  losses = trainer.direction_losses(
+  measured = losses.measured(
     trained.program.eval_step,
     trained.variables,
     (partitioning.put_batch(batch, mesh) for batch in batches()),
     store.directions,
   )
-  results, translations = evaluation.evaluate(
+  return evaluate_texts(
+    trained,
     trained.translator(),
-    trained.pieces,
+    split,
     direction_texts(store, split),
+    metrics.of_directions(measured, "loss"),
+  )
+
+
+def evaluate_texts(
+  trained: Trained,
+  translator: translation.Translator,
+  test_set: str,
+  texts: Sequence[evaluation.DirectionTexts],
+  losses: Mapping[str, float] | None = None,
+) -> Evaluation:
+  """BLEU and chrF++ of any text; written to the model directory.
+
+  The folder is named by test set, checkpoint and search, so that no result is
+  replaced by another's.
+
+  Args:
+    trained: The model.
+    translator: Of the model; the compiled searches belong to it.
+    test_set: Its name.
+    texts: By direction, tagged.
+    losses: Of directions, where they are known.
+  """
+  run, search = trained.run, translator.options
+  results, translations = evaluation.evaluate(
+    translator,
+    trained.pieces,
+    texts,
     losses,
     run.bands,
-    console.translating,
+    trained.console.translating,
   )
-  directory = folder / f"{split}_{trained.step}"
+  name = f"{test_set}_{trained.step}_{evaluation.search_slug(search)}"
+  directory = pathlib.Path(run.model_dir) / "evaluation" / name
   if processes.is_first():
     evaluation.write_translations(directory, translations)
     evaluation.write_scores(
       directory / "scores.json",
       results,
       {
-        "split": split,
+        "test_set": test_set,
         "step": trained.step,
-        "search": dataclasses.asdict(run.search),
+        "weights": "averaged" if trained.is_averaged else "last",
+        "search": dataclasses.asdict(search),
       },
     )
-  return Evaluation(trained.step, split, results, translations, directory)
+  return Evaluation(test_set, trained.step, results, translations, directory)

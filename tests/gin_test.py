@@ -127,6 +127,7 @@ def test_all_files_are_known_here():
     *(f"recipes/{name}" for name in (*SYSTEMS, *OTHER_SYSTEMS)),
     "recipes/quickstart",
     "recipes/files",
+    "recipes/auto",
     *(f"recipes/{name}" for name in BENCHMARKS),
     "recipes/pod_v5e_256",
     "recipes/pod_v5p_128",
@@ -182,6 +183,22 @@ def test_files_recipe_takes_a_folder(tmp_path):
   )
   assert {t.name for t in run.mixture_or_task_name.tasks}
   assert config.feed_forward == "experts"
+
+
+def test_auto_recipe_chooses_by_text_and_time(tmp_path):
+  pytest.importorskip("seqio")
+  lines = [f"number {i}\tNummer {i}\n" for i in range(9000)]
+  (tmp_path / "en-de.train.tsv").write_text("".join(lines))
+  given = (f"DATA_DIR={tmp_path}", "VOCABULARY=bytes")
+  found = []
+  for more in ([], ["MINUTES=0.05"], ["EMB_DIM=64", "BATCH_SIZE=48"]):
+    run, config = configured(["recipes/auto"], *given, *more)
+    assert config.num_heads * config.head_dim in (config.emb_dim, 128)
+    assert config.feed_forward == "dense"
+    assert run.settings.dense_steps == 0
+    found.append((run.settings.train_steps, config.emb_dim, run.batch_size))
+  assert found[0][0] > found[1][0]
+  assert found[2][1:] == (64, 48)
 
 
 @pytest.mark.parametrize("name", BENCHMARKS)
