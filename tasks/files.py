@@ -38,8 +38,7 @@ import os
 import pathlib
 import re
 from collections.abc import Iterator
-
-import seqio
+from typing import Any
 
 from basemt_jax import checksums
 from basemt_jax.corpora import preparation
@@ -102,30 +101,12 @@ class Summary:
     }
 
 
-class FilesMixture(seqio.Mixture):
-  """A mixture that knows the files it is made of.
-
-  Attributes:
-    summary: directions, sizes and skipped lines; set by `mixture`.
-    identity: what the mixture was made from, to tell a repeated registration
-      from a different one.
-  """
-
-  summary: Summary
-  identity: tuple[object, ...]
-
-  @property
-  def warnings(self) -> list[str]:
-    """What is odd about the data; shown when training starts."""
-    return self.summary.warnings
-
-
 def mixture(
   data_dir: str | os.PathLike[str],
   vocabulary: str | os.PathLike[str] | vocabulary_lib.Vocabulary = "bytes",
   name: str | None = None,
   max_characters: int = MAX_CHARACTERS,
-) -> FilesMixture:
+) -> Any:
   """Registers a folder's directions as tasks, and the mixture of them all.
 
   Doing so again with the same arguments and unchanged files returns the
@@ -139,13 +120,17 @@ def mixture(
     max_characters: lines with a longer side are skipped.
 
   Returns:
-    The mixture; each task's rate is its number of training pairs. Its
-    `summary` tells directions, sizes and skipped lines.
+    The `in_seqio.FilesMixture`; each task's rate is its number of training
+    pairs. Its `summary` tells directions, sizes and skipped lines.
 
   Raises:
     ValueError: the folder or a file cannot be used, or `name` is taken by
       something else.
   """
+  import seqio
+
+  from tasks import in_seqio
+
   folder = pathlib.Path(data_dir)
   if not isinstance(vocabulary, vocabulary_lib.Vocabulary):
     vocabulary = vocabulary_lib.Vocabulary.load(vocabulary)
@@ -162,7 +147,7 @@ def mixture(
     )
   summary = _scan(folder, files, ignored, max_characters)
   tasks = _add_tasks(name, summary, vocabulary, repr(identity))
-  made = common.add_mixture(name, tasks, mixture_cls=FilesMixture)
+  made = common.add_mixture(name, tasks, mixture_cls=in_seqio.FilesMixture)
   made.summary, made.identity = summary, identity
   return made
 
@@ -306,7 +291,7 @@ def _add_tasks(
   summary: Summary,
   vocabulary: vocabulary_lib.Vocabulary,
   stamp: str,
-) -> list[seqio.Task]:
+) -> list[Any]:
   """Registers both directions of every pair of languages."""
   tasks = []
   directions = [d for key in summary.files for d in (key, key[::-1])]
