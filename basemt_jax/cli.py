@@ -146,6 +146,7 @@ COMMANDS = (
   "train",
   "evaluate",
   "translate",
+  "score",
   "convert",
   "inspect",
   "compare",

@@ -27,6 +27,7 @@ from basemt_jax import (
   phases,
   plain_data,
   processes,
+  scoring,
   steps,
   trainer,
   translation,
@@ -91,6 +92,13 @@ class Trained:
       self.variables,
       self.program.mesh,
       search or self.run.search,
+    )
+
+  def scorer(self) -> scoring.Scorer:
+    """Scores pairs with this model."""
+    mesh = self.program.mesh
+    return scoring.Scorer(
+      self.program.model, self.variables, self.run.search, _sharding(mesh)
     )
 
   def tag(self, to: str, source: str | None = None) -> source_tags.SourceTag:
@@ -236,12 +244,11 @@ def translator(
   search: translation.SearchOptions,
 ) -> translation.Translator:
   """A translator whose batches are spread over a mesh of several devices."""
-  return translation.Translator(
-    model,
-    variables,
-    search,
-    partitioning.batch_sharding(mesh) if mesh.size > 1 else None,
-  )
+  return translation.Translator(model, variables, search, _sharding(mesh))
+
+
+def _sharding(mesh: jax.sharding.Mesh) -> jax.sharding.NamedSharding | None:
+  return partitioning.batch_sharding(mesh) if mesh.size > 1 else None
 
 
 # ------------------------------------------------------------- evaluation
