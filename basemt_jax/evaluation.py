@@ -201,6 +201,22 @@ def bootstrap_scores(
   return found
 
 
+def closest(hypotheses: Sequence[str], reference: str, language: str) -> int:
+  """Place of the hypothesis with the best sentence BLEU, the first of equals.
+
+  BLEU of a sentence has the orders that it is long enough for.
+  """
+  reference = normalisation.normalise(reference)
+  bleu = metrics.BLEU(
+    tokenize=sacrebleu_tokenizer(language, [reference]), effective_order=True
+  )
+  scores = [
+    bleu.sentence_score(text, [reference]).score
+    for text in _one_text(hypotheses)
+  ]
+  return scores.index(max(scores))
+
+
 def _metrics(
   language: str, references: Sequence[str]
 ) -> tuple[metrics.BLEU, metrics.CHRF]:

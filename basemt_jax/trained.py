@@ -121,7 +121,9 @@ def choose_tag(
 ) -> source_tags.SourceTag:
   """The tag that asks for a language; see `Trained.tag`."""
   directions = {name: languages.Direction.parse(name) for name in tags}
-  targets = sorted({d.target for d in directions.values()})
+  found = {d.target for d in directions.values()}
+  # Into what a teacher wrote a model translates as into the language itself.
+  targets = sorted(t for t in found if not t.label or t.authentic not in found)
   meant = languages.matching(to, targets)
   if len(meant) > 1:
     raise UnknownTagError(
@@ -140,19 +142,22 @@ def choose_tag(
       f"the model was not trained to translate from {source} into it, but from "
       f"{', '.join(sorted(into.values()))}"
     )
+  # What a model wrote is read with a tag of its own, which no text of a
+  # person has.
+  names = [n for n in names if not directions[n].source.label] or names
   unknown = [name for name in names if tags[name] is None]
   if unknown:
     raise UnknownTagError(
       f"the sources of {unknown[0]} were not all tagged alike in training, so "
       "that there is no one tag which asks for that language"
     )
-  found = {tag for name in names if (tag := tags[name]) is not None}
-  if len(found) > 1:
+  chosen = {tag for name in names if (tag := tags[name]) is not None}
+  if len(chosen) > 1:
     raise UnknownTagError(
       "how it is asked for depends on the language of the text; say which it "
       f"is: {', '.join(sorted(into.values()))} (--from)"
     )
-  return found.pop()
+  return chosen.pop()
 
 
 def load(
@@ -262,6 +267,8 @@ def direction_texts(
   train_pairs = store.pairs("train")
   for name, pairs in zip(store.directions, train_pairs, strict=True):
     records = store.texts(split, name)[:limit]
+    if not records and languages.Direction.parse(name).label:
+      continue  # Only there to train on.
     texts.append(
       evaluation.DirectionTexts(
         name,

@@ -186,6 +186,10 @@ def add_direction(
     their texts as `inputs_pretokenized` (tagged) and `targets_pretokenized`.
   """
   tag = languages.Language.parse(target).tag
+  if label := languages.Language.parse(source).label:
+    # Caswell et al., arXiv:1906.06442: a model that is told what its own kind
+    # wrote does not take it for how people write.
+    tag += f" <{label}>"
   pairs = PairSource(read, num_pairs, fingerprint, prefix=f"{tag} ")
   return add_task(corpus, source, target, pairs, vocabulary)
 

@@ -1,7 +1,6 @@
 """A model directory is whole: moved, damaged, shared, gone on with."""
 
 import dataclasses
-import functools
 import json
 import os
 import pathlib
@@ -32,46 +31,11 @@ from basemt_jax import run as run_lib
 from basemt_jax.data import row_store, source_tags
 
 
-class Writer:
-  """Takes metrics."""
-
-  def write_scalars(self, step, scalars):
-    pass
-
-  def flush(self):
-    pass
-
-
-@dataclasses.dataclass(frozen=True)
-class OneDevice(run_lib.Run):
-  """A run on the first of the simulated devices."""
-
-  def mesh(self):
-    return toy.mesh()
-
-
-def a_run(model_dir, store, network=toy.DENSE, train_steps=4, **changes):
-  values = {
-    "settings": toy.settings(train_steps, eval_every=2, save_every=2),
-    "batch_size": 8,
-    "strategy": sampling.Strategy(heating.linear(1.0, 5.0, 4)),
-    "store_dir": store,
-    **changes,
-  }
-  return OneDevice(
-    str(model_dir),
-    "not looked at",
-    {"inputs": 32, "targets": 24},
-    functools.partial(dataclasses.replace, network),
-    **values,
-  )
-
-
 def train(run):
   """Trains; the lines that were told."""
   told = []
   console = dataclasses.replace(run_lib.SILENT, message=told.append)
-  assert training.train(run, Writer(), console) == "done"
+  assert training.train(run, toy.Writer(), console) == "done"
   return told
 
 
@@ -79,14 +43,14 @@ def load(directory, which="latest"):
   """What `trained.load` gives for a directory, on one device."""
   run = run_lib.described(directory)
   values = {f.name: getattr(run, f.name) for f in dataclasses.fields(run)}
-  return trained.load(OneDevice(**values), which=which)
+  return trained.load(toy.OneDevice(**values), which=which)
 
 
 @pytest.fixture(scope="module")
 def original(tmp_path_factory):
   directory = tmp_path_factory.mktemp("original")
   store = toy.write_store(directory / "store")
-  train(a_run(directory / "model", store))
+  train(toy.a_run(directory / "model", store))
   return directory
 
 
@@ -266,7 +230,7 @@ def test_training_goes_on_from_the_newest_whole_checkpoint(copy):
     key=lambda p: p.stat().st_size,
   )
   next(flips(largest, 3))
-  told = train(a_run(copy / "model", str(copy / "store")))
+  told = train(toy.a_run(copy / "model", str(copy / "store")))
   told = [line for line in told if "checkpoint_" in line]
   assert "holds other bytes than were written" in told[0]
   assert told[1] == "going on from checkpoint_2, dense phase"
@@ -295,7 +259,7 @@ def test_what_may_not_change_is_refused_and_nothing_is_touched(
   original, changes, text
 ):
   before = sorted(os.listdir(original / "model"))
-  run = a_run(original / "model", str(original / "store"), **changes)
+  run = toy.a_run(original / "model", str(original / "store"), **changes)
   with pytest.raises(ValueError, match=text):
     train(run)
   assert sorted(os.listdir(original / "model")) == before
@@ -304,7 +268,9 @@ def test_what_may_not_change_is_refused_and_nothing_is_touched(
 def test_what_may_change_is_told_in_a_line(copy):
   network = dataclasses.replace(toy.DENSE, dropout_rate=0.25)
   settings = toy.settings(6, eval_every=2, save_every=2, log_every=1)
-  run = a_run(copy / "model", str(copy / "store"), network, settings=settings)
+  run = toy.a_run(
+    copy / "model", str(copy / "store"), network, settings=settings
+  )
   told = train(run)
   (line,) = [x for x in told if x.startswith("changed since")]
   for text in (
@@ -319,7 +285,7 @@ def test_what_may_change_is_told_in_a_line(copy):
 
 
 def test_a_second_writer_is_told_who_the_first_is(copy):
-  run = a_run(copy / "model", str(copy / "store"))
+  run = toy.a_run(copy / "model", str(copy / "store"))
   with locking.only_writer(run.model_dir, "the model directory"):
     with pytest.raises(ValueError, match=f"process {os.getpid()} on host .*"):
       train(run)
@@ -331,7 +297,7 @@ def test_a_second_writer_is_told_who_the_first_is(copy):
 
 
 def test_a_failed_start_leaves_nothing(tmp_path, original):
-  run = a_run(
+  run = toy.a_run(
     tmp_path / "runs" / "new",
     str(original / "store"),
     strategy=sampling.Strategy(heating.constant(1.0), joins={"xx": 5}),
@@ -419,7 +385,7 @@ def test_a_description_makes_dataclasses_of_known_modules_only():
   router = routing.TopKRouter(2, 1.5)
   plain = plain_data.to_plain(router)
   assert plain_data.from_plain(plain) == router
-  run = a_run("x", None)
+  run = toy.a_run("x", None)
   for kind, text in (
     ("subprocess.Popen", "name it with --module subprocess"),
     ("os.system", "name it with --module os"),

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 
 import jax
 import numpy as np
@@ -9,12 +10,15 @@ from flax import traverse_util
 
 from basemt_jax import (
   checkpointing,
+  heating,
   model,
   optimizer,
   partitioning,
   phases,
+  sampling,
   steps,
 )
+from basemt_jax import run as run_lib
 from basemt_jax.data import packing, row_store, vocabulary
 
 DENSE = model.TransformerConfig(
@@ -69,6 +73,42 @@ def mesh(data=1, expert=1, model=1):
   """Over the first of the simulated devices."""
   devices = jax.devices()[: data * expert * model]
   return partitioning.make_mesh(expert, model, devices)
+
+
+class Writer:
+  """Takes metrics."""
+
+  def write_scalars(self, step, scalars):
+    pass
+
+  def flush(self):
+    pass
+
+
+@dataclasses.dataclass(frozen=True)
+class OneDevice(run_lib.Run):
+  """A run on the first of the simulated devices."""
+
+  def mesh(self):
+    return mesh()
+
+
+def a_run(model_dir, store, network=DENSE, train_steps=4, **changes):
+  """A run on the rows of `write_store`, with a checkpoint every other step."""
+  values = {
+    "settings": settings(train_steps, eval_every=2, save_every=2),
+    "batch_size": 8,
+    "strategy": sampling.Strategy(heating.linear(1.0, 5.0, 4)),
+    "store_dir": store,
+    **changes,
+  }
+  return OneDevice(
+    str(model_dir),
+    "not looked at",
+    {"inputs": 32, "targets": 24},
+    functools.partial(dataclasses.replace, network),
+    **values,
+  )
 
 
 def texts(split, direction):

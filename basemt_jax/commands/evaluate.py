@@ -41,10 +41,24 @@ def with_search(run: Any, options: argparse.Namespace, n_best: int = 1) -> Any:
   }
   beam_size = changes.get("beam_size", max(run.search.beam_size, n_best))
   search = dataclasses.replace(
-    run.search, **{**changes, "beam_size": beam_size, "num_return": n_best}
+    run.search,
+    **{**changes, "beam_size": beam_size, "num_return": n_best},
+    sampling=_sampling(options),
   )
   checks.check_fields(search)
   return dataclasses.replace(run, search=search)
+
+
+def _sampling(options: argparse.Namespace) -> Any:
+  """How the flags ask to draw; None where they do not."""
+  from basemt_jax import decoding
+
+  names = ("temperature", "top_k", "top_p", "seed")
+  if not getattr(options, "sample", False):
+    return None
+  found = decoding.Sampling(*(getattr(options, name) for name in names))
+  checks.check_fields(found)
+  return found
 
 
 def print_evaluation(run: Any, result: Any, writer: Any = None) -> None:

@@ -101,3 +101,24 @@ def search(parser: argparse.ArgumentParser) -> None:
   """How to search for a translation."""
   parser.add_argument("--beam_size", type=int, help="1: greedy")
   parser.add_argument("--alpha", type=float, help="exponent of length penalty")
+
+
+def sampling(parser: argparse.ArgumentParser) -> None:
+  """How to draw translations instead of searching for the best."""
+  group = parser.add_argument_group("sampling, instead of beam search")
+  group.add_argument(
+    "--sample", action="store_true", help="draw translations by probability"
+  )
+  group.add_argument(
+    "--temperature", type=float, default=1.0, help="below 1: likelier tokens"
+  )
+  group.add_argument(
+    "--top_k", type=int, default=0, help="of so many tokens only; 0: of all"
+  )
+  group.add_argument(
+    "--top_p",
+    type=float,
+    default=1.0,
+    help="of the fewest tokens that have this probability together",
+  )
+  group.add_argument("--seed", type=int, default=0, help="of the draws")

@@ -118,7 +118,7 @@ class _Scoring:
       if "trouble" not in values:
         score = next(scores)
         ids = [*values.pop("target_ids"), 1]
-        pieces = self._model.pieces.pieces(ids)
+        pieces = [self._model.pieces.piece(i) for i in ids]
         values |= {
           "total": score.total,
           "per_token": score.per_token,
