@@ -1,4 +1,4 @@
-"""Back-translation and distillation: the same bytes, however they came about."""
+"""Back-translation and distillation: the same bytes, whatever happens."""
 
 import dataclasses
 import json
