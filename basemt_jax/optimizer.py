@@ -10,12 +10,12 @@ same optimizer.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
-import optax.contrib
 
 from basemt_jax import ranges
 
@@ -32,6 +32,7 @@ def adamw(
   eps: ranges.NotNegative = 1e-9,
   weight_decay: ranges.Decay = 0.0,
   max_grad_norm: ranges.Positive | None = 1.0,
+  moments: Literal["float32", "bfloat16"] = "float32",
 ) -> optax.GradientTransformation:
   """Adam with decoupled weight decay (arXiv:1711.05101) and clipping.
 
@@ -45,13 +46,74 @@ def adamw(
     eps: Added to the root.
     weight_decay: Per step and unit of learning rate; matrices only.
     max_grad_norm: Global norm gradients are clipped to; None: not clipped.
+    moments: Type in which both means are kept between steps. In bfloat16 they
+      are rounded up or down at random, so that small changes are kept on
+      average; the state is half as large.
   """
-  return _chain(
-    max_grad_norm,
-    optax.scale_by_adam(b1=b1, b2=b2, eps=eps),
-    weight_decay,
-    learning_rate,
+  adam = optax.scale_by_adam(b1=b1, b2=b2, eps=eps)
+  if moments == "bfloat16":
+    adam = _with_rounded_moments(adam)
+  return _chain(max_grad_norm, adam, weight_decay, learning_rate)
+
+
+def _with_rounded_moments(
+  adam: optax.GradientTransformation,
+) -> optax.GradientTransformation:
+  """Adam that computes in float32 and keeps its means in bfloat16."""
+
+  def init(params: Tree) -> Any:
+    state = adam.init(params)
+    mean, square = optax.tree.cast((state.mu, state.nu), jnp.bfloat16)
+    return state._replace(mu=mean, nu=square)
+
+  def update(
+    updates: Tree, state: Any, params: Tree = None
+  ) -> tuple[Tree, Any]:
+    mean, square = optax.tree.cast((state.mu, state.nu), jnp.float32)
+    exact = state._replace(mu=mean, nu=square)
+    updates, exact = adam.update(updates, exact, params)
+    leaves, treedef = jax.tree.flatten((exact.mu, exact.nu))
+    rounded = [
+      round_at_random(leaf, state.count * len(leaves) + i)
+      for i, leaf in enumerate(leaves)
+    ]
+    mean, square = jax.tree.unflatten(treedef, rounded)
+    return updates, exact._replace(mu=mean, nu=square)
+
+  return optax.GradientTransformation(init, update)
+
+
+def round_at_random(x: jax.Array, salt: jax.Array) -> jax.Array:
+  """Rounds to bfloat16, up or down so that the expectation is x itself.
+
+  The random bits are a hash of an element's index and of the salt: no memory is
+  read or written for them, and they are the same on any devices.
+
+  Args:
+    x: float32, any shape.
+    salt: [] int32; other values give other bits.
+
+  Returns:
+    Like x, bfloat16; what is not finite is rounded as usual.
+  """
+  index = jnp.zeros(x.shape, jnp.uint32)
+  for axis, size in enumerate(x.shape):
+    index = index * np.uint32(size) + jax.lax.broadcasted_iota(
+      jnp.uint32, x.shape, axis
+    )
+  # "lowbias32" of https://github.com/skeeto/hash-prospector, twice.
+  noise = _hashed(index ^ _hashed(jnp.asarray(salt).astype(jnp.uint32)))
+  bits = jax.lax.bitcast_convert_type(x, jnp.uint32) + (noise >> 16)
+  up_or_down = jax.lax.bitcast_convert_type(
+    (bits >> 16).astype(jnp.uint16), jnp.bfloat16
   )
+  return jnp.where(jnp.isfinite(x), up_or_down, x.astype(jnp.bfloat16))
+
+
+def _hashed(x: jax.Array) -> jax.Array:
+  x = (x ^ (x >> 16)) * np.uint32(0x7FEB352D)
+  x = (x ^ (x >> 15)) * np.uint32(0x846CA68B)
+  return x ^ (x >> 16)
 
 
 def adafactor(
@@ -95,6 +157,7 @@ def muon(
   eps: ranges.NotNegative = 1e-9,
   weight_decay: ranges.Decay = 0.0,
   max_grad_norm: ranges.Positive | None = 1.0,
+  dtype: Literal["float32", "bfloat16"] = "bfloat16",
 ) -> optax.GradientTransformation:
   """Muon for matrices, each expert's its own; NAdam for everything else.
 
@@ -112,34 +175,96 @@ def muon(
     eps: As in `adamw`.
     weight_decay: As in `adamw`.
     max_grad_norm: As in `adamw`.
+    dtype: In which matrices are made orthogonal. The iteration does not
+      converge in any case, so bfloat16, the method's own, serves as well.
   """
-  direction = optax.contrib.muon(
-    1.0,
-    beta=momentum,
-    eps=eps,
-    adam_b1=b1,
-    adam_b2=b2,
-    adam_weight_decay=0.0,
-    consistent_rms=0.2,
-    muon_weight_dimension_numbers=_kernel_axes,
+  direction = optax.partition(
+    {
+      "matrix": _orthogonal_momentum(momentum, eps, jnp.dtype(dtype)),
+      "other": optax.scale_by_adam(b1=b1, b2=b2, eps=eps, nesterov=True),
+    },
+    lambda params: jax.tree_util.tree_map_with_path(
+      lambda path, p: (
+        "matrix" if p.ndim >= 2 and path[-1].key == "kernel" else "other"
+      ),
+      params,
+    ),
   )
-  return _chain(
-    max_grad_norm,
-    optax.chain(direction, optax.scale(-1.0)),
-    weight_decay,
-    learning_rate,
-  )
+  return _chain(max_grad_norm, direction, weight_decay, learning_rate)
 
 
-def _kernel_axes(params: Tree) -> Tree:
-  """The axes of a matrix of each kernel, the last two; None for the rest."""
+class MomentumState(NamedTuple):
+  """State of Muon's part.
 
-  def axes(path: Any, leaf: Any) -> Any:
-    if leaf.ndim < 2 or path[-1].key != "kernel":
-      return None
-    return optax.contrib.MuonDimensionNumbers(leaf.ndim - 2, leaf.ndim - 1)
+  Attributes:
+    updates: [] int32, how many so far.
+    mean: Of gradients, like the parameters.
+  """
 
-  return jax.tree_util.tree_map_with_path(axes, params)
+  updates: jax.Array
+  mean: Tree
+
+
+def _orthogonal_momentum(
+  decay: float, eps: float, dtype: jnp.dtype
+) -> optax.GradientTransformation:
+  """Nesterov's momentum, its matrices made orthogonal."""
+
+  def init(params: Tree) -> MomentumState:
+    return MomentumState(
+      jnp.zeros((), jnp.int32), optax.tree.zeros_like(params)
+    )
+
+  def update(
+    updates: Tree, state: MomentumState, params: Tree = None
+  ) -> tuple[Tree, MomentumState]:
+    del params
+    count = state.updates + 1
+    mean = optax.tree.update_moment(updates, state.mean, decay, 1)
+    ahead = jax.tree.map(
+      lambda m, g: decay * m + (1 - decay) * g,
+      optax.tree.bias_correction(mean, decay, count + 1),
+      optax.tree.bias_correction(updates, decay, count),
+    )
+    # All arrays of a shape at once: a few large products in place of hundreds
+    # of small ones. A new first axis leaves the sharding of experts alone.
+    leaves, treedef = jax.tree.flatten(ahead)
+    of_shape: dict[tuple[int, ...], list[int]] = {}
+    for i, leaf in enumerate(leaves):
+      of_shape.setdefault(leaf.shape, []).append(i)
+    for indices in of_shape.values():
+      stack = jnp.stack([leaves[i] for i in indices])
+      for i, made in zip(indices, _orthogonal(stack, eps, dtype), strict=True):
+        leaves[i] = made
+    return jax.tree.unflatten(treedef, leaves), MomentumState(count, mean)
+
+  return optax.GradientTransformation(init, update)
+
+
+def _orthogonal(x: jax.Array, eps: float, dtype: jnp.dtype) -> jax.Array:
+  """Nearly the closest orthogonal matrices, of root mean square 0.2.
+
+  Five steps of the quintic Newton-Schulz iteration: singular values come to
+  about 0.7 to 1.2.
+
+  Args:
+    x: [..., M, N] float32.
+    eps: Added to the norms that it is divided by.
+    dtype: Of the products.
+
+  Returns:
+    Like x.
+  """
+  wide = x.shape[-2] <= x.shape[-1]
+  made = x if wide else x.mT
+  norm = jnp.sqrt(jnp.sum(jnp.square(made), (-2, -1), keepdims=True))
+  made = (made / (norm + eps)).astype(dtype)
+  for _ in range(5):
+    square = made @ made.mT
+    mixed = -4.775 * square + 2.0315 * (square @ square)
+    made = 3.4445 * made + mixed @ made
+  scale = 0.2 * max(x.shape[-2:]) ** 0.5
+  return scale * (made if wide else made.mT).astype(x.dtype)
 
 
 def _chain(

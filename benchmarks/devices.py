@@ -242,7 +242,7 @@ def _relative(found: Iterable[Any], expected: Iterable[Any]) -> float:
 
 def exchanges(found: training_step.Compiled) -> dict[str, Any]:
   """Collectives of a compiled step: kinds, bytes, splits, what overlaps."""
-  text, mesh = found.step.as_text(), found.program.mesh
+  text, mesh = found.executable.as_text(), found.program.mesh
   kinds: dict[tuple[str, str], dict[str, float]] = {}
   all_to_alls: list[dict[str, Any]] = []
   for c in hlo.collectives(text, mesh.size):
@@ -469,7 +469,7 @@ def main() -> None:
     print(f"\nno trace: {device.platform} has no kernels to show")
   if args.hlo:
     with open(args.hlo, "w", encoding="utf-8") as file:
-      file.write(sparse.step.as_text())
+      file.write(sparse.executable.as_text())
   figures["exchanges"] = exchanges(sparse)
   print_exchanges(figures["exchanges"], args.devices)
   write()

@@ -40,6 +40,7 @@ vocabulary.
 import argparse
 import concurrent.futures
 import dataclasses
+import functools
 import itertools
 import json
 import statistics
@@ -198,7 +199,7 @@ def memory(
     "activations": activation_bytes(cfg, own, length),
     "logits": own * length * cfg.vocab_size * (4 + size),
   }
-  stats = found.step.memory_analysis()
+  stats = found.executable.memory_analysis()
   compiled_ = {
     "arguments": stats.argument_size_in_bytes,
     "temporary": stats.temp_size_in_bytes,
@@ -230,19 +231,25 @@ class Compiled:
   Attributes:
     program: What was compiled.
     init: () -> state.
-    step: (state, batch) -> state, sums; the state's arrays are taken over.
+    executable: The compiled step.
+    key: Of dropout.
     seconds: Tracing, lowering and compiling.
   """
 
   program: steps.Program
   init: Any
-  step: Any
+  executable: Any
+  key: Any
   seconds: float
+
+  def step(self, state: Any, data: Any) -> tuple[Any, dict[str, Any]]:
+    """Takes a step; the state's arrays are taken over."""
+    return self.executable(state, data, self.key)
 
   @property
   def bytes(self) -> int:
     """Memory of a device that the compiler plans with for a step."""
-    stats = self.step.memory_analysis()
+    stats = self.executable.memory_analysis()
     return int(
       stats.argument_size_in_bytes
       + stats.output_size_in_bytes
@@ -258,12 +265,16 @@ def compiled(
   length: int,
   warmup: int = 1000,
   optimizer_name: str = "adamw",
+  **options: Any,
 ) -> Compiled:
-  """Compiles, and runs nothing, so that threads can do several at once."""
+  """Compiles, and runs nothing, so that threads can do several at once.
+
+  Options are those of the optimizer.
+  """
   settings = steps.Settings(
     train_steps=10**6,
     learning_rate=optimizer.inverse_square_root(1e-3, warmup),
-    optimizer=getattr(optimizer, optimizer_name),
+    optimizer=functools.partial(getattr(optimizer, optimizer_name), **options),
   )
   start = time.perf_counter()
   program = steps.Program(
@@ -275,7 +286,13 @@ def compiled(
     for name, value in batch(rows, length, 0, cfg.vocab_size).items()
   }
   step = program.lower(data).compile()
-  return Compiled(program, program.init, step, time.perf_counter() - start)
+  return Compiled(
+    program,
+    program.init,
+    step,
+    steps.keys(settings.seed)[1],
+    time.perf_counter() - start,
+  )
 
 
 def batches(
@@ -374,7 +391,7 @@ def print_trace(found: Compiled, rows: int, length: int) -> None:
   if not trace.kernels:
     print("no kernels in the trace: it needs a GPU or a TPU")
     return
-  hlo, steps_ = found.step.as_text(), len(data)
+  hlo, steps_ = found.executable.as_text(), len(data)
   kernels = len(trace.kernels) / steps_
   print(f"busy {trace.busy_ms() / steps_:.2f} ms a step, {kernels:.0f} kernels")
   for part, (total, _) in trace.by_source(hlo, PARTS).items():
@@ -407,6 +424,12 @@ def main() -> None:
     "--optimizer", choices=("adamw", "adafactor", "muon"), default="adamw"
   )
   parser.add_argument(
+    "--moments",
+    choices=("float32", "bfloat16"),
+    default="float32",
+    help="of adamw",
+  )
+  parser.add_argument(
     "--trace", action="store_true", help="show where the time goes"
   )
   parser.add_argument("--peak_tflops", type=float, default=989.0)
@@ -425,6 +448,7 @@ def main() -> None:
         key[0][1],
         args.length,
         optimizer_name=args.optimizer,
+        **({"moments": args.moments} if args.optimizer == "adamw" else {}),
       ),
       keys,
     )

@@ -1,5 +1,6 @@
 """Optimizers against Optax's own complete ones; schedules against formulas."""
 
+import hypothesis
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -92,7 +93,9 @@ def test_muon_is_optax_muon_on_each_kernel_and_adam_elsewhere():
     "expert_centroids": make(3, 8),
   }
   grads = [jax.tree.map(lambda p: make(*p.shape), params) for _ in range(3)]
-  found = run(optimizer.muon(0.1, max_grad_norm=None), params, grads)
+  found = run(
+    optimizer.muon(0.1, max_grad_norm=None, dtype="float32"), params, grads
+  )
   for i in range(3):  # An expert's matrix is as if it were alone.
     alone = optax.contrib.muon(0.1, eps=1e-9, consistent_rms=0.2)
     expected = run(
@@ -107,6 +110,65 @@ def test_muon_is_optax_muon_on_each_kernel_and_adam_elsewhere():
   adam = run(nadam, params, grads)
   for name in ("embedding", "expert_centroids"):
     np.testing.assert_allclose(found[name], adam[name], atol=1e-5)
+
+
+@hypothesis.given(
+  hypothesis.strategies.floats(2.0**-90, 2.0**90, width=32),
+  hypothesis.strategies.integers(0, 2**31 - 1),
+)
+@hypothesis.settings(max_examples=30, deadline=None)
+def test_rounding_at_random_is_right_on_average(value, salt):
+  x = jnp.full((64, 64), value, jnp.float32)
+  found = np.asarray(optimizer.round_at_random(x, salt), np.float64)
+  below = np.float64(np.uint32(x[0, 0].view(jnp.uint32) >> 16 << 16).view("f4"))
+  spacing = 2.0 ** (np.floor(np.log2(value)) - 7)
+  assert set(np.unique(found)) <= {below, below + spacing}
+  # 4,096 draws: five standard errors of the mean of a coin.
+  assert abs(found.mean() - np.float64(x[0, 0])) < 5 * spacing * 0.5 / 64
+  negative = optimizer.round_at_random(-x, salt)
+  np.testing.assert_array_equal(np.asarray(negative, np.float64), -found)
+
+
+def test_rounding_at_random_leaves_what_is_exact_or_not_finite():
+  exact = jnp.asarray([0.0, 1.5, -(2.0**100), jnp.inf, -jnp.inf], jnp.float32)
+  np.testing.assert_array_equal(optimizer.round_at_random(exact, 3), exact)
+  assert jnp.isnan(optimizer.round_at_random(jnp.float32(jnp.nan), 3))
+
+
+def test_bfloat16_moments_follow_those_of_float32():
+  params = {"w": jnp.zeros((64, 32)), "scale": jnp.ones(32)}
+  rng = np.random.RandomState(0)
+  grads = [
+    jax.tree.map(
+      lambda p: jnp.asarray(1 + rng.normal(size=p.shape), jnp.float32), params
+    )
+    for _ in range(50)
+  ]
+  exact = run(optimizer.adamw(0.01), params, grads)
+  tx = optimizer.adamw(0.01, moments="bfloat16")
+  kept = jax.tree.leaves(tx.init(params))
+  assert [x.dtype for x in kept if x.ndim] == [jnp.bfloat16] * 4
+  found = run(tx, params, grads)
+  for name in params:
+    # An error of 2^-9 of each update would add up to 0.2% if it were biased.
+    distance = exact[name] - params[name]
+    error = (found[name] - exact[name]) / jnp.abs(distance).mean()
+    assert jnp.abs(error).max() < 0.02
+    # Five standard errors of the mean of errors of 0.3%.
+    assert abs(error.mean()) < 5 * 0.003 / error.size**0.5
+
+
+@pytest.mark.parametrize("shape", [(16, 48), (48, 16), (3, 20, 20)])
+def test_muon_in_bfloat16_makes_singular_values_nearly_equal(shape):
+  grad = {"kernel": jax.random.normal(jax.random.key(0), shape)}
+  tx = optimizer.muon(1.0, max_grad_norm=None)
+  update, _ = tx.update(grad, tx.init(grad), grad)
+  found = np.linalg.svd(update["kernel"], compute_uv=False)
+  found = found / (0.2 * max(shape[-2:]) ** 0.5)
+  exact = np.linalg.svd(grad["kernel"], compute_uv=False)
+  far = exact > 0.05 * exact.max()  # What is nearly 0 rises in five steps.
+  assert found[far].min() > 0.6
+  assert found.max() < 1.3
 
 
 def test_an_average_spans_a_ninth_at_first_and_then_its_own_length():

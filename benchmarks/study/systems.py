@@ -134,6 +134,7 @@ class Size:
     evaluations: Of the dev loss, in the course of a run.
     rows_per_group: Rows that compete for experts together.
     descent: Name of an optimizer of `optimizer`.
+    moments: Type of the means that `adamw` keeps.
     weight_decay: Of its matrices.
     average_decay: Of averaged weights, which are then evaluated; 0: none.
     stop_at: Where to stop a run that is planned as one of `train_steps`; 0: at
@@ -154,6 +155,7 @@ class Size:
   evaluations: int = 25
   rows_per_group: int = 16
   descent: str = "adamw"
+  moments: str = "float32"
   weight_decay: float = 0.0
   average_decay: float = 0.0
   stop_at: int = 0
@@ -173,9 +175,12 @@ def _rate(name: str, peak: float, *arguments: int) -> optimizer.Schedule:
 
 
 @functools.cache
-def _optimizer(descent: str, weight_decay: float) -> optimizer.Optimizer:
+def _optimizer(
+  descent: str, moments: str, weight_decay: float
+) -> optimizer.Optimizer:
+  chosen = {"moments": moments} if descent == "adamw" else {}
   return functools.partial(
-    getattr(optimizer, descent), weight_decay=weight_decay
+    getattr(optimizer, descent), weight_decay=weight_decay, **chosen
   )
 
 
@@ -218,7 +223,7 @@ def run_of(
     ),
     rewarm_steps=system.rewarm_steps,
     learning_rate=_rate(size.rate, system.learning_rate, *lengths),
-    optimizer=_optimizer(size.descent, size.weight_decay),
+    optimizer=_optimizer(size.descent, size.moments, size.weight_decay),
     average_decay=size.average_decay,
     log_every=max(every // 2, 1),
     eval_every=every,
