@@ -221,3 +221,17 @@ def test_all_pairs_of_common_codes_are_read_in_one_way():
   codes = ["en", "de", "pt", "br", "fr", "ca", "zh", "sr", "in", "id", "no"]
   for a, b in itertools.permutations(codes, 2):
     assert Direction.parse(f"{a}_{b}") == (a, b)
+
+
+def test_what_a_model_wrote_is_told_apart():
+  direction = Direction.parse("EN-X-BT__pt-br")
+  assert str(direction) == "en_x_bt-pt_BR" and direction.label == "bt"
+  assert Direction.of_task(direction.task("files")) == direction
+  assert direction.source.authentic == "en" and direction.source.fits("en")
+  assert direction.source.standard == "en" and not direction.source.doubt
+  assert Direction.parse("en-de_x_kd").target.tag == "<2de>"
+  assert Direction.parse("en-de").label == ""
+  assert Language.parse("zh_Hant").labelled("kd") == "zh_Hant_x_kd"
+  assert languages.matching("en", ["en_x_bt", "en"]) == ["en"]
+  with pytest.raises(ValueError, match="en_x_far too long"):
+    Language.parse("en").labelled("far too long")

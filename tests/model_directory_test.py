@@ -351,6 +351,14 @@ def test_a_tag_is_chosen_by_direction():
   german, french = (source_tags.SourceTag(x) for x in ("de: ", "fr: "))
   tags = {"en-de": german, "en-fr": french, "de-fr": french, "fr-de": None}
   assert trained.choose_tag(tags, "fr") == french
+  # What a model wrote is not what anybody translates from, or into.
+  synthetic = {
+    "en_x_bt-fr": source_tags.SourceTag("<2fr> <bt> "),
+    "en-fr_x_kd": french,
+  }
+  assert trained.choose_tag({**tags, **synthetic}, "fr") == french
+  taught = {"en-fr_x_kd": french}
+  assert trained.choose_tag(taught, "fr") == french
   assert trained.choose_tag(tags, "de", "en") == german
   for to, source, text in (
     ("xx", None, "it knows de, fr"),
