@@ -227,7 +227,7 @@ class Checkpoints:
     """Refuses a damaged checkpoint, and names the newest whole one."""
     found = self.damage(step)
     if found:
-      raise self._damaged(step, "; ".join(found))
+      raise self._damaged(step, checksums.told(found))
 
   def _damaged(self, step: int, why: str) -> ValueError:
     others = (n for n in reversed(self.steps()) if n != step)

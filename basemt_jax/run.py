@@ -271,6 +271,28 @@ def configuration(run: Run, vocab_size: int) -> dict[str, Any]:
     "data_seed": run.data_seed,
     "bands": plain_data.to_plain(run.bands),
     "search": plain_data.to_plain(run.search),
+    "optimizer": plain_data.call_to_plain(run.settings.optimizer),
+    "learning_rate": _rates(run.settings),
+    "devices": {
+      "number": jax.device_count(),
+      "expert": run.expert_devices,
+      "model": run.model_devices,
+    },
+    "reporting": {
+      "bleu_every": run.bleu_every,
+      "bleu_sentences": run.bleu_sentences,
+      "trackers": [opener.__qualname__ for opener in run.trackers],
+    },
+  }
+
+
+def _rates(settings: steps.Settings) -> dict[str, float]:
+  """Learning rates at some steps, which tell one schedule from another."""
+  some = (n * 10**e for e in range(10) for n in (1, 2, 5))
+  return {
+    str(step): float(f"{float(settings.learning_rate(step)):.4g}")
+    for step in some
+    if step < settings.train_steps
   }
 
 

@@ -20,7 +20,7 @@ import dataclasses
 import hashlib
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -36,6 +36,10 @@ _NEWTON_STEPS = 200
 _CAP_TOLERANCE = 1e-9
 
 
+# (Name, all directions) -> those that it means.
+Meant = Callable[[str, Sequence[str]], Sequence[str]]
+
+
 @dataclasses.dataclass(frozen=True)
 class Strategy:
   """How directions are sampled over the steps of a run.
@@ -43,9 +47,9 @@ class Strategy:
   Attributes:
     temperature: Step -> temperature T.
     joins: The first step of late directions. A key is a direction ('en-gu'), a
-      language ('gu': all directions from or to it), a label ('bt': all
-      directions of text with it, such as 'en_x_bt-gu'), 'authentic' (all
-      without any), or a number n (all directions of fewer than n training
+      language ('gu': all directions from or to it), in any spelling, a label
+      ('bt': all directions of text with it, such as 'en_x_bt-gu'), 'authentic'
+      (all without any), or a number n (all directions of fewer than n training
       pairs); the latest step of all that match counts.
     max_epochs: The most often that any direction is expected to be gone
       through. A direction that would be seen more often is drawn less, by one
@@ -119,6 +123,7 @@ class Strategy:
     pairs: ArrayLike,
     rows: ArrayLike,
     batch_size: float,
+    meant: Meant | None = None,
   ) -> "Plan":
     """The strategy for given data.
 
@@ -127,12 +132,15 @@ class Strategy:
       pairs: [N] training pairs.
       rows: [N] packed rows; `pairs` where nothing is packed.
       batch_size: rows of a global batch.
+      meant: which of the directions a name in `joins` and `sizes` means, such
+        as `languages.meant`, which knows every spelling; None: those that are
+        spelled so.
 
     Raises:
       ValueError: names that no direction has, directions without a size, no
         direction at step 0, or a cap that leaves too little data.
     """
-    return Plan(self, directions, pairs, rows, batch_size)
+    return Plan(self, directions, pairs, rows, batch_size, meant)
 
 
 def unimax(
@@ -178,8 +186,10 @@ class Plan:
     pairs: ArrayLike,
     rows: ArrayLike,
     batch_size: float,
+    meant: Meant | None = None,
   ):
     """See `Strategy.plan`."""
+    meant = meant or _spelled_so
     self.strategy, self.directions = strategy, tuple(directions)
     self.pairs = np.asarray(pairs, np.float64)
     self.rows = np.asarray(rows, np.float64)
@@ -191,16 +201,21 @@ class Plan:
       )
     self.sizes = self.pairs
     if strategy.sizes is not None:
-      missing = sorted({*self.directions} - strategy.sizes.keys())
+      known = {
+        name: size
+        for key, size in strategy.sizes.items()
+        for name in meant(key, self.directions)
+      }
+      missing = sorted({*self.directions} - known.keys())
       if missing:
         raise ValueError(
           f"the given sizes lack the directions {', '.join(missing)}"
         )
-      given = [strategy.sizes[name] for name in self.directions]
+      given = [known[name] for name in self.directions]
       # What has no rows cannot be drawn, whatever is published.
       self.sizes = np.asarray(given, np.float64) * (self.rows > 0)
-    self.starts = _starts(strategy.joins, self.directions, self.sizes)
-    self.multipliers = _weights(strategy.weights, self.directions)
+    self.starts = _starts(strategy.joins, self.directions, self.sizes, meant)
+    self.multipliers = _weights(strategy.weights, self.directions, meant)
     if not ((self.starts == 0) & (self.sizes * self.multipliers > 0)).any():
       raise ValueError(
         "all directions join after step 0 or have weight 0, so there is "
@@ -310,16 +325,29 @@ class Plan:
     return rates, counts.astype(np.float64)
 
 
+def _spelled_so(name: str, directions: Sequence[str]) -> Sequence[str]:
+  """Directions with a name, a language or a label that is spelled so."""
+  if name in directions:
+    return [name]
+  return [
+    direction
+    for direction in directions
+    if name in re.sub(r"_x_\w+", "", direction).split("-")
+    or name in (re.findall(r"_x_(\w+)", direction) or ["authentic"])
+  ]
+
+
 def _starts(
   joins: Mapping[str | int, int],
   directions: Sequence[str],
   sizes: np.ndarray,
+  meant: Meant,
 ) -> np.ndarray:
   """First steps of the directions; int64 [N]."""
   starts = np.zeros(len(directions), np.int64)
   for key, step in joins.items():
     if isinstance(key, str):
-      match = _matching(key, directions, f"is to join at step {step}")
+      match = _matching(key, directions, f"is to join at step {step}", meant)
     else:
       match = sizes < key
     starts = np.where(match, np.maximum(starts, step), starts)
@@ -327,37 +355,31 @@ def _starts(
 
 
 def _weights(
-  weights: Mapping[str, float], directions: Sequence[str]
+  weights: Mapping[str, float], directions: Sequence[str], meant: Meant
 ) -> np.ndarray:
   """Weights of the directions; float64 [N]."""
   found = np.ones(len(directions))
   for key, weight in weights.items():
-    match = _matching(key, directions, f"is to have weight {weight:g}")
+    match = _matching(key, directions, f"is to have weight {weight:g}", meant)
     found = np.where(match, found * weight, found)
   return found
 
 
-def _matching(key: str, directions: Sequence[str], what: str) -> np.ndarray:
+def _matching(
+  key: str, directions: Sequence[str], what: str, meant: Meant
+) -> np.ndarray:
   """Which directions a direction's, a language's or a label's name means.
 
   Raises:
     ValueError: None of them.
   """
-  match = np.array([key in _names(direction) for direction in directions])
+  match = np.isin(directions, meant(key, directions))
   if not match.any():
     raise ValueError(
       f"{key!r}, which {what}, is neither a direction nor a language nor a "
       f"label of {', '.join(directions)}"
     )
   return match
-
-
-def _names(direction: str) -> set[str]:
-  """What a direction goes by: 'en_x_bt-gu', 'en', 'gu', 'bt', ..."""
-  sides = direction.split("-")
-  labels = re.findall(r"_x_(\w+)", direction)
-  plain = {side.partition("_x_")[0] for side in sides}
-  return {direction, *sides, *plain, *(labels or ["authentic"])}
 
 
 def _cap(

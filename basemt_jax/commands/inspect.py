@@ -220,7 +220,9 @@ def _inspect_data(options: argparse.Namespace, run: Any, mixture: Any) -> Any:
     done += 1
     say(f"looked at {name}, {done} directions done")
 
-  say = console.every_few_seconds(lambda text: print(text, file=sys.stderr))
+  say = console.every_few_seconds(
+    lambda text: print(files.printable(text), file=sys.stderr)
+  )
   return text_report.inspect_data(
     mixture,
     text_report.Options(

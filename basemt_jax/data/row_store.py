@@ -20,14 +20,11 @@ from typing import Any
 import numpy as np
 
 from basemt_jax import checksums, files
-from basemt_jax.data import packing, permutation
+from basemt_jax.data import packing, pair_sample, permutation
 
 HEADER = "store.json"
 FORMAT = "basemt_jax row store"
 VERSION = 1
-
-# The pairs whose digests tell later whether a task still gives the same.
-SAMPLE_BLOCK, SAMPLE_BLOCKS = 256, 64
 
 PathLike = str | os.PathLike[str]
 
@@ -54,8 +51,8 @@ class RowStats:
     text_bytes: size of the file of raw texts.
     crc32: checksum of the rows.
     finished: all pairs are in.
-    first_pairs: digests of the first blocks of `SAMPLE_BLOCK` pairs as they
-      were tokenised, at most `SAMPLE_BLOCKS`; the last may be shorter.
+    sample: digests of a sample of the pairs as they were tokenised and cut;
+      see `pair_sample`.
   """
 
   pairs: int = 0
@@ -67,7 +64,13 @@ class RowStats:
   text_bytes: int = 0
   crc32: int = 0
   finished: bool = False
-  first_pairs: list[str] = dataclasses.field(default_factory=list)
+  sample: list[str] = dataclasses.field(default_factory=list)
+
+  @classmethod
+  def of_json(cls, values: Mapping[str, Any]) -> "RowStats":
+    """What was recorded; what another version recorded besides is left out."""
+    known = {field.name for field in dataclasses.fields(cls)}
+    return cls(**{k: v for k, v in values.items() if k in known})
 
 
 class RowStoreWriter:
@@ -126,7 +129,7 @@ class RowStoreWriter:
   def _recover(self) -> RowStats:
     """Reads the progress record and cuts the files back to it."""
     try:
-      stats = RowStats(**json.loads(self._record_path.read_text("utf-8")))
+      stats = RowStats.of_json(json.loads(self._record_path.read_text("utf-8")))
       with open(self._rows_path, "r+b") as rows:
         rows.truncate(stats.rows * self._layout.row_bytes)
       # A finished direction without texts has no file for them.
@@ -191,7 +194,15 @@ class RowStoreWriter:
     texts, self._texts = self._texts[:count], self._texts[count:]
     inputs, cut_inputs = inputs.truncate(self._layout.inputs, self._eos)
     targets, cut_targets = targets.truncate(self._layout.targets, self._eos)
-    self._note_first_pairs(inputs, targets)
+    first = self.stats.pairs
+    chosen = pair_sample.positions(first, first + count) - first
+    add_to_sample(
+      self.stats.sample,
+      first,
+      first + count,
+      inputs.take(chosen),
+      targets.take(chosen),
+    )
     if self._shuffle:
       size = np.full(count, count)
       key = np.full(
@@ -219,29 +230,32 @@ class RowStoreWriter:
     # The record comes last: it only ever speaks of what is on disk.
     _write_json(self._record_path, dataclasses.asdict(stats))
 
-  def _note_first_pairs(
-    self, inputs: packing.Ragged, targets: packing.Ragged
-  ) -> None:
-    """Adds digests of the blocks of a chunk, as long as there is room."""
-    noted = self.stats.first_pairs
-    room = SAMPLE_BLOCKS - len(noted)
-    # After a chunk that no block divides no more can be told apart.
-    if self.stats.pairs == len(noted) * SAMPLE_BLOCK and room > 0:
-      noted.extend(block_digests(inputs, targets, room))
 
+def add_to_sample(
+  digests: list[str],
+  start: int,
+  stop: int,
+  inputs: packing.Ragged,
+  targets: packing.Ragged,
+) -> None:
+  """Adds the pairs of the sample among those at `start` to `stop`.
 
-def block_digests(
-  inputs: packing.Ragged, targets: packing.Ragged, count: int
-) -> list[str]:
-  """Digests of the first `count` blocks of tokenised pairs, cut to length."""
-  found: list[str] = []
-  while len(inputs.lengths) and len(found) < count:
-    first_inputs, inputs = inputs.split(SAMPLE_BLOCK)
-    first_targets, targets = targets.split(SAMPLE_BLOCK)
-    parts = (*first_inputs, *first_targets)
-    data = b"".join(x.astype("<i8").tobytes() for x in parts)
-    found.append(checksums.bytes_checksum(data)[:16])
-  return found
+  Args:
+    digests: of a split; see `pair_sample`.
+    start: position of the first pair.
+    stop: position after the last, or beyond where the split ends before it.
+    inputs: source ids, cut to length, of those in the sample.
+    targets: target ids of the same.
+  """
+  sides = [
+    np.split(side.values.astype("<i4"), np.cumsum(side.lengths))[:-1]
+    for side in (inputs, targets)
+  ]
+  places = pair_sample.positions(start, stop)
+  for place, source, target in zip(places.tolist(), *sides, strict=False):
+    # The length keeps the sides apart.
+    data = len(source).to_bytes(4, "little") + source.tobytes()
+    pair_sample.add(digests, place, data + target.tobytes())
 
 
 def _append(path: pathlib.Path, data: bytes) -> None:
@@ -358,7 +372,7 @@ class Header:
       self.vocabulary_kind: str = self._vocabulary["kind"]
       self._vocabulary["file"]
       self._stats = {
-        split: {name: RowStats(**s) for name, s in stats.items()}
+        split: {name: RowStats.of_json(s) for name, s in stats.items()}
         for split, stats in values["splits"].items()
       }
     except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -445,8 +459,8 @@ class RowStore(Header):
     found = checksums.damage(self.directory) if verify else []
     if found:
       raise ValueError(
-        f"the row store in {directory} is damaged: {'; '.join(found)}; delete "
-        "the directory, and it is built again"
+        f"the row store in {directory} is damaged: {checksums.told(found)}; "
+        "delete the directory, and it is built again"
       )
 
   def _check_size(self, split: str, name: str, stats: RowStats) -> None:

@@ -20,8 +20,15 @@ import numpy as np
 import seqio
 import tensorflow as tf
 
-from basemt_jax import files
-from basemt_jax.data import languages, mixtures, packing, row_store, vocabulary
+from basemt_jax import checksums, files
+from basemt_jax.data import (
+  languages,
+  mixtures,
+  packing,
+  pair_sample,
+  row_store,
+  vocabulary,
+)
 
 _log = logging.getLogger(__name__)
 
@@ -132,6 +139,7 @@ def build_store(
     return store
   directory.mkdir(parents=True, exist_ok=True)
   with files.locked(directory):
+    files.remove_left_behind(directory)
     store = _finished(directory, parts, verify)
     if store and not _gives_the_same(tasks, store):
       _log.warning(
@@ -199,8 +207,8 @@ def _check_stale(
     _remove_rows(directory)
 
 
-# Seconds in which a store is compared with its tasks, about.
-_CHECK_SECONDS = 1.0
+# Seconds in which a store is compared with its tasks, about, and at most.
+_CHECK_SECONDS, _MOST_SECONDS = 1.0, 3.0
 
 
 def _gives_the_same(
@@ -209,47 +217,59 @@ def _gives_the_same(
   """Whether tasks still give the pairs that were packed.
 
   Names, sizes and times of files do not tell of a changed preprocessor, or of
-  what a function reads. So the first pairs are tokenised again: of one
-  direction of every split at least, of the others in a random order (the same
-  for a store every time), as far as a second goes.
+  what a function reads. So the sample of every split (`pair_sample`) is
+  tokenised again, in an order that is the same for a store every time: a block
+  of it at least, and as far as a second goes, which all of them share.
   """
-  order = np.random.default_rng(len(tasks)).permutation(len(tasks))
-  names = [list(tasks)[i] for i in order]
-  end = time.monotonic() + _CHECK_SECONDS
-  for rank, name in enumerate(names):
-    for split in store.splits:
-      if rank and time.monotonic() > end:
-        return True
-      source_split = mixtures.task_split(tasks[name], split)
-      noted = store.stats(split, name).first_pairs
-      if not source_split or not noted:
-        continue
-      found, is_all = _first_pairs(tasks[name], source_split, store.layout, end)
-      if found != (noted if is_all else noted[: len(found)]):
-        return False
+  splits = [
+    (tasks[name], own, store.stats(split, name).sample)
+    for split in store.splits
+    for name in tasks
+    if (own := mixtures.task_split(tasks[name], split))
+  ]
+  splits = [each for each in splits if each[2]]  # Of this version.
+  order = np.random.default_rng(len(splits)).permutation(len(splits))
+  start = time.monotonic()
+  for rank, i in enumerate(order):
+    now = time.monotonic()
+    if now > start + _MOST_SECONDS:
+      break
+    # What a small split leaves goes to those after it.
+    left = max(0.0, start + _CHECK_SECONDS - now)
+    end = now + left / (len(splits) - rank)
+    task, own, noted = splits[i]
+    if not _has_sample(task, own, noted, store.layout, end):
+      return False
   return True
 
 
-def _first_pairs(
-  task: seqio.Task, split: str, layout: packing.RowLayout, end: float
-) -> tuple[list[str], bool]:
-  """As `RowStats.first_pairs`, until `end`; and whether these are all."""
+def _has_sample(
+  task: seqio.Task,
+  split: str,
+  noted: list[str],
+  layout: packing.RowLayout,
+  end: float,
+) -> bool:
+  """Whether a split has the sample that was noted, as far as read by `end`."""
   features = task.output_features
   eos = features["inputs"].add_eos and features["targets"].add_eos
   found: list[str] = []
-  # Blocks as the writer has them, from blocks as they are read.
-  per_read = _BLOCK // row_store.SAMPLE_BLOCK
-  for inputs, targets, _ in read_task(task, split, layout):
-    found += row_store.block_digests(
+  position = 0
+  for inputs, targets, _ in read_task(task, split, layout, sampled=True):
+    row_store.add_to_sample(
+      found,
+      position,
+      position + _BLOCK,
       inputs.truncate(layout.inputs, eos)[0],
       targets.truncate(layout.targets, eos)[0],
-      per_read,
     )
-    if len(found) >= row_store.SAMPLE_BLOCKS:
-      break
-    if time.monotonic() > end:
-      return found, False
-  return found[: row_store.SAMPLE_BLOCKS], True
+    position += _BLOCK
+    whole = pair_sample.block_of(position)
+    if found[:whole] != noted[:whole]:
+      return False
+    if time.monotonic() > end and whole:
+      return True
+  return found == noted
 
 
 def _build_direction(
@@ -295,6 +315,7 @@ def read_task(
   layout: packing.RowLayout,
   skip: int = 0,
   texts: bool = False,
+  sampled: bool = False,
 ) -> Iterator[_Block]:
   """Tokenised pairs of a task in its own order, a block at a time.
 
@@ -308,6 +329,7 @@ def read_task(
     layout: sequences come whole, or at least with a token more than fits.
     skip: pairs to leave out at the beginning.
     texts: give the texts, too.
+    sampled: give of each block only the pairs of the sample, without texts.
 
   Yields:
     Ids of both sides, and per pair `source`, `target` and `tagged_source`.
@@ -324,8 +346,17 @@ def read_task(
   ]
   is_plain = any(steps[-len(tail) :] == tail for tail in plain)
   if is_plain and _has_our_vocabulary(task):
-    return _read_texts(task, split, skip, texts)
-  return _read_tokens(task, split, layout, skip, texts)
+    return _read_texts(task, split, skip, texts, sampled)
+  blocks = _read_tokens(task, split, layout, skip, texts)
+  return _only_sample(blocks) if sampled else blocks
+
+
+def _only_sample(blocks: Iterator[_Block]) -> Iterator[_Block]:
+  start = 0
+  for inputs, targets, _ in blocks:
+    places = pair_sample.positions(start, start + len(inputs.lengths)) - start
+    yield inputs.take(places), targets.take(places), []
+    start += _BLOCK
 
 
 def _has_our_vocabulary(task: seqio.Task) -> bool:
@@ -339,14 +370,19 @@ def _has_our_vocabulary(task: seqio.Task) -> bool:
 
 
 def _read_texts(
-  task: seqio.Task, split: str, skip: int, texts: bool
+  task: seqio.Task, split: str, skip: int, texts: bool, sampled: bool
 ) -> Iterator[_Block]:
-  """Reads a task's texts and tokenises them here."""
+  """Reads a task's texts and tokenises them here; arguments as `read_task`."""
   features = [task.output_features[name] for name in ("inputs", "targets")]
   pieces = vocabulary.Vocabulary.from_seqio(features[0].vocabulary)
   pairs = itertools.islice(vocabulary.raw_pairs(task, split), skip, None)
+  start = 0
   while block := list(itertools.islice(pairs, _BLOCK)):
-    sources, targets = zip(*block, strict=True)
+    if sampled:
+      places = pair_sample.positions(start, start + len(block)) - start
+      block = [block[i] for i in places]
+      start += _BLOCK
+    sources, targets = zip(*block, strict=True) if block else ((), ())
     ids = [pieces.encode_batch(side) for side in (sources, targets)]
     for side, feature in zip(ids, features, strict=True):
       if feature.add_eos:
@@ -493,12 +529,11 @@ def fingerprint(
 
 
 def _source_stamp(source: Any, split: str) -> list[Any]:
-  """Sizes and times of a source's files, and its own fingerprint."""
+  """Stamps of a source's files, and its own fingerprint."""
   stamp: list[Any] = [str(getattr(source, "fingerprint", ""))]
   for shard in source.list_shards(split):
     if os.path.isfile(shard):
-      status = os.stat(shard)
-      stamp.append([str(shard), status.st_size, status.st_mtime_ns])
+      stamp.append([str(shard), *checksums.stamp(shard)])
   return stamp
 
 
