@@ -244,12 +244,14 @@ class DirectionTexts:
     sources: Texts as the model reads them, target-language tag included.
     references: Their translations.
     train_pairs: Sentence pairs of the direction's training split.
+    plain: The sources without tags, for readers; None: they have none.
   """
 
   direction: str
   sources: Sequence[str]
   references: Sequence[str]
   train_pairs: int
+  plain: Sequence[str] | None = None
 
   def __post_init__(self):
     if len(self.sources) != len(self.references):
@@ -283,6 +285,7 @@ class DirectionResult:
     chrf: chrF++, 0 to 100.
     bleu_signature: sacreBLEU's, or ''.
     chrf_signature: sacreBLEU's, or ''.
+    metrics: Means over the sentences, of a metric command's metrics by name.
   """
 
   direction: str
@@ -294,6 +297,7 @@ class DirectionResult:
   chrf: float | None = None
   bleu_signature: str = ""
   chrf_signature: str = ""
+  metrics: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
 
 class Vocabulary(Protocol):
@@ -371,7 +375,7 @@ def evaluate(
     hypotheses = [next(nbest)[0][1] for _ in t.sources]
     translated = DirectionTranslations(
       t.direction,
-      _one_text(t.sources),
+      _one_text(t.sources if t.plain is None else t.plain),
       hypotheses,
       _one_text(t.references),
     )
@@ -430,6 +434,7 @@ class Mean:
     loss: Nats per target token.
     bleu: 0 to 100.
     chrf: chrF++, 0 to 100.
+    metrics: Of a metric command, by name.
   """
 
   name: str
@@ -437,6 +442,7 @@ class Mean:
   loss: float | None
   bleu: float | None
   chrf: float | None
+  metrics: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
 
 def summarise(
@@ -444,8 +450,10 @@ def summarise(
 ) -> list[Mean]:
   """Means per band, from and to the pivot language, and of all directions.
 
-  Groups without directions are left out. Every direction counts the same.
+  Only directions that were measured count, each the same; groups without any
+  are left out.
   """
+  results = [r for r in results if (r.loss, r.bleu, r.chrf) != (None,) * 3]
   groups: dict[str, list[DirectionResult]] = {
     name: [r for r in results if r.band == name] for name in languages.BANDS
   }
@@ -461,14 +469,22 @@ def summarise(
     Mean(
       name,
       len(group),
-      *(
-        _mean([getattr(r, value) for r in group])
-        for value in ("loss", "bleu", "chrf")
-      ),
+      _mean([r.loss for r in group]),
+      _mean([r.bleu for r in group]),
+      _mean([r.chrf for r in group]),
+      _mean_metrics(group),
     )
     for name, group in groups.items()
     if group
   ]
+
+
+def _mean_metrics(results: Sequence[DirectionResult]) -> dict[str, float]:
+  names = dict.fromkeys(name for r in results for name in r.metrics)
+  found = {
+    name: _mean([r.metrics.get(name) for r in results]) for name in names
+  }
+  return {name: mean for name, mean in found.items() if mean is not None}
 
 
 def scalars(
@@ -495,6 +511,15 @@ def scalars(
 def _mean(values: Sequence[float | None]) -> float | None:
   known = [value for value in values if value is not None]
   return sum(known) / len(known) if known else None
+
+
+def search_slug(search: translation.SearchOptions) -> str:
+  """A search in a file's name: 'greedy', 'beam4', 'beam4_alpha1'."""
+  if search.beam_size == 1:
+    return "greedy"
+  usual = search.alpha == translation.SearchOptions.alpha
+  alpha = "" if usual else f"_alpha{search.alpha:g}"
+  return f"beam{search.beam_size}{alpha}"
 
 
 def write_scores(

@@ -54,8 +54,13 @@ def atomic(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
   """A file to write to, of which a reader sees all, or the file before.
 
   It is on the disk, and takes its name, when the block ends; if that fails,
-  nothing changes. What killed writers of the same file left is removed.
+  nothing changes. What killed writers of the same file left is removed. A pipe
+  or a terminal cannot be replaced, and is written to as it is.
   """
+  if os.path.exists(path) and not os.path.isfile(path):
+    with named(path), open(path, "wb") as file:
+      yield file
+    return
   directory, name = os.path.split(os.fspath(path))
   os.makedirs(directory or ".", exist_ok=True)
   prefix = f".writing-{name}-"
@@ -114,11 +119,6 @@ def write_atomically(
     content: text is written in UTF-8.
   """
   data = content.encode("utf-8") if isinstance(content, str) else content
-  if os.path.exists(path) and not os.path.isfile(path):
-    # A pipe or a terminal: it cannot be replaced, and must not be.
-    with open(path, "wb") as file:
-      file.write(data)
-    return
   with atomic(path) as file:
     file.write(data)
 

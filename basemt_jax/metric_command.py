@@ -6,14 +6,60 @@ environment of their own. The command reads a JSON object a line, with
 in the same order: a number, or an object of names and numbers.
 """
 
+import dataclasses
 import json
 import math
 import shlex
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
 
+import numpy as np
+
+from basemt_jax import evaluation
+
 # The name of a metric that has none of its own.
 UNNAMED = "metric"
+
+
+def with_metrics(
+  command: str,
+  results: Sequence[evaluation.DirectionResult],
+  translations: Sequence[evaluation.DirectionTranslations],
+) -> list[evaluation.DirectionResult]:
+  """Results with the scores of an external command.
+
+  Args:
+    command: Is run once, on the sentences of all directions.
+    results: In the order of `translations`.
+    translations: With sources as people write them.
+
+  Raises:
+    ValueError: See `scores`.
+  """
+  records = [
+    {
+      "direction": t.direction,
+      "source": source,
+      "hypothesis": hypothesis,
+      "reference": reference,
+    }
+    for t in translations
+    for source, hypothesis, reference in zip(
+      t.sources, t.hypotheses, t.references, strict=True
+    )
+  ]
+  found = scores(command, records)
+  ends = np.cumsum([len(t.references) for t in translations])
+  scored = []
+  for result, end in zip(results, ends, strict=True):
+    own = slice(end - result.test_pairs, end)
+    means = {
+      name: float(np.mean(values[own]))
+      for name, values in found.items()
+      if result.test_pairs
+    }
+    scored.append(dataclasses.replace(result, metrics=means))
+  return scored
 
 
 def scores(

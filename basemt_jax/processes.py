@@ -214,7 +214,7 @@ def _watched() -> Iterator[Callable[[str], None]]:
     watch.wait()
 
 
-def _are_several() -> bool:
+def are_several() -> bool:
   """Asks without starting JAX's devices where no processes have joined."""
   return jax.distributed.is_initialized() and jax.process_count() > 1
 
@@ -241,7 +241,7 @@ def in_turn(function: Callable[[], Result]) -> Result:
   What the first leaves on disk, the others find there; on hosts that share no
   file system they make it themselves.
   """
-  if not _are_several():
+  if not are_several():
     return function()
   if is_first():
     result = function()
@@ -257,7 +257,7 @@ def check_same(what: str, text: str) -> None:
   Raises:
     ValueError: In all processes; names those that differ from the first.
   """
-  if not _are_several():
+  if not are_several():
     return
   found = multihost_utils.process_allgather(
     np.array(zlib.crc32(text.encode()), np.uint32)
@@ -276,7 +276,7 @@ def check_shared(directory: str | os.PathLike[str]) -> None:
   Raises:
     ValueError: In all processes; names those that do not see it.
   """
-  if not _are_several():
+  if not are_several():
     return
   token = multihost_utils.broadcast_one_to_all(
     np.array(random.SystemRandom().getrandbits(31), np.int32)

@@ -168,6 +168,7 @@ def _lines(
     nbest = translator.translate(
       [ids for _, ids in buckets[bucket]],
       numbers=[first + place for place in places],
+      whole_batches=True,
     )
     for place, hypotheses in zip(places, nbest, strict=True):
       candidates = [

@@ -12,7 +12,7 @@ import contextlib
 import dataclasses
 import functools
 import pathlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -23,6 +23,7 @@ from basemt_jax import (
   evaluation,
   files,
   layers,
+  metric_command,
   partitioning,
   phases,
   plain_data,
@@ -83,6 +84,11 @@ class Trained:
     """
     return _rows(self.run, self.description, self.console)
 
+  @property
+  def is_averaged(self) -> bool:
+    """Whether its weights are averages of those of many steps."""
+    return _is_averaged(self.run)
+
   def translator(
     self, search: translation.SearchOptions | None = None
   ) -> translation.Translator:
@@ -112,6 +118,39 @@ class Trained:
       UnknownTagError: No such direction, or its tag is not known.
     """
     return choose_tag(self.description.tags, to, source)
+
+  def texts(
+    self, direction: str, pairs: Sequence[tuple[str, str]]
+  ) -> evaluation.DirectionTexts:
+    """Texts of any origin, tagged as those of a direction were in training.
+
+    Args:
+      direction: Of the model, such as 'en-de'.
+      pairs: Of (source, target) texts.
+
+    Raises:
+      UnknownTagError: See `tag`.
+    """
+    tag = self.description.tags[direction]
+    if tag is None:
+      raise UnknownTagError(_not_alike(direction))
+    sources, references = [a for a, _ in pairs], [b for _, b in pairs]
+    directions = self.description.directions
+    train_pairs = self.description.header.pairs("train")
+    return evaluation.DirectionTexts(
+      direction,
+      [tag(source) for source in sources],
+      references,
+      int(train_pairs[directions.index(direction)]),
+      sources,
+    )
+
+
+def _not_alike(direction: str) -> str:
+  return (
+    f"the sources of {direction} were not all tagged alike in training, so "
+    "that there is no one tag which asks for that language"
+  )
 
 
 def choose_tag(
@@ -147,10 +186,7 @@ def choose_tag(
   names = [n for n in names if not directions[n].source.label] or names
   unknown = [name for name in names if tags[name] is None]
   if unknown:
-    raise UnknownTagError(
-      f"the sources of {unknown[0]} were not all tagged alike in training, so "
-      "that there is no one tag which asks for that language"
-    )
+    raise UnknownTagError(_not_alike(unknown[0]))
   chosen = {tag for name in names if (tag := tags[name]) is not None}
   if len(chosen) > 1:
     raise UnknownTagError(
@@ -196,7 +232,7 @@ def load(
     dtype = program.model.config.dtype
     weights = layers.rounded(like.pop("target"), dtype)
     del like["state"]
-    is_averaged = run.use_average and run.settings.average_decay > 0
+    is_averaged = _is_averaged(run)
     if is_averaged:
       like["state"] = {"param_states": {"average": weights}}
     else:
@@ -207,6 +243,10 @@ def load(
   )
   variables = {"params": params, **tree.get("flax_mutables", {})}
   return Trained(run, step, program, variables, known, pieces, console)
+
+
+def _is_averaged(run: run_lib.Run) -> bool:
+  return run.use_average and run.settings.average_decay > 0
 
 
 def _known(
@@ -234,8 +274,8 @@ def _rows(
   if run.store_dir and not pathlib.Path(run.store_dir).exists():
     raise ValueError(
       f"the rows of {run.mixture_or_task_name!r} that {run.model_dir} was "
-      f"trained on are no longer in {run.store_dir}; give --gin_file of its "
-      "recipe, which packs them again"
+      f"trained on are no longer in {run.store_dir}; name test sets to "
+      "evaluate on, or give --gin_file of its recipe, which packs them again"
     )
   store = run.store(console.building)
   description.check_rows(known, store)
@@ -275,6 +315,7 @@ def direction_texts(
         [record["tagged_source"] for record in records],
         [record["target"] for record in records],
         int(pairs),
+        [record["source"] for record in records],
       )
     )
   return texts
@@ -296,21 +337,32 @@ def dev_batches(
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-  """The outcome of `evaluate`.
+  """The outcome of an evaluation.
 
   Attributes:
+    test_set: Its name; 'test' or 'validation' for a split of the model's data.
     step: Of the checkpoint.
-    split: Evaluated.
     results: By direction, most training pairs first.
     translations: In the same order.
     directory: Where both were written.
   """
 
+  test_set: str
   step: int
-  split: str
   results: list[evaluation.DirectionResult]
   translations: list[evaluation.DirectionTranslations]
   directory: pathlib.Path
+
+
+def check_evaluation(run: run_lib.Run) -> None:
+  """Refuses a directory that no results could be written to, before the work.
+
+  Raises:
+    ValueError: See `files.check_writable`.
+  """
+  folder = pathlib.Path(run.model_dir) / "evaluation"
+  if processes.is_first() and folder.parent.is_dir():
+    files.check_writable(folder / "scores.json")
 
 
 def evaluate(
@@ -318,22 +370,22 @@ def evaluate(
   console: run_lib.Console,
   which: str | int = "latest",
   split: str | None = None,
+  command: str | None = None,
 ) -> Evaluation:
-  """Loss, BLEU and chrF++ of every direction; written to the model directory.
+  """Loss, BLEU and chrF++ on the model's own data.
 
   Args:
     run: The run; its `search` says how to translate.
     console: Takes progress.
     which: See `load`.
     split: 'test' or 'validation'; None: 'test' if the data has one.
+    command: Of a metric; see `evaluate_texts`.
 
   Raises:
     NoPairsError: The split has no pairs.
     ValueError: See `load`; or the data is not what the model was trained on.
   """
-  folder = pathlib.Path(run.model_dir) / "evaluation"
-  if processes.is_first() and folder.parent.is_dir():
-    files.check_writable(folder / "scores.json")
+  check_evaluation(run)
   trained = load(run, console, which)
   store = trained.store
   if split is None:
@@ -351,24 +403,56 @@ def evaluate(
     (partitioning.put_batch(batch, mesh) for batch in batches()),
     store.directions,
   )
+  texts = direction_texts(store, split)
+  return evaluate_texts(
+    trained, trained.translator(), split, texts, losses, command
+  )
+
+
+def evaluate_texts(
+  trained: Trained,
+  translator: translation.Translator,
+  test_set: str,
+  texts: Sequence[evaluation.DirectionTexts],
+  losses: Mapping[str, float] | None = None,
+  command: str | None = None,
+) -> Evaluation:
+  """BLEU and chrF++ of any text; written to the model directory.
+
+  The folder is named by test set, checkpoint and search, so that no result is
+  replaced by another's.
+
+  Args:
+    trained: The model.
+    translator: Of the model; the compiled searches belong to it.
+    test_set: Its name.
+    texts: By direction, tagged.
+    losses: Of directions, where they are known.
+    command: Scores the translations too; see `metric_command.with_metrics`.
+  """
+  run, search = trained.run, translator.options
   results, translations = evaluation.evaluate(
-    trained.translator(),
+    translator,
     trained.pieces,
-    direction_texts(store, split),
+    texts,
     losses,
     run.bands,
-    console.translating,
+    trained.console.translating,
   )
-  directory = folder / f"{split}_{trained.step}"
+  if command:
+    results = metric_command.with_metrics(command, results, translations)
+  name = f"{test_set}_{trained.step}_{evaluation.search_slug(search)}"
+  directory = pathlib.Path(run.model_dir) / "evaluation" / name
   if processes.is_first():
     evaluation.write_translations(directory, translations)
     evaluation.write_scores(
       directory / "scores.json",
       results,
       {
-        "split": split,
+        "test_set": test_set,
         "step": trained.step,
-        "search": dataclasses.asdict(run.search),
+        "weights": "averaged" if trained.is_averaged else "last",
+        "search": dataclasses.asdict(search),
       },
     )
-  return Evaluation(trained.step, split, results, translations, directory)
+  return Evaluation(test_set, trained.step, results, translations, directory)

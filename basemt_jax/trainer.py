@@ -290,6 +290,7 @@ class Trainer:
   def _train(self, ahead: prefetch.Prefetcher) -> str:
     """Steps to the end, or to where `_after_step` says."""
     is_checked = not self._converts()
+    compiled: steps.Program | None = None
     while self._step < self._settings.train_steps:
       batch, position = self._next(ahead)
       if not is_checked:
@@ -297,9 +298,14 @@ class Trainer:
         is_checked = True
       if self._conversion_is_due():
         self._convert(batch)
+      start = time.monotonic()
       self.state, self._metrics = self.program.train_step(
         self.state, self._metrics, batch
       )
+      if self.program is not compiled:
+        # The first call compiles; no estimate of the time left counts that.
+        self._log_time += time.monotonic() - start
+        compiled = self.program
       self._step += 1
       outcome = self._after_step(position)
       if outcome != "done":
@@ -319,10 +325,8 @@ class Trainer:
   def stop(self) -> None:
     """Ends `run` after the step it is at, with a checkpoint.
 
-    Reports are behind that by up to `AHEAD` steps.
-
-    With several processes, which need not be at the same step, after one of the
-    next.
+    Reports are up to `AHEAD` steps behind. Several processes, which need not
+    be at the same step, end after one of the next.
     """
     if jax.process_count() > 1:
       processes.ask_to_stop()
@@ -435,15 +439,9 @@ class Trainer:
         **self._hooks.scalars(done.step - 1),
       },
     )
+    all_steps = self._settings.train_steps
     self._hooks.report(
-      Progress(
-        done.step,
-        self._settings.train_steps,
-        done.phase,
-        loss,
-        speed,
-        left,
-      )
+      Progress(done.step, all_steps, done.phase, loss, speed, left)
     )
 
   def _write(self, step: int, scalars: Mapping[str, float]) -> None:

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 
 from basemt_jax import (
+  announcement,
   checkpointing,
   description,
   evaluation,
@@ -18,6 +19,7 @@ from basemt_jax import (
   phases,
   plain_data,
   processes,
+  steps,
   trained,
   trainer,
   translation,
@@ -59,8 +61,16 @@ def train(
     mesh = run.mesh()
     own = run_lib.describe(run, store)
     check_continues(run, own, console.message)
+    make_program = _once(phases.program)
+    config = run.config(store)
+    # The last phase's program, which the loop needs in the end.
+    last = make_program(
+      config, run.settings, _last_phase(config), mesh, len(store.directions)
+    )
+    for line in announcement.lines(run, store, last):
+      console.message(line)
     loop = trainer.Trainer(
-      run.config(store),
+      config,
       run.settings,
       mesh,
       store.directions,
@@ -70,6 +80,7 @@ def train(
       dev_batches=trained.dev_batches(run, store, "validation"),
       hooks=_hooks(run, store, mesh, console),
       verify=run.verify,
+      make_program=make_program,
     )
     with contextlib.closing(loop):
       if processes.is_first():
@@ -77,6 +88,26 @@ def train(
         description.write(run.model_dir, own, description.pieces_of(store))
       started()
       return loop.run()
+
+
+def _last_phase(config: model_lib.TransformerConfig) -> str:
+  return "sparse" if config.feed_forward == "experts" else "dense"
+
+
+def _once(
+  make_program: Callable[..., steps.Program],
+) -> Callable[..., steps.Program]:
+  """Makes the program of each phase once, for all who ask."""
+  made: dict[str, steps.Program] = {}
+
+  def program(
+    config: Any, settings: Any, phase: str, *rest: Any
+  ) -> steps.Program:
+    if phase not in made:
+      made[phase] = make_program(config, settings, phase, *rest)
+    return made[phase]
+
+  return program
 
 
 def _only_writer(model_dir: str) -> contextlib.AbstractContextManager[None]:

@@ -4,6 +4,7 @@ Axes: B batch (source sentences), K beams, N = B * K sequences decoded side by
 side, Li source length, V vocabulary.
 """
 
+import collections
 import dataclasses
 import functools
 import math
@@ -19,6 +20,9 @@ from basemt_jax import decoding, ranges
 
 Array = jax.Array
 Tree = Any
+
+# Rows of a batch for few sources.
+_FEW = (1, 8)
 
 
 class TranslationModel(Protocol):
@@ -50,14 +54,15 @@ class SearchOptions:
     beam_size: K; 1 is greedy search.
     num_return: Hypotheses per source, at most beam_size.
     alpha: Exponent of the length penalty.
-    batch_size: Sources translated side by side.
+    batch_size: Sources translated side by side, at most.
     max_source_length: Longer sources are cut (tokens, EOS counted).
     max_target_length: The longest hypothesis (tokens, EOS counted).
     length_ratio: A hypothesis has at most length_ratio * source length +
       length_offset tokens, so that one that never ends costs little.
     length_offset: See length_ratio.
     smallest_bucket: Sources are padded to this length or the next of its
-      doublings; the search is compiled once for each length that occurs.
+      doublings. The search is compiled once for each that occurs; one that a
+      single batch of a call would need shares the next longer one's program.
     sampling: Draw num_return translations of each source, rather than search.
   """
 
@@ -157,8 +162,7 @@ class Translator:
     self.options = options or SearchOptions()
     self._model = model
     self._batch_sharding = batch_sharding
-    ways = batch_sharding.num_devices if batch_sharding else 1
-    self._batch_size = math.ceil(self.options.batch_size / ways) * ways
+    self._ways = batch_sharding.num_devices if batch_sharding else 1
     # Every process gets all results, so that all end with the same.
     everywhere = (
       jax.sharding.NamedSharding(
@@ -179,6 +183,7 @@ class Translator:
     progress: Callable[[int, int], None] | None = None,
     prefixes: Sequence[Sequence[int]] | None = None,
     numbers: Sequence[int] | None = None,
+    whole_batches: bool = False,
   ) -> list[list[Hypothesis]]:
     """Translates sources, whatever their number, lengths and order.
 
@@ -190,6 +195,8 @@ class Translator:
         top of the longest hypothesis.
       numbers: Of the sources, which decide what is sampled; by default their
         places in the list.
+      whole_batches: Give few sources as many rows as many have, so that their
+        number does not show in the rounding of their scores.
 
     Returns:
       For each source, in the order given, up to num_return hypotheses, best
@@ -214,29 +221,54 @@ class Translator:
       key=lambda i: len(read[i].ids),
     )
     results = [[Hypothesis(0.0, ())] for _ in read]
-    size = self._batch_size
-    for start in range(0, len(order), size):
-      chosen = order[start : start + size]
-      found = self._translate_batch([read[i] for i in chosen])
-      for i, hypotheses in zip(chosen, found, strict=True):
+    size = self._rows(len(order), whole_batches)
+    batches = [order[i : i + size] for i in range(0, len(order), size)]
+    lengths = self._lengths([len(read[batch[-1]]) + 1 for batch in batches])
+    done = 0
+    for batch, length in zip(batches, lengths, strict=True):
+      found = self._translate_batch([read[i] for i in batch], size, length)
+      for i, hypotheses in zip(batch, found, strict=True):
         results[i] = hypotheses
+      done += len(batch)
       if progress:
-        progress(min(start + size, len(order)), len(order))
+        progress(done, len(order))
     return results
 
-  def _translate_batch(
-    self, sentences: Sequence["_Sentence"]
-  ) -> Iterator[list[Hypothesis]]:
+  def _rows(self, count: int, whole_batches: bool) -> int:
+    """Rows of the batches that translate so many sources.
+
+    A few do not need a whole batch, but each size is a program of its own.
+    """
+    most = self.options.batch_size
+    fits = next((n for n in _FEW if count <= n < most), most)
+    if whole_batches:
+      fits = most
+    return math.ceil(fits / self._ways) * self._ways
+
+  def _lengths(self, longest: Sequence[int]) -> list[int]:
+    """The length that each batch is padded to; batches rise in length."""
+    lengths = [
+      self.options.bucket(min(n, self.options.max_source_length))
+      for n in longest
+    ]
+    counts = collections.Counter(lengths)
+    for i in reversed(range(len(lengths) - 1)):
+      if counts[lengths[i]] == 1:  # As long to compile as to run.
+        lengths[i] = lengths[i + 1]
+    return lengths
+
+  def _batch(
+    self, sentences: Sequence["_Sentence"], rows: int, length: int
+  ) -> tuple[int, dict[str, Any]]:
+    """The longest hypothesis, and arrays of so many rows for `search`."""
     options = self.options
     cut = [list(x.ids[: options.max_source_length - 1]) for x in sentences]
-    length = options.bucket(max(len(ids) + 1 for ids in cut))
     longest_prefix = max(len(sentence.prefix) for sentence in sentences)
     longest = options.limit(length)
     if longest_prefix:
       longest += max(longest_prefix, options.bucket(longest_prefix))
       longest = min(longest, options.max_target_length)
     # Rows without a source end at their first token and are not returned.
-    rows = self._batch_size
     batch: dict[str, Any] = {
       "tokens": np.zeros((rows, length), np.int32),
       "limits": np.ones(rows, np.int32),
@@ -253,6 +285,12 @@ class Translator:
       batch["limits"][row] = min(limit, options.max_target_length)
       if prefix:
         batch["prefixes"][row, : len(prefix)] = prefix
+    return longest, batch
+
+  def _translate_batch(
+    self, sentences: Sequence["_Sentence"], rows: int, length: int
+  ) -> Iterator[list[Hypothesis]]:
+    longest, batch = self._batch(sentences, rows, length)
     if self._batch_sharding is not None:
       batch = {
         name: jax.make_array_from_callback(
@@ -263,7 +301,7 @@ class Translator:
     found = jax.device_get(
       self._jitted_search(self.variables, **batch, max_length=longest)
     )
-    for row in range(len(cut)):
+    for row in range(len(sentences)):
       hypotheses = [
         Hypothesis(float(score), _strip(ids))
         for score, ids in zip(found.scores[row], found.ids[row], strict=True)

@@ -156,9 +156,15 @@ def test_translation_keeps_lines_and_gives_n_best(
   assert translate("") == ""
   nbest = translate(lines, "--n_best=2", "--beam_size=3").splitlines()
   # Two hypotheses of each line but the empty one, which has one, best first.
-  scores = [float(line.split("\t")[0]) for line in nbest]
-  assert len(nbest) == 5 and nbest[2] == "0.0000\t"
-  assert scores[0] >= scores[1] and scores[3] >= scores[4]
+  numbers, scores, texts = zip(*(x.split("\t") for x in nbest), strict=True)
+  assert numbers == ("1", "1", "2", "3", "3") and nbest[2] == "2\t0.0000\t"
+  assert float(scores[0]) >= float(scores[1])
+  assert float(scores[3]) >= float(scores[4])
+  records = translate(lines, "--n_best=2", "--beam_size=3", "--jsonl")
+  records = [json.loads(line) for line in records.splitlines()]
+  assert [r["line"] for r in records] == [1, 2, 3]
+  assert [r["source"] for r in records] == lines.splitlines()
+  assert [t["text"] for r in records for t in r["translations"]] == [*texts]
   # From a file, to a file: the same, and the last line needs no end.
   source, target = tmp_path / "in.txt", tmp_path / "out.txt"
   source.write_text(lines[:-1])
@@ -427,11 +433,12 @@ def test_wrong_requests_of_a_model_are_one_sentence(
     (["evaluate", model, "--split=dev"], "no pairs in split 'dev'.*test"),
     (
       ["evaluate", model, "--beam_size=0"],
-      "with beam_size 0: ask for",
+      "--beam_size is 0; it must be 1",
     ),
+    (["translate", model, "--to=de", "--alpha=nan"], "--alpha is nan"),
     (
       ["translate", model, "--to=de", "--n_best=3", "--beam_size=2"],
-      "num_return 3 with beam_size 2",
+      "--n_best is 3 with --beam_size 2",
     ),
     (["translate", model, "--to=xx"], "--to xx: .*it knows de, en, fr"),
     (

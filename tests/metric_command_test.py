@@ -1,11 +1,13 @@
 """Scores by an external command: a process that counts letters."""
 
+import io
 import shlex
 import sys
 
 import pytest
 
-from basemt_jax import metric_command
+from basemt_jax import evaluation, metric_command
+from basemt_jax.inspection import scores
 
 RECORDS = [
   {"direction": "en-de", "source": "a", "hypothesis": "é\t", "reference": "x"},
@@ -13,11 +15,14 @@ RECORDS = [
 ]
 
 
-def run(body, records=RECORDS):
-  """Scores by a Python program; `rows` are the objects it reads."""
+def command(body):
+  """A Python program; `rows` are the objects it reads."""
   program = "import json, sys\nrows = [json.loads(x) for x in sys.stdin]\n"
-  words = [sys.executable, "-S", "-c", program + body]
-  return metric_command.scores(shlex.join(words), records)
+  return shlex.join([sys.executable, "-S", "-c", program + body])
+
+
+def run(body, records=RECORDS):
+  return metric_command.scores(command(body), records)
 
 
 def test_numbers_and_objects_are_scores_in_order():
@@ -51,3 +56,23 @@ def test_what_is_no_score_is_one_sentence(body, message):
 def test_what_cannot_be_started_is_told(command):
   with pytest.raises(ValueError, match="cannot be started: "):
     metric_command.scores(command, RECORDS)
+
+
+def test_means_join_table_and_results_by_direction():
+  translations = [
+    evaluation.DirectionTranslations("en-de", "abc", ["x", "xyz", "xy"], "rst"),
+    evaluation.DirectionTranslations("en-fr", [], [], []),
+    evaluation.DirectionTranslations("de-en", ["q"], ["xyz"], ["q"]),
+  ]
+  plain = [
+    evaluation.DirectionResult(t.direction, 9, "low", len(t.sources), bleu=1.0)
+    for t in translations
+  ]
+  body = "for r in rows: print(json.dumps({'length': len(r['hypothesis'])}))"
+  found = metric_command.with_metrics(command(body), plain, translations)
+  assert [r.metrics for r in found] == [{"length": 2}, {}, {"length": 3}]
+  means = {m.name: m.metrics for m in evaluation.summarise(found)}
+  assert means["all"] == {"length": 2.5} and means["en->xx"] == {"length": 2}
+  file = io.StringIO()
+  scores.print_scores(found, file)
+  assert "length" in file.getvalue() and "2.5" in file.getvalue()

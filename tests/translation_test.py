@@ -128,7 +128,30 @@ def test_compiled_once_per_bucket_and_not_for_new_parameters():
       translator.translate([[5] * length])
   translator.variables = {"params": {"shift": jnp.int32(2)}}
   assert translator.translate([[5, 6]])[0][0].ids == (7, 8)
-  assert sorted(translator._model.traced) == [(4, 4), (4, 8), (4, 16), (4, 32)]
+  assert sorted(translator._model.traced) == [(1, 4), (1, 8), (1, 16), (1, 32)]
+
+
+@pytest.mark.parametrize(
+  "counts, shapes",
+  [
+    # Sources of 3, 14 and 30 tokens with EOS, in batches of 16.
+    ((1, 0, 0), {(1, 4)}),
+    ((3, 0, 2), {(8, 32)}),
+    ((16, 0, 1), {(16, 32)}),  # One batch of short ones: not worth its own.
+    ((32, 16, 1), {(16, 4), (16, 32)}),
+    ((32, 32, 32), {(16, 4), (16, 16), (16, 32)}),
+  ],
+)
+def test_few_sources_share_programs(counts, shapes):
+  translator = make(smallest_bucket=4, batch_size=16)
+  sources = [
+    [5 + i] * (length - 1)
+    for i, (count, length) in enumerate(zip(counts, (3, 14, 30), strict=True))
+    for _ in range(count)
+  ]
+  found = translator.translate(sources)
+  assert [nbest[0].ids for nbest in found] == [tuple(s) for s in sources]
+  assert set(translator._model.traced) == shapes
 
 
 @pytest.mark.parametrize(

@@ -3,9 +3,10 @@
 Imports JAX only when it is used: some commands do not need it.
 """
 
+import contextlib
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from basemt_jax import files
@@ -53,3 +54,22 @@ def every_few_seconds(
       function(*args)
 
   return call
+
+
+@contextlib.contextmanager
+def counter(text: str) -> Iterator[Callable[[int], None]]:
+  """A function that shows a number which rises, in one line of a terminal.
+
+  It says nothing where standard error is none, or where results go to the
+  terminal and show by themselves how far they are.
+
+  Args:
+    text: with a place for the number, such as 'translated {:,} lines'.
+  """
+  if not sys.stderr.isatty() or sys.stdout.isatty():
+    yield lambda count: None
+    return
+  yield lambda count: print(
+    f"\r{text.format(count)}", end="", file=sys.stderr, flush=True
+  )
+  print(file=sys.stderr)

@@ -1,12 +1,23 @@
-"""`basemt translate`: translate lines of text."""
+"""`basemt translate`: translate lines of text, as they come."""
 
 import argparse
-import pathlib
+import codecs
+import contextlib
+import json
+import os
+import select
 import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import BinaryIO, NoReturn
 
 from basemt_jax.commands import configuration, console, evaluate, flags
 
 SUMMARY = "Translate lines of text."
+
+# Batches of lines that are sorted by length together, at most.
+_WINDOW = 16
+_CHUNK = 2**20
+_WIDE_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -25,25 +36,42 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     help="language of the text; asked for where the model needs it",
   )
   parser.add_argument(
-    "--input", metavar="FILE", type=flags.path, help="default: standard input"
+    "--input",
+    metavar="FILE",
+    type=flags.path,
+    help="default: standard input, translated as it comes",
   )
   parser.add_argument(
-    "--output", metavar="FILE", type=flags.path, help="default: standard output"
+    "--output",
+    metavar="FILE",
+    type=flags.path,
+    help="written when all is translated; default: standard output, as it "
+    "comes",
   )
   parser.add_argument(
-    "--n_best", type=int, default=1, help="hypotheses a line, with scores"
+    "--n_best",
+    type=int,
+    default=1,
+    metavar="N",
+    help="N hypotheses a line, best first, as line's number, score and text "
+    "with tabs between",
+  )
+  parser.add_argument(
+    "--jsonl",
+    action="store_true",
+    help="a JSON object for every line: its number, source and translations",
   )
 
 
 def run(options: argparse.Namespace) -> None:
   """Translates lines, of a file or standard input, into one language."""
-  import dataclasses
-
   from basemt_jax import evaluation, files, processes
   from basemt_jax import trained as trained_lib
 
   if options.output:
     files.check_writable(options.output)
+  if options.input:
+    _check_text(options.input)
   run = evaluate.with_search(
     configuration.trained(options), options, options.n_best
   )
@@ -52,33 +80,145 @@ def run(options: argparse.Namespace) -> None:
     tag = trained.tag(options.to, options.source)
   except trained_lib.UnknownTagError as error:
     raise configuration.UsageError(f"--to {options.to}: {error}") from error
-  lines = _read_lines(options.input)
-  processes.check_same("the input", "\n".join(lines))
-  # A few lines do not need the batch that an evaluation fills.
-  size = min(run.search.batch_size, max(1, len(lines)))
-  search = dataclasses.replace(run.search, batch_size=size)
-  nbest = evaluation.translate_texts(
-    trained.translator(search), trained.pieces, lines, tag
-  )
-  text = "".join(
-    f"{score:.4f}\t{line}\n" if options.n_best > 1 else f"{line}\n"
-    for hypotheses in nbest
-    for score, line in hypotheses
-  )
-  if options.output:
-    files.write_atomically(options.output, text)
-  else:
-    sys.stdout.write(text)
+  translator = trained.translator(run.search)
+  most = _WINDOW * run.search.batch_size
+  done = 0
+  with (
+    _input(options.input) as lines,
+    _output(options.output) as write,
+    console.counter("translated {:,} lines") as count,
+  ):
+    while True:
+      texts = lines.read(most, wait=processes.are_several())
+      processes.check_same("the input", json.dumps(texts))
+      if not texts:
+        return
+      nbest = evaluation.translate_texts(translator, trained.pieces, texts, tag)
+      for number, (text, found) in enumerate(
+        zip(texts, nbest, strict=True), done + 1
+      ):
+        write(_formatted(options, number, text, found))
+      write("")
+      count(done := done + len(texts))
 
 
-def _read_lines(path: str | None) -> list[str]:
-  data = pathlib.Path(path).read_bytes() if path else sys.stdin.buffer.read()
-  name = path or "standard input"
-  try:
-    text = data.decode("utf-8")
-  except UnicodeDecodeError as error:
-    line = data[: error.start].count(b"\n") + 1
+def _formatted(
+  options: argparse.Namespace,
+  number: int,
+  line: str,
+  nbest: Sequence[tuple[float, str]],
+) -> str:
+  """What is written for a line of the input."""
+  if options.jsonl:
+    translations = [{"score": score, "text": text} for score, text in nbest]
+    record = {"line": number, "source": line, "translations": translations}
+    return json.dumps(record, ensure_ascii=False) + "\n"
+  if options.n_best > 1:
+    return "".join(f"{number}\t{score:.4f}\t{text}\n" for score, text in nbest)
+  return f"{nbest[0][1]}\n"
+
+
+# ----------------------------------------------------------- input, output
+
+
+class Lines:
+  """Lines of a stream, without their ends, read as they come.
+
+  UTF-8, or UTF-16 with a byte-order mark. Only line feeds end a line; the last
+  one needs none.
+  """
+
+  def __init__(self, stream: BinaryIO, name: str):
+    """Reads nothing yet; `name` is the stream's in errors."""
+    self._stream, self._name = stream, name
+    self._decoder: codecs.IncrementalDecoder | None = None
+    self._held: list[str] = []
+    self._rest, self._ended = "", False
+    self._number = 0  # Of line ends that were read.
+
+  def read(self, most: int, wait: bool = False) -> list[str]:
+    """Up to `most` lines; none at the end.
+
+    Args:
+      most: lines.
+      wait: for so many lines, and not for the first one only. So several
+        processes read the same, however fast their inputs come.
+
+    Raises:
+      UsageError: what comes next is no text of those encodings.
+    """
+    while not self._ended and len(self._held) < most:
+      if self._held and not wait and not _is_ready(self._stream):
+        break
+      self._read_more()
+    taken, self._held = self._held[:most], self._held[most:]
+    return taken
+
+  def _read_more(self) -> None:
+    chunk = self._stream.read1(_CHUNK)  # type: ignore[attr-defined]
+    self._ended = not chunk
+    if self._decoder is None:
+      encoding = "utf-16" if chunk[:2] in _WIDE_MARKS else "utf-8"
+      self._decoder = codecs.getincrementaldecoder(encoding)()
+      if encoding == "utf-8" and 4 * chunk.count(0) > len(chunk):
+        self._refuse("begins like UTF-16 without a byte-order mark", 1)
+    try:
+      text = self._decoder.decode(chunk, final=self._ended)
+    except UnicodeDecodeError as error:
+      ends = error.object[: error.start].count(b"\n")
+      self._refuse(f"not {error.encoding.upper()}", self._number + ends + 1)
+    *lines, self._rest = (self._rest + text).split("\n")
+    self._number += len(lines)
+    self._held += lines
+    if self._ended and self._rest:
+      self._held.append(self._rest)
+
+  def _refuse(self, why: str, number: int) -> NoReturn:
     raise configuration.UsageError(
-      f"{name}, line {line}: not UTF-8; convert the text first"
-    ) from error
-  return text.removesuffix("\n").split("\n") if text else []
+      f"{self._name}, line {number}: {why}; convert the text to UTF-8 first"
+    )
+
+
+def _is_ready(stream: BinaryIO) -> bool:
+  """Whether more can be read, or the end told, without waiting."""
+  try:
+    return bool(select.select([stream], [], [], 0)[0])
+  except (OSError, ValueError):  # Memory, which never waits.
+    return True
+
+
+def _check_text(path: str) -> None:
+  """Finds what is no text in a file before a model is loaded."""
+  with _input(path) as lines:
+    while os.path.isfile(path) and lines.read(_CHUNK):
+      pass
+
+
+@contextlib.contextmanager
+def _input(path: str | None) -> Iterator[Lines]:
+  """A file's lines, unpacked if its name says so, or standard input's."""
+  from basemt_jax.data import parallel_text
+
+  if path is None:
+    yield Lines(sys.stdin.buffer, "standard input")
+  else:
+    with parallel_text.open_text(path) as stream:
+      yield Lines(stream, path)
+
+
+@contextlib.contextmanager
+def _output(path: str | None) -> Iterator[Callable[[str], None]]:
+  """A function that writes text; '' has what was written go out."""
+  from basemt_jax import files
+
+  if path is None:
+    yield lambda text: print(text, end="", flush=not text)
+    return
+  with files.atomic(path) as file:
+
+    def write(text: str) -> None:
+      file.write(text.encode("utf-8"))
+      if not text:
+        file.flush()
+
+    yield write

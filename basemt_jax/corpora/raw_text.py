@@ -224,6 +224,25 @@ def find(folders: Sequence[pathlib.Path], names: Names) -> Found:
   return found
 
 
+def sets_of(
+  folder: pathlib.Path, names: Names, split: str | None
+) -> list[Text]:
+  """All texts of wanted pairs in a folder that are of a split, by their names.
+
+  Args:
+    folder: with files and folders; archives are not looked into.
+    names: of the corpus.
+    split: 'validation' or 'test'; None: whatever the names say.
+  """
+  pairs = [set(pair) for pair in names.pairs]
+  return [
+    text
+    for text, files in _texts([folder], names, Found({}, [], [], [], []))
+    if (languages := set(text.languages)) in pairs and len(languages) == 2
+    if split in (None, _split(text, files[0], None, names))
+  ]
+
+
 def _is_unread(name: str, names: Names) -> bool:
   """Whether an unused file may be a dev or test set in another format."""
   path = pathlib.PurePosixPath(name)

@@ -101,7 +101,8 @@ def _read(path: pathlib.Path) -> Evaluated | None:
   """One evaluation; None for a file that is not one."""
   contents = json.loads(path.read_text(encoding="utf-8"))
   split, _, number = path.parent.name.partition("_")
-  split, number = contents.get("split", split), contents.get("step", number)
+  split = contents.get("test_set", contents.get("split", split))
+  number = contents.get("step", number)
   step = re.match(r"\d+", str(number))
   if step is None or "directions" not in contents:
     return None
