@@ -316,6 +316,8 @@ def translate_texts(
   texts: Sequence[str],
   tag: Callable[[str], str] = str,
   progress: Callable[[int, int], None] | None = None,
+  prefixes: Sequence[str] = (),
+  first: int = 0,
 ) -> list[list[tuple[float, str]]]:
   """Translates lines of text.
 
@@ -326,6 +328,8 @@ def translate_texts(
     tag: Puts around a line what asks for the language wanted; nothing unless
       given.
     progress: See `Translator.translate`.
+    prefixes: What the translation of each begins with, whole words.
+    first: Number of the first line, of all that are translated with a seed.
 
   Returns:
     For each line its hypotheses as (score, one line of text), best first.
@@ -338,7 +342,12 @@ def translate_texts(
 
   return [
     [(found.score, text_of(found)) for found in nbest]
-    for nbest in translator.translate(ids, progress)
+    for nbest in translator.translate(
+      ids,
+      progress,
+      [vocabulary.encode(normalisation.normalise(p)) for p in prefixes],
+      range(first, first + len(texts)),
+    )
   ]
 
 

@@ -116,11 +116,23 @@ def _sampling(options: argparse.Namespace) -> Any:
   from basemt_jax import decoding
 
   names = ("temperature", "top_k", "top_p", "seed")
+  found = {name: getattr(options, name, None) for name in names}
+  given = {name: value for name, value in found.items() if value is not None}
   if not getattr(options, "sample", False):
+    if given:
+      raise configuration.UsageError(
+        f"--{next(iter(given))} is about sampling: add --sample, or leave it "
+        "out"
+      )
     return None
-  found = decoding.Sampling(*(getattr(options, name) for name in names))
-  checks.check_fields(found)
-  return found
+  sampling = decoding.Sampling(**given)
+  try:
+    checks.check_fields(sampling)
+  except ValueError as error:
+    raise configuration.UsageError(
+      str(error).replace("Sampling.", "--")
+    ) from error
+  return sampling
 
 
 def print_evaluation(run: Any, result: Any, writer: Any = None) -> None:

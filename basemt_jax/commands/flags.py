@@ -110,15 +110,15 @@ def sampling(parser: argparse.ArgumentParser) -> None:
     "--sample", action="store_true", help="draw translations by probability"
   )
   group.add_argument(
-    "--temperature", type=float, default=1.0, help="below 1: likelier tokens"
+    "--temperature", type=float, metavar="T", help="below 1: likelier tokens"
   )
   group.add_argument(
-    "--top_k", type=int, default=0, help="of so many tokens only; 0: of all"
+    "--top_k", type=int, metavar="K", help="of the K likeliest tokens only"
   )
   group.add_argument(
     "--top_p",
     type=float,
-    default=1.0,
+    metavar="P",
     help="of the fewest tokens that have this probability together",
   )
-  group.add_argument("--seed", type=int, default=0, help="of the draws")
+  group.add_argument("--seed", type=int, metavar="N", help="of the draws")

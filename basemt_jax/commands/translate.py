@@ -61,6 +61,19 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     action="store_true",
     help="a JSON object for every line: its number, source and translations",
   )
+  prefix = parser.add_mutually_exclusive_group()
+  prefix.add_argument(
+    "--prefix",
+    default="",
+    metavar="TEXT",
+    help="whole words with which every translation begins",
+  )
+  prefix.add_argument(
+    "--prefix_column",
+    action="store_true",
+    help="lines are SOURCE<TAB>PREFIX, each with a prefix of its own",
+  )
+  flags.sampling(parser)
 
 
 def run(options: argparse.Namespace) -> None:
@@ -93,13 +106,28 @@ def run(options: argparse.Namespace) -> None:
       processes.check_same("the input", json.dumps(texts))
       if not texts:
         return
-      nbest = evaluation.translate_texts(translator, trained.pieces, texts, tag)
+      texts, prefixes = _prefixes(options, texts)
+      nbest = evaluation.translate_texts(
+        *(translator, trained.pieces, texts, tag),
+        prefixes=prefixes,
+        first=done,
+      )
       for number, (text, found) in enumerate(
         zip(texts, nbest, strict=True), done + 1
       ):
         write(_formatted(options, number, text, found))
       write("")
       count(done := done + len(texts))
+
+
+def _prefixes(
+  options: argparse.Namespace, lines: list[str]
+) -> tuple[list[str], list[str]]:
+  """Sources, and what each translation begins with."""
+  if not options.prefix_column:
+    return lines, [options.prefix] * len(lines)
+  cells = [line.partition("\t") for line in lines]
+  return [source for source, _, _ in cells], [prefix for _, _, prefix in cells]
 
 
 def _formatted(
