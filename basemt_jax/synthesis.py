@@ -138,6 +138,7 @@ def _identity(
   stamp = checksums.file_checksum(sums) if sums.exists() else ""
   identity = {
     "model": f"step {model.step} {stamp}".strip(),
+    "averaged": model.is_averaged,
     "direction": str(job.direction),
     "tag": dataclasses.asdict(job.tag),
     "inputs": job.inputs,
@@ -158,8 +159,8 @@ def _lines(
   options = translator.options
   buckets: dict[int, list[tuple[int, list[int]]]] = {}
   for place, (text, _) in enumerate(texts):
-    ids = model.pieces.encode(job.tag(text))
-    if len(ids) < options.max_source_length:
+    ids = model.pieces.encode(job.tag(text)) if text else []
+    if 0 < len(ids) < options.max_source_length:
       bucket = options.bucket(len(ids) + 1)
       buckets.setdefault(bucket, []).append((place, ids))
   found: dict[int, str] = {}

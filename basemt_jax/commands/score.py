@@ -1,15 +1,13 @@
 """`basemt score`: how probable given translations are."""
 
 import argparse
-import contextlib
-import itertools
 import json
 import math
 import sys
 from collections.abc import Iterator
 from typing import Any
 
-from basemt_jax.commands import configuration, console, flags
+from basemt_jax.commands import configuration, console, flags, translate
 
 SUMMARY = "Log-probabilities of given pairs of sentences."
 
@@ -38,8 +36,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     "--input",
     metavar="FILE",
     type=flags.path,
-    default="/dev/stdin",
-    help="TSV, also compressed; default: standard input",
+    help="TSV; default: standard input, scored as it comes",
   )
   parser.add_argument(
     "--output", metavar="FILE", type=flags.path, help="default: standard output"
@@ -63,25 +60,28 @@ def run(options: argparse.Namespace) -> None:
 
   if options.output:
     files.check_writable(options.output)
+  if options.input:
+    translate.check_text(options.input)
   model = trained_lib.load(
     configuration.trained(options), console.standard(), options.checkpoint
   )
   scoring = _Scoring(model, options)
-  chunk = _BATCHES * model.run.search.batch_size
-  lines = parallel_text.lines(options.input)
-  report = parallel_text.Report(options.input)
-  with contextlib.ExitStack() as stack:
-    output: Any = sys.stdout.buffer
-    if options.output:
-      output = stack.enter_context(files.atomic(options.output))
-    while some := list(itertools.islice(lines, chunk)):
-      for (number, _), found in zip(some, scoring(some), strict=True):
+  most = _BATCHES * model.run.search.batch_size
+  name = options.input or "standard input"
+  report = parallel_text.Report(name)
+  with (
+    translate.input_lines(options.input) as lines,
+    translate.output_text(options.output) as write,
+  ):
+    number = 0
+    while some := lines.read(most):
+      for number, found in enumerate(scoring(some), number + 1):
         if trouble := found.get("trouble"):
-          report.skip(f"{options.input}:{number}", trouble)
+          report.skip(f"{name}:{number}", trouble)
         else:
           report.pairs += 1
-        output.write(_line(found, options.jsonl).encode())
-      output.flush()
+        write(_line({"line": number, **found}, options.jsonl))
+      write("")
   if report.skipped:
     print(
       f"not scored: {report}; the first: {report.examples[0]}", file=sys.stderr
@@ -105,8 +105,8 @@ class _Scoring:
       except trained.UnknownTagError as error:
         raise configuration.UsageError(f"--to {options.to}: {error}") from error
 
-  def __call__(self, lines: list[tuple[int, str]]) -> Iterator[dict[str, Any]]:
-    read = [self._read(number, line) for number, line in lines]
+  def __call__(self, lines: list[str]) -> Iterator[dict[str, Any]]:
+    read = [self._read(line) for line in lines]
     usable = [x for x in read if "trouble" not in x]
     scores = iter(
       self._scorer.score(
@@ -127,25 +127,19 @@ class _Scoring:
         }
       yield values
 
-  def _read(self, number: int, line: str) -> dict[str, Any]:
+  def _read(self, line: str) -> dict[str, Any]:
     """What stands in a line, as text and ids, or its trouble."""
-    from basemt_jax.data import normalisation, parallel_text
+    from basemt_jax.data import normalisation
 
-    if isinstance(line, parallel_text.Trouble):
-      return {"line": number, "trouble": str(line)}
     if not line.strip():
-      return {"line": number, "trouble": "blank line"}
+      return {"trouble": "blank line"}
     names = ["source", "target"]
     if not self._options.to:
       names.insert(0, "direction")
     cells = [normalisation.normalise(cell) for cell in line.split("\t")]
     if len(cells) != len(names):
-      why = f"{len(cells)} columns instead of {len(names)}"
-      return {"line": number, "trouble": why}
-    values: dict[str, Any] = {
-      "line": number,
-      **dict(zip(names, cells, strict=True)),
-    }
+      return {"trouble": f"{len(cells)} columns instead of {len(names)}"}
+    values: dict[str, Any] = dict(zip(names, cells, strict=True))
     if not values["source"] or not values["target"]:
       return {**values, "trouble": "empty side"}
     try:

@@ -84,7 +84,7 @@ def run(options: argparse.Namespace) -> None:
   if options.output:
     files.check_writable(options.output)
   if options.input:
-    _check_text(options.input)
+    check_text(options.input)
   run = evaluate.with_search(
     configuration.trained(options), options, options.n_best
   )
@@ -97,8 +97,8 @@ def run(options: argparse.Namespace) -> None:
   most = _WINDOW * run.search.batch_size
   done = 0
   with (
-    _input(options.input) as lines,
-    _output(options.output) as write,
+    input_lines(options.input) as lines,
+    output_text(options.output) as write,
     console.counter("translated {:,} lines") as count,
   ):
     while True:
@@ -215,15 +215,15 @@ def _is_ready(stream: BinaryIO) -> bool:
     return True
 
 
-def _check_text(path: str) -> None:
+def check_text(path: str) -> None:
   """Finds what is no text in a file before a model is loaded."""
-  with _input(path) as lines:
+  with input_lines(path) as lines:
     while os.path.isfile(path) and lines.read(_CHUNK):
       pass
 
 
 @contextlib.contextmanager
-def _input(path: str | None) -> Iterator[Lines]:
+def input_lines(path: str | None) -> Iterator[Lines]:
   """A file's lines, unpacked if its name says so, or standard input's."""
   from basemt_jax.data import parallel_text
 
@@ -235,7 +235,7 @@ def _input(path: str | None) -> Iterator[Lines]:
 
 
 @contextlib.contextmanager
-def _output(path: str | None) -> Iterator[Callable[[str], None]]:
+def output_text(path: str | None) -> Iterator[Callable[[str], None]]:
   """A function that writes text; '' has what was written go out."""
   from basemt_jax import files
 

@@ -244,7 +244,7 @@ def _draw_table(
       d.source_tokens,
       d.target_tokens,
       d.epochs,
-      d.cap if d.cap < 1 else None,
+      d.factor if d.factor != 1 else None,
       *(d.seen.get(k) for k in milestones),
     ]
     for i, d in enumerate(f.directions)
@@ -259,13 +259,13 @@ def _draw_table(
       *_columns(percent, "rate first", "rate last"),
       *_columns(count, "rows", "source tokens", "target tokens"),
       Column("epochs", fixed(2)),
-      Column("held back", fixed(2)),
+      Column("factor", fixed(2)),
       *_columns(count, *(f"{k}x at" for k in milestones)),
     ],
     rows,
-    note="rate: share of the sentence pairs at the first and last step; held "
-    "back: factor on its rate from the cap on epochs; 2x at: the step when all "
-    "its text has been seen twice",
+    note="rate: share of the sentence pairs at the first and last step; "
+    "factor: on its rate, from weights and the cap on epochs; 2x at: the step "
+    "when all its text has been seen twice",
   )
 
 
