@@ -73,15 +73,16 @@ def run(options: argparse.Namespace) -> None:
     translate.input_lines(options.input) as lines,
     translate.output_text(options.output) as write,
   ):
-    number = 0
+    done = 0
     while some := lines.read(most):
-      for number, found in enumerate(scoring(some), number + 1):
+      for number, found in enumerate(scoring(some), done + 1):
         if trouble := found.get("trouble"):
           report.skip(f"{name}:{number}", trouble)
         else:
           report.pairs += 1
         write(_line({"line": number, **found}, options.jsonl))
       write("")
+      done += len(some)
   if report.skipped:
     print(
       f"not scored: {report}; the first: {report.examples[0]}", file=sys.stderr
