@@ -8,6 +8,7 @@ import json
 import math
 import os
 import pathlib
+import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -73,14 +74,48 @@ def atomic(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
       file.flush()
       os.fsync(handle)
       # mkstemp lets nobody else read; results are as public as other files.
-      mask = os.umask(0)
-      os.umask(mask)
-      os.chmod(temporary, 0o666 & ~mask)
+      os.chmod(temporary, 0o666 & ~_mask())
       os.replace(temporary, path)
   except BaseException:
     with contextlib.suppress(FileNotFoundError):
       os.unlink(temporary)
     raise
+
+
+@contextlib.contextmanager
+def new_directory(path: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
+  """A folder to fill, which takes its name when the block ends.
+
+  If that fails, nothing is there.
+
+  Args:
+    path: the name; what is there already has to be an empty folder.
+
+  Raises:
+    ValueError: something is.
+  """
+  target = pathlib.Path(path).absolute()
+  if target.exists() and not (target.is_dir() and not os.listdir(target)):
+    raise ValueError(
+      f"{path} is there already: name a new folder, or delete it"
+    )
+  target.parent.mkdir(parents=True, exist_ok=True)
+  made = tempfile.mkdtemp(dir=target.parent, prefix=f".new-{target.name}-")
+  try:
+    with named(path):
+      yield pathlib.Path(made)
+      os.chmod(made, 0o777 & ~_mask())
+      os.replace(made, target)
+  except BaseException:
+    shutil.rmtree(made, ignore_errors=True)
+    raise
+
+
+def _mask() -> int:
+  """The process' mask of permissions, which can only be read by setting it."""
+  mask = os.umask(0)
+  os.umask(mask)
+  return mask
 
 
 def remove_left_behind(directory: str | os.PathLike[str]) -> None:

@@ -4,9 +4,13 @@ Axes: B batch, L length, V vocabulary, N directions.
 """
 
 import functools
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+
+from basemt_jax import metrics
 
 Array = jax.Array
 
@@ -194,3 +198,29 @@ def _expert_layers(tree: dict, path: tuple[str, ...] = ()):
   for name in sorted(tree):
     if isinstance(tree[name], dict):
       yield from _expert_layers(tree[name], (*path, name))
+
+
+def measured(
+  eval_step: Callable[[Any, Any], Mapping[str, Any]],
+  variables: Any,
+  batches: Iterable[Any],
+  directions: Sequence[str],
+  own: Sequence[metrics.Metric] = (),
+) -> dict[str, float]:
+  """The loss, and metrics besides, of a split: by full name without the split.
+
+  Args:
+    eval_step: (variables, batch) -> sums, as `steps.eval_step`.
+    variables: The model's.
+    batches: Global arrays; rows of weight 0 fill up.
+    directions: N names.
+    own: The run's own metrics.
+  """
+  total: Any = None
+  for batch in batches:
+    sums = eval_step(variables, batch)
+    total = sums if total is None else jax.tree.map(jnp.add, total, sums)
+  if total is None:
+    return {}
+  known = (metrics.named("loss"), *own)
+  return metrics.scalars(jax.device_get(total), directions, known)

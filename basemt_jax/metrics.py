@@ -248,21 +248,34 @@ def scalars(
   return {name: v for name, v in values.items() if not np.isnan(v)}
 
 
+def of_directions(values: Mapping[str, float], name: str) -> dict[str, float]:
+  """A metric's values by what they are of: 'loss' gives those of 'loss/...'."""
+  stem = f"{name}/"
+  return {
+    full.removeprefix(stem): value
+    for full, value in values.items()
+    if full.startswith(stem)
+  }
+
+
 def band_means(
-  values: Mapping[str, float], bands: Mapping[str, str]
+  values: Mapping[str, float],
+  bands: Mapping[str, str],
+  known: Sequence[Metric] = METRICS,
 ) -> dict[str, float]:
   """Means over the directions of each band, of the main metrics.
 
   Args:
     values: by full name.
     bands: of the directions.
+    known: the metrics that a run measures.
 
   Returns:
     By full name, such as 'dev/loss/low'; without those that `values` has.
   """
   groups: dict[str, list[float]] = {}
   for name, value in values.items():
-    found = parse(name)
+    found = parse(name, known)
     if found and found.metric.is_main and found.of in bands:
       stem = name.removesuffix(found.of)
       groups.setdefault(stem + bands[found.of], []).append(value)
@@ -273,17 +286,25 @@ def band_means(
   }
 
 
-def tag(name: str) -> str | None:
+def tag(name: str, known: Sequence[Metric] = METRICS) -> str | None:
   """Where dashboards such as TensorBoard show a metric; None: nowhere.
 
   Wholes and bands come first, and each direction of the main metrics in a
   section below: 'dev/loss/low', 'dev_by_direction/loss/en-de'. A direction's
   other metrics are in `metrics.jsonl` alone: there would be hundreds.
   """
-  found = parse(name)
+  found = parse(name, known)
   if found is None or not found.of or found.is_group:
     return name
   if not found.metric.is_main:
     return None
   first, _, rest = name.partition("/")
   return f"{first}_by_direction/{rest}"
+
+
+def tagged(
+  values: Mapping[str, Any], known: Sequence[Metric] = METRICS
+) -> dict[str, float]:
+  """What dashboards show of metrics by full name: values by `tag`."""
+  tags = ((tag(name, known), value) for name, value in values.items())
+  return {name: float(value) for name, value in tags if name is not None}

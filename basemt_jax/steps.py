@@ -9,7 +9,7 @@ a step does is a function of the state, the batch and the step's number.
 import copy
 import dataclasses
 import functools
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
@@ -96,6 +96,11 @@ class Settings:
         "be applied on top; give the function that makes it, as in OPTIMIZER = "
         "@optax.lion, and its arguments as in optax.lion.b1 = 0.95"
       )
+
+  @property
+  def known_metrics(self) -> tuple[metrics_lib.Metric, ...]:
+    """All that a run measures: the package's, and its own."""
+    return (*metrics_lib.METRICS, *self.metrics)
 
   def transformation(
     self, learning_rate: Any = 0.0
@@ -238,7 +243,7 @@ def microbatch_loss(
     settings.label_smoothing,
     settings.z_loss,
   )
-  rows |= _own_rows(settings, logits, batch)
+  rows |= _own_rows(settings.metrics, logits, batch)
   auxiliary = losses.auxiliary_loss(intermediates) / settings.microbatches
   loss = jnp.sum(rows["loss"]) / total_weight + auxiliary
   direction = batch["direction"]
@@ -260,10 +265,10 @@ def microbatch_loss(
 
 
 def _own_rows(
-  settings: Settings, logits: Array, batch: Batch
+  metrics: Sequence[metrics_lib.Metric], logits: Array, batch: Batch
 ) -> dict[str, Array]:
   """Values by row [B] of the metrics that have a `row` function."""
-  return {m.name: m.row(logits, batch) for m in settings.metrics if m.row}
+  return {m.name: m.row(logits, batch) for m in metrics if m.row}
 
 
 def gradients(
@@ -377,16 +382,19 @@ def eval_step(
   batch: Batch,
   model: model_lib.Transformer,
   num_directions: int,
+  metrics: Sequence[metrics_lib.Metric] = (),
 ) -> dict[str, Array]:
   """Sums [N] by direction, with test-time routing: `nll`, `correct`, `weight`.
 
-  No smoothing, no z-loss: nll / weight is nats per target token.
+  No smoothing, no z-loss: nll / weight is nats per target token. Of `metrics`,
+  those with a `row` function are added up, too.
   """
   logits, _ = model_lib.forward(model, variables, batch, train=False)
   rows = losses.loss_sums(
     logits, batch["decoder_target_tokens"], batch["decoder_loss_weights"]
   )
   del rows["loss"]
+  rows |= _own_rows(metrics, logits, batch)
   return {
     name: losses.by_direction(row, batch["direction"], num_directions)
     for name, row in rows.items()
@@ -492,6 +500,7 @@ class Program:
     # Apart from the step, so that the step is compiled only once.
     # No sums are given away: the loop waits for those of earlier steps.
     self._add_sums = jax.jit(add_sums)
+    evaluates = functools.partial(eval_step, metrics=self.settings.metrics)
     self.eval_step, self.routing_step = (
       partitioning.Compiled(
         jax.jit(
@@ -502,7 +511,7 @@ class Program:
         ),
         mesh,
       )
-      for function in (eval_step, routing_step)
+      for function in (evaluates, routing_step)
     )
 
   def init(self) -> TrainState:

@@ -333,6 +333,7 @@ class Model:
       batch,
       self.module,
       len(self.directions),
+      self._run.settings.metrics,
     )
     metrics = self._metrics(sums)
     if not has_directions:
@@ -341,11 +342,10 @@ class Model:
 
   def _metrics(self, sums: Mapping[str, Any]) -> dict[str, Any]:
     """Metrics of a step's sums, named as `trainer.Trainer` writes them."""
-    known = (*metrics_lib.METRICS, *self._run.settings.metrics)
     return {
       name: Added(arrays, metric.value)
       for name, metric, arrays in metrics_lib.computed(
-        sums, self.directions, known
+        sums, self.directions, self._run.settings.known_metrics
       )
     }
 

@@ -23,14 +23,15 @@ from basemt_jax import (
   evaluation,
   files,
   layers,
+  losses,
   metric_command,
+  metrics,
   partitioning,
   phases,
   plain_data,
   processes,
   scoring,
   steps,
-  trainer,
   translation,
 )
 from basemt_jax import model as model_lib
@@ -200,16 +201,17 @@ def load(
   run: run_lib.Run | str | pathlib.Path,
   console: run_lib.Console = run_lib.SILENT,
   which: str | int = "latest",
+  rounded: bool = True,
 ) -> Trained:
   """Restores parameters and prices, not the optimizer.
-
-  Matrices have the type they are multiplied in; see `layers.rounded`.
 
   Args:
     run: A model directory; or a run that says how to use what is in its
       directory. Its network must be the one that was trained.
     console: Takes progress, if rows have to be built.
     which: 'latest', 'best' (lowest dev loss) or a step.
+    rounded: Matrices have the type they are multiplied in, see
+      `layers.rounded`; else they are float32, as they were saved.
 
   Raises:
     ValueError: No such checkpoint, or it is damaged or of another model.
@@ -229,8 +231,9 @@ def load(
       len(known.directions),
     )
     like = program.abstract_tree()
-    dtype = program.model.config.dtype
-    weights = layers.rounded(like.pop("target"), dtype)
+    weights = like.pop("target")
+    if rounded:
+      weights = layers.rounded(weights, program.model.config.dtype)
     del like["state"]
     is_averaged = _is_averaged(run)
     if is_averaged:
@@ -397,15 +400,19 @@ def evaluate(
       f"{', '.join(s for s in store.splits if store.has_pairs(s))}"
     )
   mesh = trained.program.mesh
-  losses = trainer.direction_losses(
+  measured = losses.measured(
     trained.program.eval_step,
     trained.variables,
     (partitioning.put_batch(batch, mesh) for batch in batches()),
     store.directions,
   )
-  texts = direction_texts(store, split)
   return evaluate_texts(
-    trained, trained.translator(), split, texts, losses, command
+    trained,
+    trained.translator(),
+    split,
+    direction_texts(store, split),
+    metrics.of_directions(measured, "loss"),
+    command,
   )
 
 

@@ -24,11 +24,11 @@ from concurrent import futures
 from typing import Any, Protocol
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from basemt_jax import (
   checkpointing,
+  losses,
   metrics,
   partitioning,
   phases,
@@ -428,11 +428,7 @@ class Trainer:
     self._write(
       done.step,
       {
-        **metrics.scalars(
-          sums,
-          self._directions,
-          (*metrics.METRICS, *self._settings.metrics),
-        ),
+        **metrics.scalars(sums, self._directions, self._settings.known_metrics),
         "tokens_per_second": speed,
         "steps_per_second": count / seconds,
         "learning_rate": float(done.learning_rate),
@@ -446,7 +442,9 @@ class Trainer:
 
   def _write(self, step: int, scalars: Mapping[str, float]) -> None:
     if jax.process_index() == 0:
-      means = metrics.band_means(scalars, self._hooks.bands)
+      means = metrics.band_means(
+        scalars, self._hooks.bands, self._settings.known_metrics
+      )
       self._writer.write_scalars(step, {**scalars, **means})
 
   def _check_finite(self, sums: dict[str, Any], phase: str) -> None:
@@ -485,9 +483,13 @@ class Trainer:
     """Dev loss by direction; returns their mean."""
     if self._dev_batches is None:
       return None
-    self.dev_losses = self._losses_of(
-      self.program.averaged_variables(self.state)
-    )
+    values = self._measured(self.program.averaged_variables(self.state))
+    own = {
+      f"dev/{name}": value
+      for name, value in values.items()
+      if name.partition("/")[0] != "loss"
+    }
+    self.dev_losses = metrics.of_directions(values, "loss")
     mean = float(np.mean(list(self.dev_losses.values())))
     if mean < self._best_loss:
       self._best_loss, self._worse = mean, 0
@@ -498,10 +500,12 @@ class Trainer:
       {
         "dev/loss": mean,
         **{f"dev/loss/{d}": v for d, v in self.dev_losses.items()},
+        **own,
       },
     )
     if self._settings.average_decay:
-      last = self._losses_of(self.program.variables(self.state))
+      values = self._measured(self.program.variables(self.state))
+      last = metrics.of_directions(values, "loss")
       self._write(
         self._step,
         {
@@ -512,14 +516,15 @@ class Trainer:
     self._hooks.message(f"step {self._step}: dev loss {mean:.3f}")
     return mean
 
-  def _losses_of(self, variables: Tree) -> dict[str, float]:
-    """Dev loss by direction."""
+  def _measured(self, variables: Tree) -> dict[str, float]:
+    """Loss on dev and the run's own metrics, by full name without the split."""
     assert self._dev_batches is not None
-    return direction_losses(
+    return losses.measured(
       self.program.eval_step,
       variables,
       (partitioning.put_batch(b, self._mesh) for b in self._dev_batches()),
       self._directions,
+      self._settings.metrics,
     )
 
   def _save(self, position: Any, dev_loss: float | None) -> None:
@@ -569,30 +574,3 @@ class Trainer:
       f"function on a training batch: {error:.1e}"
     )
     self._write(self._step, {"conversion/relative_error": error})
-
-
-def direction_losses(
-  eval_step: Callable[[Tree, Batch], Mapping[str, Any]],
-  variables: Tree,
-  batches: Iterable[Batch],
-  directions: Sequence[str],
-) -> dict[str, float]:
-  """Nats per target token of each direction that has any tokens.
-
-  Args:
-    eval_step: (variables, batch) -> sums `nll` and `weight` by direction [N],
-      as `steps.eval_step`.
-    variables: The model's.
-    batches: Global arrays; rows of weight 0 fill up.
-    directions: N names.
-  """
-  total: Any = None
-  for batch in batches:
-    sums = eval_step(variables, batch)
-    total = sums if total is None else jax.tree.map(jnp.add, total, sums)
-  total = jax.device_get(total)
-  return {
-    name: float(total["nll"][i] / total["weight"][i])
-    for i, name in enumerate(directions)
-    if total is not None and total["weight"][i] > 0
-  }

@@ -103,6 +103,10 @@ SHAPES = {
   "big": Shape(**_BIG, experts=0),
   "big_sparse": Shape(**_BIG, experts=32),
   "big_remat": Shape(**_BIG, experts=32, remat=True),
+  "big_12": Shape(**_BIG, blocks=12, experts=0),
+  "big_12_sparse": Shape(**_BIG, blocks=12, experts=32),
+  "base": Shape(512, 6, 0, 256, 256, 32000),
+  "base_sparse": Shape(512, 6, 32, 256, 256, 32000),
   # For looking at the script itself.
   "tiny": Shape(64, 6, 4, 16, 16, 384, dtype="float32"),
 }
@@ -155,6 +159,7 @@ def measure(shape: Shape, count: int, profile: bool) -> dict[str, Any]:
   mesh = partitioning.make_mesh()
   clock.lap("device")
   described = settings(10**6)
+  _, key = steps.keys(described.seed)
   program = steps.Program(
     shape.config(), described, described.learning_rate, mesh, DIRECTIONS
   )
@@ -173,7 +178,7 @@ def measure(shape: Shape, count: int, profile: bool) -> dict[str, Any]:
     else:
       step = lowered.compile()
   clock.lap("compile")
-  state, sums = jax.block_until_ready(step(state, data[0]))
+  state, sums = jax.block_until_ready(step(state, data[0], key))
   clock.lap("first")
   total = clock.total()
   training_step.check_finite("the first step", sums)
@@ -184,10 +189,11 @@ def measure(shape: Shape, count: int, profile: bool) -> dict[str, Any]:
     # Four at a time: a loop that waits for every step measures the waiting.
     start = time.perf_counter()
     for each in data:
-      state, sums = step(state, each)
+      state, sums = step(state, each, key)
     jax.block_until_ready((state, sums))
     times.append((time.perf_counter() - start) / len(data))
   return {
+    **dataclasses.asdict(shape),
     **clock.seconds,
     "total": total,
     "step": round(1e3 * statistics.median(times[1:]), 2),

@@ -176,17 +176,20 @@ def main() -> None:
   parser.add_argument("--peak_tflops", type=float, default=989.0)
   parser.add_argument("--json", help="file for the figures")
   args = parser.parse_args()
+  has_gpu = torch.cuda.is_available()
+  name = torch.cuda.get_device_name() if has_gpu else "cpu"
   rows = []
   for shape in args.shapes:
     width, blocks, count = (int(x) for x in shape.split("x"))
     rows.append(measure(width, blocks, count, args))
     print(json.dumps(rows[-1]), flush=True)
-    if torch.cuda.is_available():
+    if has_gpu:
       torch.cuda.empty_cache()
       torch.cuda.reset_peak_memory_stats()
   if args.json:
     with open(args.json, "w", encoding="utf-8") as file:
-      json.dump({"torch": torch.__version__, "rows": rows}, file)
+      written = {"torch": torch.__version__, "device": name, "rows": rows}
+      json.dump(written, file)
 
 
 if __name__ == "__main__":

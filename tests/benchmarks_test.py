@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import seqio
 import tensorflow_datasets as tfds
+import toy
 
 import gin
 from basemt_jax import cli, heating, sampling, steps
@@ -310,6 +311,48 @@ def test_time_of_kernels_beside_others(script):
     "sum": (2.0, 2.0, 1),
     "none": (0.0, 0.0, 0),
   }
+
+
+def test_table_joins_what_the_scripts_wrote(script, tmp_path):
+  """Figures written by hand; one device, network and batch is one row."""
+  h100 = "NVIDIA H100 80GB HBM3"
+  size = {"blocks": 6, "rows": 64}
+  step = {**size, "ms": 52.04, "mfu": 0.41804, "tokens_per_s": 1261000}
+  memory = {"peak": None, "compiled": {"total": 13 * 2**30}}
+  figures = [{**step, "model": "dense", "memory": memory}]
+  ours = {"device": h100, "devices": 2, "width": 1024, "figures": figures}
+  theirs = {**step, "width": 1024, "first_step_s": 40.3, "peak_gib": 14.4}
+  first = {**size, "width": 1024, "total": 60.0, "import": 3.0, "device": 2.5}
+  lines = [
+    f"big cold {h100} {json.dumps({**first, 'experts': 0})}",
+    f"big warm {h100} {json.dumps({**first, 'experts': 0, 'total': 9.0})}",
+    f"big_sparse cold {h100} {json.dumps({**first, 'experts': 32})}",
+  ]
+  files = {
+    "big.json": json.dumps(ours),
+    "theirs.json": json.dumps({"torch": "2", "device": h100, "rows": [theirs]}),
+    "first.txt": "\n".join(lines),
+  }
+  for name, text in files.items():
+    (tmp_path / name).write_text(text)
+  found = script("training_table").table(sorted(tmp_path.iterdir()))
+  head, own = "| H100 | 1024 | 6 | 64 |", "52.0 | 630,500 | 0.418 | 13.0"
+  assert found.splitlines()[2:] == [
+    f"{head} PyTorch, dense | 52.0 | 1,261,000 | 0.418 | 14.4 | 40.3 |",
+    f"{head} dense | {own} | 54.5 |",
+    f"{head} sparse | - | - | - | - | 54.5 |",
+  ]
+
+
+def test_a_step_is_measured(script):
+  """The smallest network: only that the measurement fits the trainer."""
+  training_step = script("training_step")
+  found = training_step.compiled(toy.DENSE, toy.mesh(), rows=4, length=8)
+  assert found.seconds > 0 and found.bytes > 0
+  peaks = training_step.first_steps({"toy": found}, {"toy": 4}, 8)
+  assert peaks.keys() == {"toy"}
+  seconds = training_step.times({"toy": found}, 4, 8, 1)
+  assert len(seconds["toy"]) == 1
 
 
 def test_figures_of_steps_that_are_not_finite_are_refused(script):

@@ -17,6 +17,7 @@ import gin
 from basemt_jax import cli, description
 from basemt_jax import run as run_lib
 from basemt_jax.commands import configuration
+from basemt_jax.inspection import results
 
 ROOT = pathlib.Path(__file__).parent.parent
 CONFIG = (
@@ -95,7 +96,9 @@ def test_training_leaves_checkpoints_metrics_and_scores(dense):
   assert len(losses) == 2 and min(losses) > 0
   assert [m["temperature"] for m in metrics if "loss" in m] == [1.0, 1.0]
   assert list(dense.glob("events.out.tfevents*"))
-  scores = json.loads((dense / "evaluation/test_4/scores.json").read_text())
+  scores = json.loads(
+    (dense / "evaluation/test_4_greedy/scores.json").read_text()
+  )
   assert "en-de" in json.dumps(scores)
 
 
@@ -106,7 +109,7 @@ def test_the_same_command_again_only_evaluates(
   assert cli.main(["train", f"--gin_file={folder}/dense.gin"]) == 0
   output = capsys.readouterr()
   assert "going on from checkpoint_4" in output.err
-  assert "step " not in output.err.replace("step 4", "")
+  assert "tokens/s" not in output.err
   assert "en-fr" in output.out and "mean of all" in output.out
   assert sorted(dense.glob("checkpoint_*")) == before
 
@@ -127,9 +130,38 @@ def test_evaluation_of_another_split_and_checkpoint(dense, one_device, capsys):
   output = capsys.readouterr().out
   assert re.search(r"validation at step 2", output)
   assert "de-en" in output and "nrefs:1" in output
-  written = dense / "evaluation" / "validation_2"
+  written = dense / "evaluation" / "validation_2_beam2"
   assert (written / "scores.json").exists()
   assert len(list(written.iterdir())) > 1
+
+
+def test_any_test_sets_are_evaluated_without_the_data_of_training(
+  dense, folder, one_device, tmp_path, monkeypatch, capsys
+):
+  moved = tmp_path / "moved"
+  shutil.copytree(dense, moved)
+  (tmp_path / "sets").mkdir()
+  lines = "no 12\tnein 12\nno 345\tnein 345\n"
+  (tmp_path / "sets" / "newstest2014.en-de.tsv").write_text(lines)
+  arguments = ["evaluate", f"--model_dir={moved}", f"{tmp_path}/sets"]
+  for more in ([], ["--beam_size=2"]):
+    assert cli.main([*arguments, *more]) == 0
+    output = capsys.readouterr().out
+    assert output.startswith("newstest2014:\n") and "1 direction " in output
+    gin.clear_config()
+  for search, beam_size in (("greedy", 1), ("beam2", 2)):
+    written = moved / "evaluation" / f"newstest2014_4_{search}"
+    scores = json.loads((written / "scores.json").read_text())
+    assert scores["test_set"] == "newstest2014" and scores["step"] == 4
+    assert scores["search"]["beam_size"] == beam_size
+    assert {d["direction"]: d["test_pairs"] for d in scores["directions"]} == {
+      "en-de": 2,
+      "de-en": 2,
+    }
+    assert (written / "en-de.src").read_text() == "no 12\nno 345\n"
+    assert (written / "de-en.ref").read_text() == "no 12\nno 345\n"
+  found = results.evaluations(moved)
+  assert {"newstest2014, beam 2", "newstest2014, greedy"} <= set(found)
 
 
 def translated(dense, lines, *flags, monkeypatch, capsys):

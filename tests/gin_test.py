@@ -128,6 +128,7 @@ def test_all_files_are_known_here():
     "recipes/quickstart",
     "recipes/files",
     "recipes/student",
+    "recipes/auto",
     *(f"recipes/{name}" for name in BENCHMARKS),
     "recipes/pod_v5e_256",
     "recipes/pod_v5p_128",
@@ -196,6 +197,22 @@ def test_a_student_is_dense_and_reads_the_teacher_alone(tmp_path):
   names = ["de-en", "en-de", "en-de_x_kd"]
   rates = run.strategy.plan(names, [2] * 3, [1] * 3, 8).rates([0, 99])
   np.testing.assert_array_equal(rates, [[0, 0, 1]] * 2)
+
+
+def test_auto_recipe_chooses_by_text_and_time(tmp_path):
+  pytest.importorskip("seqio")
+  lines = [f"number {i}\tNummer {i}\n" for i in range(9000)]
+  (tmp_path / "en-de.train.tsv").write_text("".join(lines))
+  given = (f"DATA_DIR={tmp_path}", "VOCABULARY=bytes")
+  found = []
+  for more in ([], ["MINUTES=0.05"], ["EMB_DIM=64", "BATCH_SIZE=48"]):
+    run, config = configured(["recipes/auto"], *given, *more)
+    assert config.num_heads * config.head_dim in (config.emb_dim, 128)
+    assert config.feed_forward == "dense"
+    assert run.settings.dense_steps == 0
+    found.append((run.settings.train_steps, config.emb_dim, run.batch_size))
+  assert found[0][0] > found[1][0]
+  assert found[2][1:] == (64, 48)
 
 
 @pytest.mark.parametrize("name", BENCHMARKS)

@@ -36,9 +36,9 @@ from basemt_jax.inspection import (
   forecasting,
   results,
   run_report,
+  run_view,
   text_report,
   token_counts,
-  views,
 )
 from tasks import common
 
@@ -500,7 +500,7 @@ def _train(directory, dense_steps=0):
     "not looked at",
     {"inputs": 32, "targets": 24},
     functools.partial(dataclasses.replace, toy.SPARSE),
-    toy.settings(4, dense_steps=dense_steps, eval_every=2),
+    toy.settings(4, dense_steps=dense_steps, eval_every=2, metrics=(toy.REAL,)),
     8,
     sampling.Strategy(heating.linear(1.0, 5.0, 4)),
     store_dir=toy.write_store(directory / "store"),
@@ -559,12 +559,15 @@ def test_drawn_rows_tokens_and_losses_of_a_run(trained, report):
   assert dev.steps == [2, 4]
   by_band = Counter(d.band for d in report.directions)
   assert by_band == {"mid": 2, "low": 1}
-  middle = [dev.directions[d] for d in ("de-en", "en-de")]
+  middle = [dev.lines[d] for d in ("de-en", "en-de")]
   assert dev.bands["mid"] == pytest.approx(np.mean(middle, axis=0).tolist())
-  assert dev.bands["low"] == dev.directions["en-fr"]
+  assert dev.bands["low"] == dev.lines["en-fr"]
+  own = next(c for c in report.curves if c.metric == "dev/real")
+  assert own.label == "dev real tokens" and own.bands["all"] == [1.0, 1.0]
   layers = ["decoder/layers_0", "encoder/layers_0"]
-  assert [r.layer for r in report.routers] == layers
-  assert all(r.steps == [2, 4] for r in report.routers)
+  for own in report.routers:
+    assert list(own.lines) == layers and own.steps == [2, 4]
+  assert {own.metric for own in report.routers} >= {"router/load_max"}
 
 
 @pytest.mark.parametrize("expert", [1, 4])
@@ -650,7 +653,7 @@ def test_a_checkpoint_without_position_or_metrics(
   assert len(report.warnings) == 2 and len(report.experts) == 2
   assert all(d.drawn_rows is None for d in report.directions)
   assert not report.curves and not report.routers
-  titles = [t.title for t in views.run_section(report).tables]
+  titles = [t.title for t in run_view.section(report).tables]
   assert "Directions until step 4" in titles
 
 
@@ -661,14 +664,14 @@ def test_a_run_that_was_converted(one_device, tmp_path):
   assert (report.phase, report.conversion_step) == ("sparse", 2)
   assert len(report.experts) == 2
   assert all(r.steps == [4] for r in report.routers)
-  section = views.run_section(report)
+  section = run_view.section(report)
   assert "dense until step 2, then sparse" in section.summary[0]
-  curves = [chart for plot in section.plots[1:3] for chart in plot.draw()]
+  curves = [chart for plot in section.plots[1:3] for chart in plot.charts]
   assert ["conversion" in str(chart) for chart in curves] == [True] * 4
   dense = run_report.inspect_run(run, _silent(), "2")
   assert (dense.phase, dense.experts, dense.step) == ("dense", (), 2)
   assert all(d.drawn_rows is not None for d in dense.directions)
-  titles = [t.title for t in views.run_section(dense).tables]
+  titles = [t.title for t in run_view.section(dense).tables]
   assert "Directions until step 2" in titles
 
 

@@ -37,9 +37,14 @@ BELOW = {
   "corpora": {"light", "data"},
   "compilation": {"light", "kernels", "data"},
   "inspection": {"light", "data", "corpora", "compilation", ""},
+  "exports": {"light", "data", ""},
+  "serving": {"light", "data", ""},
   "": {"light", "kernels", "data"},
   "t5x": {"light", "kernels", "data", ""},
-  "commands": {"light", "data", "corpora", "compilation", "inspection", ""},
+  "commands": {
+    *("light", "data", "corpora", "compilation", "inspection"),
+    *("exports", "serving", ""),
+  },
   "cli": {"light", "commands", ""},
 }
 HEAVY = ("tensorflow", "seqio", "gin", "t5x", "clu")

@@ -84,6 +84,19 @@ def test_names_come_apart_as_they_were_put_together(metric, split, of):
   assert found.is_group == (of in ("all", "low", "en->xx"))
 
 
+def test_a_metric_of_ones_own_is_shown_as_others_are():
+  own = metrics.Metric("long", "long sequences", is_main=True)
+  known = (*metrics.METRICS, own)
+  values = {"dev/long": 0.3, "dev/long/de-en": 0.5, "accuracy/de-en": 0.1}
+  assert metrics.tagged(values, known) == {
+    "dev/long": 0.3,
+    "dev_by_direction/long/de-en": 0.5,
+  }
+  means = metrics.band_means(values, {"de-en": "low"}, known)
+  assert means == {"dev/long/low": 0.5}
+  assert metrics.of_directions(values, "dev/long") == {"de-en": 0.5}
+
+
 def test_labels():
   assert metrics.parse("loss").label == "training loss"
   assert metrics.parse("dev/chrf/all").label == "dev chrF++"

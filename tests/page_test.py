@@ -10,18 +10,19 @@ import pytest
 import toy
 import vl_convert
 
-from basemt_jax import evaluation, heating, sampling
+from basemt_jax import evaluation, heating, metrics, sampling
 from basemt_jax.data import row_store
 from basemt_jax.inspection import (
   charts,
   forecasting,
   page,
-  plots,
   run_report,
+  run_view,
+  sampling_view,
   tables,
   text_report,
+  text_view,
   token_counts,
-  views,
 )
 
 BANDS = evaluation.BandThresholds(high=100, low=50)
@@ -150,10 +151,13 @@ def run_of(count):
   losses = {n: [4.0, 3.0 + i / count, 2.0] for i, n in enumerate(names)}
   losses[names[0]][2] = None
   curves = run_report.Curves(
-    "dev/loss", [1, 2, 3], losses, {"low": [4.0, 3.5, 2.0]}
+    *("dev/loss", "dev loss", "nats per target token", 3, False),
+    *([1, 2, 3], losses, {"low": [4.0, 3.5, 2.0]}),
   )
-  router = run_report.RouterCurves(
-    "decoder/layers_1", [1, 2, 3], {"load_max": [3.0, 2.0, 1.5]}
+  load = metrics.named("load_max")
+  router = run_report.Curves(
+    *("router/load_max", load.label, load.unit, load.digits, False),
+    *([1, 2, 3], {"decoder/layers_1": [3.0, 2.0, 1.5]}, {}),
   )
   experts = run_report.ExpertMap(
     "decoder/layers_1",
@@ -183,9 +187,9 @@ def document():
   return page.page(
     "<x>",
     [
-      views.data_section(text_data(3)),
-      views.forecast_section("toy", forecasts),
-      views.run_section(run_of(3)),
+      text_view.section(text_data(3)),
+      sampling_view.section("toy", forecasts),
+      run_view.section(run_of(3)),
     ],
   )
 
@@ -203,7 +207,7 @@ def test_a_page_is_whole_and_text_stays_text(document):
 
 def test_tables_of_a_page_have_the_cells_of_the_terminal(document):
   rows = Reader(document).rows
-  for table in views.run_section(run_of(3)).tables:
+  for table in run_view.section(run_of(3)).tables:
     assert table.names in rows
     for row in table.rows:
       assert table.cells(row) in rows
@@ -256,11 +260,11 @@ def test_every_direction_has_its_name_in_plots_of_any_size(count):
   forecast, run = forecast_of(count), run_of(count)
   names = names_of(count)
   figures = [
-    *plots.rates([forecast]),
-    *plots.epochs([forecast]),
-    *plots.drawn(run),
-    *plots.lengths(text_data(count)),
-    plots.curves(run.curves[0], None)[1],
+    *sampling_view.rate_charts([forecast]),
+    sampling_view.epoch_chart([forecast]),
+    run_view.drawn_chart(run),
+    *text_view.length_charts(text_data(count)),
+    run_view.curve_charts(run.curves[0], None)[1],
   ]
   for spec in figures:
     shown = {r["name"] for r in values(spec) if "name" in r}
@@ -270,7 +274,7 @@ def test_every_direction_has_its_name_in_plots_of_any_size(count):
 
 
 def test_sections_are_told_to_programs_with_their_numbers():
-  section = views.data_section(text_data(2))
+  section = text_view.section(text_data(2))
   (value,) = page.to_json([section])
   row = value["tables"][0]["rows"][0]
   assert row["bytes"] == pytest.approx(0.0405)
@@ -287,8 +291,8 @@ def test_a_terminal_gets_tables_that_fit(width, monkeypatch, capsys):
     tables.rich.console.Console, "is_terminal", property(lambda self: True)
   )
   sections = [
-    views.forecast_section("toy", [forecast_of(3)]),
-    views.run_section(run_of(3)),
+    sampling_view.section("toy", [forecast_of(3)]),
+    run_view.section(run_of(3)),
   ]
   page.print_sections(sections)
   shown = re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().out)
@@ -301,5 +305,5 @@ def test_a_store_is_forecast_on_a_page(tmp_path):
   store = row_store.RowStore(toy.write_store(tmp_path))
   sizes = forecasting.sizes_of_store(store)
   forecast = forecasting.forecast("it", HEATED, sizes, 60, 8, BANDS)
-  section = views.forecast_section("toy", [forecast])
-  assert [len(plot.draw()) for plot in section.plots] == [2, 1, 1, 1]
+  section = sampling_view.section("toy", [forecast])
+  assert [len(plot.charts) for plot in section.plots] == [2, 1, 1, 1]

@@ -25,6 +25,8 @@ from basemt_jax import (
   conversion,
   description,
   heating,
+  losses,
+  metrics,
   optimizer,
   partitioning,
   sampling,
@@ -457,16 +459,17 @@ def test_evaluates_and_translates_as_we_do(sparse):
   )
   evaluate = jax.jit(model.eval_fn)
   for _ in range(2):  # They start over.
-    metrics = None
+    sums = None
     for batch in rows:
       _, found = evaluate(params, batch, mutables)
-      metrics = _merged(metrics, found)
-  expected = trainer.direction_losses(
+      sums = _merged(sums, found)
+  measured = losses.measured(
     program.eval_step, variables, rows, store.directions
   )
+  expected = metrics.of_directions(measured, "loss")
   assert len(expected) == 3
   for direction, loss in expected.items():
-    value = metrics[f"loss/{direction}"].compute_value().value
+    value = sums[f"loss/{direction}"].compute_value().value
     assert float(value) == pytest.approx(loss, rel=1e-6)
 
   # SeqIO's own batches are not packed and know no directions.

@@ -242,7 +242,7 @@ def test_infers_what_we_translate(workshop, two_phases):
     f"CHECKPOINT_PATH={workshop.text('sparse/checkpoint_4')}",
     f"INFER_OUTPUT_DIR={workshop.text('inferred')}",
   )
-  folder = workshop.directory / "ours" / "evaluation" / "test_4"
+  folder = workshop.directory / "ours" / "evaluation" / "test_4_greedy"
   for direction in toy.PAIRS:
     name = direction.replace("-", "_")
     (file,) = (workshop.directory / "inferred").glob(f"toy.{name}-*-00001")

@@ -11,6 +11,7 @@ from flax import traverse_util
 from basemt_jax import (
   checkpointing,
   heating,
+  metrics,
   model,
   optimizer,
   partitioning,
@@ -51,6 +52,17 @@ model.TransformerConfig:
   decoder_expert_blocks = (0,)
   rows_per_group = 2
 """
+
+# A metric of a run's own; it is 1 wherever there are tokens.
+REAL = metrics.Metric(
+  "real",
+  "real tokens",
+  "share of the target tokens",
+  ("real", "weight"),
+  of_directions=True,
+  is_main=True,
+  row=lambda logits, batch: batch["decoder_loss_weights"].sum(-1),
+)
 
 LAYOUT = packing.RowLayout(32, 24)
 PAIRS = {"de-en": 60, "en-de": 60, "en-fr": 24}

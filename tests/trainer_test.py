@@ -37,6 +37,7 @@ SETTINGS = toy.settings(
   12,
   average_decay=0.5,
   dense_steps=6,
+  metrics=(toy.REAL,),
   log_every=1,
   eval_every=4,
   save_every=5,
@@ -168,6 +169,8 @@ def test_phases_reports_and_checkpoints(whole):
   assert last["dev/loss"] == np.mean(
     [last[f"dev/loss/{d}"] for d in toy.DIRECTIONS]
   )
+  for name in ("real", *(f"real/{d}" for d in toy.DIRECTIONS)):
+    assert last.get(name, 1.0) == last[f"dev/{name}"] == 1.0
   assert "router/encoder/layers_0/load_max" in last
   assert "router/encoder/layers_0/load_max" not in log.scalars[6]
   assert all(math.isfinite(v) for m in log.scalars.values() for v in m.values())
@@ -443,7 +446,7 @@ def scripted(monkeypatch):
   def script(losses):
     losses = iter(losses)
     monkeypatch.setattr(
-      trainer, "direction_losses", lambda *_: {"en-de": next(losses)}
+      "basemt_jax.losses.measured", lambda *_: {"loss/en-de": next(losses)}
     )
 
   return script

@@ -16,9 +16,11 @@ from basemt_jax.inspection import (
   forecasting,
   page,
   run_report,
+  run_view,
+  sampling_view,
   text_report,
+  text_view,
 )
-from basemt_jax.inspection import views as views_lib
 
 SUMMARY = "Look at data, sampling or a run, before and after."
 
@@ -88,16 +90,16 @@ def run(options: argparse.Namespace) -> None:
   if "task" in views or ("mixture" in views and not _store_there_is(run)):
     data = _inspect_data(options, run, mixture)
   if data and "task" in views:
-    sections.append(views_lib.data_section(data))
+    sections.append(text_view.section(data))
     numbers["task"] = dataclasses.asdict(data)
   if "mixture" in views:
     forecasts = _forecasts(options, run, data)
     name = getattr(mixture, "name", mixture)
-    sections.append(views_lib.forecast_section(name, forecasts))
+    sections.append(sampling_view.section(name, forecasts))
     numbers["mixture"] = [dataclasses.asdict(f) for f in forecasts]
   if "run" in views:
     report = run_report.inspect_run(run, console.standard(), options.checkpoint)
-    sections.append(views_lib.run_section(report))
+    sections.append(run_view.section(report))
     numbers["run"] = dataclasses.asdict(report)
   page.print_sections(sections)
   title = (

@@ -9,6 +9,7 @@ All are of one interface: `write_scalars(step, scalars)`, as `trainer.Writer`,
 of once and left out from then on: it never stops a run.
 """
 
+import dataclasses
 import importlib
 import json
 import pathlib
@@ -59,27 +60,19 @@ class JsonLines:
     self._file.close()
 
 
+@dataclasses.dataclass(frozen=True)
 class Dashboard:
-  """A tracker that gets only metrics with a `metrics.tag`, by that tag.
+  """A tracker out of a library's functions.
 
-  Args:
-    write: (step, values by tag).
+  Attributes:
+    write_scalars: (step, values by tag).
     flush: () -> None.
     close: () -> None.
   """
 
-  def __init__(
-    self,
-    write: Callable[[int, dict[str, float]], Any],
-    flush: Callable[[], Any] = lambda: None,
-    close: Callable[[], Any] = lambda: None,
-  ):
-    self._write, self.flush, self.close = write, flush, close
-
-  def write_scalars(self, step: int, scalars: Mapping[str, Any]) -> None:
-    """Passes on the metrics that have a tag."""
-    tags = {metrics.tag(name): value for name, value in scalars.items()}
-    self._write(step, {t: float(v) for t, v in tags.items() if t is not None})
+  write_scalars: Callable[[int, Mapping[str, float]], Any]
+  flush: Callable[[], Any] = lambda: None
+  close: Callable[[], Any] = lambda: None
 
 
 def tensorboard() -> Opener:
@@ -135,7 +128,7 @@ def mlflow(experiment: str, tracking_uri: str | None = None) -> Opener:
     library.set_experiment(experiment)
     library.start_run(run_name=pathlib.Path(model_dir).name)
 
-    def write(step: int, values: dict[str, float]) -> None:
+    def write(step: int, values: Mapping[str, float]) -> None:
       # Names may not hold '>'.
       named = {k.replace("->", " to "): v for k, v in values.items()}
       library.log_metrics(named, step=step)
@@ -222,16 +215,24 @@ class Guarded:
 class Writer:
   """Metrics to `metrics.jsonl`, TensorBoard and trackers; a `trainer.Writer`.
 
+  The file gets all of them, the others those with a `metrics.tag`, by that tag.
   Files are made by `open`, or with the first metrics: a run that fails at its
   start leaves none.
 
   Args:
     model_dir: of the run.
     trackers: besides.
+    known: the metrics that the run measures.
   """
 
-  def __init__(self, model_dir: str, trackers: Sequence[Opener] = ()):
-    self._model_dir, self._openers = model_dir, (tensorboard(), *trackers)
+  def __init__(
+    self,
+    model_dir: str,
+    trackers: Sequence[Opener] = (),
+    known: Sequence[metrics.Metric] = metrics.METRICS,
+  ):
+    self._model_dir, self._known = model_dir, known
+    self._openers = (tensorboard(), *trackers)
     self._trackers: list[Tracker] = []
 
   def __enter__(self) -> "Writer":
@@ -248,8 +249,9 @@ class Writer:
   def write_scalars(self, step: int, scalars: Mapping[str, Any]) -> None:
     """Takes the metrics of a step."""
     self.open()
-    for tracker in self._trackers:
-      tracker.write_scalars(step, scalars)
+    shown = metrics.tagged(scalars, self._known)
+    for i, tracker in enumerate(self._trackers):
+      tracker.write_scalars(step, shown if i else scalars)
 
   def flush(self) -> None:
     """Writes out what is buffered."""

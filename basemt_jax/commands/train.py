@@ -24,7 +24,8 @@ def run(options: argparse.Namespace) -> int:
   from basemt_jax import trained, training
 
   run = configuration.configured(options)
-  with trackers.Writer(run.model_dir, run.trackers) as writer:
+  known = run.settings.known_metrics
+  with trackers.Writer(run.model_dir, run.trackers, known) as writer:
 
     def started() -> None:
       configuration.save_config(run.model_dir)

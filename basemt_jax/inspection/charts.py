@@ -9,7 +9,6 @@ chart spreads it.
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import altair as alt
 import numpy as np
 
 # More series than this are rows of a heat map.
@@ -23,6 +22,7 @@ BANDS = {
 _TINTS = [f"var(--c{i})" for i in range(FEW)]
 _ROW = 15  # Pixels of a named row.
 _HEIGHT = 240  # Of other charts.
+_SPREAD = {"flatten": ["x", "y"]}
 
 Chart = dict[str, Any]
 # (x, y) of each name; y None: not known there.
@@ -53,49 +53,55 @@ def lines(
     log_x: whether the horizontal axis is logarithmic.
     zero: whether the vertical axis begins at 0.
   """
-  picked = alt.selection_point(fields=["name"], bind="legend")
-  base = (
-    alt.Chart()
-    .transform_flatten(["x", "y"])
-    .encode(
-      x=_along(x, alt.Scale(type="log", base=2) if log_x else alt.Undefined),
-      y=alt.Y("y:Q", title=y, scale=alt.Scale(zero=zero)),
-      color=_color("name", list(series), colors),
-      tooltip=_tips(name="name", x=x, y=y),
-    )
-  )
+  encoding = {
+    "x": _along(x, {"type": "log", "base": 2} if log_x else {}),
+    "y": {**_field("y", y), "scale": {"zero": zero}},
+    "color": _color("name", list(series), colors),
+    "tooltip": _tips(name="name", x=x, y=y),
+  }
+  faded = {"condition": {"param": "picked", "value": 1}, "value": 0.15}
   # Points take the pointer; few of them are seen, too.
   is_short = max((len(xs) for xs, _ in series.values()), default=0) < 30
-  chart = alt.layer(
-    base.mark_line(strokeWidth=1.8).encode(
-      opacity=alt.condition(picked, alt.value(1), alt.value(0.15))
-    ),
-    base.mark_point(
-      filled=True, size=45 if is_short else 90, opacity=float(is_short)
-    ).add_params(picked),
-    *(_mark("x:Q", *mark) for mark in (marks or {}).items()),
-    data=_spread(series),
-  )
-  return _finished(chart, title, _HEIGHT)
+  size, opacity = (45, 1) if is_short else (90, 0)
+  line = {
+    "mark": {"type": "line", "strokeWidth": 1.8},
+    "transform": [_SPREAD],
+    "encoding": {**encoding, "opacity": faded},
+  }
+  points = {
+    "mark": {"type": "point", "filled": True, "size": size, "opacity": opacity},
+    "transform": [_SPREAD],
+    "encoding": encoding,
+    "params": [
+      {
+        "name": "picked",
+        "select": {"type": "point", "fields": ["name"]},
+        "bind": "legend",
+      }
+    ],
+  }
+  layers = [line, points, *_rules(marks or {}, "quantitative")]
+  return _chart(title, _HEIGHT, data=_data(series), layer=layers)
 
 
 def shares(
   title: str, x: str, y: str, series: Series, colors: Mapping[str, str]
 ) -> Chart:
   """Areas that add up to a whole, the first name's at the bottom."""
-  chart = (
-    alt.Chart(_spread(series))
-    .transform_flatten(["x", "y"])
-    .mark_area(opacity=0.85)
-    .encode(
-      x=_along(x),
-      y=alt.Y("y:Q", title=y, stack=True),
-      order="i:Q",
-      color=_color("name", list(series), colors),
-      tooltip=_tips(name="name", x=x, y=y),
-    )
+  return _chart(
+    title,
+    _HEIGHT,
+    data=_data(series),
+    transform=[_SPREAD],
+    mark={"type": "area", "opacity": 0.85},
+    encoding={
+      "x": _along(x),
+      "y": {**_field("y", y), "stack": True},
+      "order": _field("i"),
+      "color": _color("name", list(series), colors),
+      "tooltip": _tips(name="name", x=x, y=y),
+    },
   )
-  return _finished(chart, title, _HEIGHT)
 
 
 def heat(
@@ -121,47 +127,42 @@ def heat(
     marks: lines, each at the first column that is not before it.
   """
   columns = list(dict.fromkeys(x for xs, _ in series.values() for x in xs))
-  is_named = any(isinstance(column, str) for column in columns)
-  scale = alt.Scale(
-    scheme="viridis",
-    reverse=not larger_is_better,
-    type="log" if log else "linear",
-    clamp=True,
-    domainMax=alt.Undefined if top is None else top,
-  )
-  fields = (
-    alt.Chart()
-    .transform_flatten(["x", "y"])
-    .transform_filter("datum.y > 0" if log else "isValid(datum.y)")
-    .mark_rect()
-    .encode(
-      x=alt.X(
-        "x:O",
-        title=x,
-        sort=columns,
-        axis=alt.Axis(
-          labelOverlap="greedy",
-          labelAngle=0,
-          format=alt.Undefined if is_named else ",",
-        ),
-      ),
-      y=alt.Y("name:N", title=None, sort=list(series)),
-      color=alt.Color(
-        "y:Q",
-        title=value,
-        scale=scale,
-        legend=alt.Legend(orient="top", gradientLength=200, titleLimit=300),
-      ),
-      tooltip=_tips(name="name", x=x, y=value),
-    )
-  )
+  axis: dict[str, Any] = {"labelOverlap": "greedy", "labelAngle": 0}
+  if not any(isinstance(column, str) for column in columns):
+    axis["format"] = ","
+  scale: dict[str, Any] = {
+    "scheme": "viridis",
+    "reverse": not larger_is_better,
+    "type": "log" if log else "linear",
+    "clamp": True,
+  }
+  if top is not None:
+    scale["domainMax"] = top
+  legend = {"orient": "top", "gradientLength": 200, "titleLimit": 300}
+  fields = {
+    "mark": {"type": "rect"},
+    "transform": [
+      _SPREAD,
+      {"filter": "datum.y > 0" if log else "isValid(datum.y)"},
+    ],
+    "encoding": {
+      "x": {**_field("x", x, "ordinal"), "sort": columns, "axis": axis},
+      "y": {**_field("name", kind="nominal"), "sort": list(series)},
+      "color": {**_field("y", value), "scale": scale, "legend": legend},
+      "tooltip": _tips(name="name", x=x, y=value),
+    },
+  }
   after = {
     name: next((x for x in columns if x >= at), None)
     for name, at in (marks or {}).items()
   }
-  rules = [_mark("x:O", n, at) for n, at in after.items() if at is not None]
-  chart = alt.layer(fields, *rules, data=_spread(series))
-  return _finished(chart, title, max(90, _ROW * len(series)))
+  known = {name: at for name, at in after.items() if at is not None}
+  return _chart(
+    title,
+    max(90, _ROW * len(series)),
+    data=_data(series),
+    layer=[fields, *_rules(known, "ordinal")],
+  )
 
 
 def each(
@@ -209,85 +210,110 @@ def rows(
     for name, value in own.items()
     if value is not None and (value > 0 or not log)
   ]
-  base = alt.Chart(alt.Data(values=data))
-  drawn = base.mark_bar() if bars else base.mark_point(filled=True, size=60)
-  row = alt.Y("name:N", title=None, sort=names)
-  own = drawn.encode(
-    x=_along(x, alt.Scale(type="log") if log else alt.Undefined),
-    y=row,
-    opacity=alt.value(1),
-    color=_color("series", list(series)),
-    tooltip=_tips(name="name", series="of", x=x),
-  )
-  layers = [own, *(_mark("x:Q", *mark) for mark in marks.items())]
+  row = {**_field("name", kind="nominal"), "sort": names}
+  dots = {"type": "point", "filled": True, "size": 60}
+  layers: list[dict[str, Any]] = [
+    {
+      "data": {"values": data},
+      "mark": {"type": "bar"} if bars else dots,
+      "encoding": {
+        "x": _along(x, {"type": "log"} if log else {}),
+        "y": row,
+        "opacity": {"value": 1},
+        "color": _color("series", list(series)),
+        "tooltip": _tips(name="name", series="of", x=x),
+      },
+    },
+    *_rules(marks, "quantitative"),
+  ]
   if spread:
     around = [{"name": n, "from": -v, "to": v} for n, v in spread.items()]
-    behind = alt.Chart(alt.Data(values=around)).mark_bar(color="var(--line)")
-    layers.insert(0, behind.encode(x="from:Q", x2="to:Q", y=row))
-  return _finished(alt.layer(*layers), title, max(60, _ROW * len(names)))
+    behind = {
+      "data": {"values": around},
+      "mark": {"type": "bar", "color": "var(--line)"},
+      "encoding": {
+        "x": {"field": "from", "type": "quantitative"},
+        "x2": {"field": "to"},
+        "y": row,
+      },
+    }
+    layers.insert(0, behind)
+  return _chart(title, max(60, _ROW * len(names)), layer=layers)
 
 
 # ------------------------------------------------------------------ parts
 
 
-def _finished(chart: Any, title: str, height: int) -> Chart:
-  """The specification, without what every chart of a page shares."""
-  done = chart.properties(title=title, width="container", height=height)
-  spec = done.to_dict()
-  return {k: v for k, v in spec.items() if k not in ("config", "$schema")}
+def _chart(title: str, height: int, **parts: Any) -> Chart:
+  return {"title": title, "width": "container", "height": height, **parts}
 
 
-def _spread(series: Series) -> alt.Data:
+def _field(
+  name: str, title: str | None = None, kind: str = "quantitative"
+) -> dict[str, Any]:
+  """A field of the data; without a title its axis has none."""
+  return {"field": name, "type": kind, "title": title}
+
+
+def _data(series: Series) -> dict[str, Any]:
   """A record for each name."""
-  return alt.Data(
-    values=[
+  return {
+    "values": [
       {"name": n, "i": i, "x": [*map(_short, xs)], "y": [*map(_short, ys)]}
       for i, (n, (xs, ys)) in enumerate(series.items())
     ]
-  )
+  }
 
 
-def _along(title: str, scale: Any = alt.Undefined) -> alt.X:
-  axis = alt.Axis(tickCount=5, labelOverlap=True)
-  return alt.X("x:Q", title=title, scale=scale, axis=axis)
+def _along(
+  title: str, scale: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+  axis = {"tickCount": 5, "labelOverlap": True}
+  own = {**_field("x", title), "axis": axis}
+  return {**own, "scale": scale} if scale else own
 
 
 def _color(
   field: str, names: Sequence[str], colors: Mapping[str, str] | None = None
-) -> alt.Color:
+) -> dict[str, Any]:
   """Colours of names, and a legend if there are several."""
   tints = [
     (colors or {}).get(name, _TINTS[i % len(_TINTS)])
     for i, name in enumerate(names)
   ]
-  legend = alt.Legend(orient="top", columns=4, labelLimit=140)
-  return alt.Color(
-    f"{field}:N",
-    title=None,
-    scale=alt.Scale(domain=list(names), range=tints),
-    legend=legend if len(names) > 1 else None,
-  )
+  legend = {"orient": "top", "columns": 4, "labelLimit": 140}
+  return {
+    **_field(field, kind="nominal"),
+    "scale": {"domain": names, "range": tints},
+    "legend": legend if len(names) > 1 else None,
+  }
 
 
-def _tips(**titles: str) -> list[alt.Tooltip]:
+def _tips(**titles: str) -> list[dict[str, Any]]:
   """What is told of what is pointed at: titles by field."""
   return [
-    alt.Tooltip(
-      f"{field}:N",
-      title=title,
-      format=".4~g" if field == "y" else alt.Undefined,
-    )
+    {
+      **_field(field, title, "nominal"),
+      **({"format": ".4~g"} if field == "y" else {}),
+    }
     for field, title in titles.items()
   ]
 
 
-def _mark(field: str, name: str, at: Any) -> alt.Chart:
-  """A vertical line that says what it means when it is pointed at."""
-  return (
-    alt.Chart(alt.Data(values=[{"what": name, "x": at}]))
-    .mark_rule(color="var(--mark)", strokeDash=[5, 3], strokeWidth=1.5)
-    .encode(x=field, tooltip=_tips(what="line", x="at"))
-  )
+def _rules(marks: Mapping[str, Any], kind: str) -> list[dict[str, Any]]:
+  """Vertical lines that say what they mean when they are pointed at."""
+  look = {"color": "var(--mark)", "strokeDash": [5, 3], "strokeWidth": 1.5}
+  return [
+    {
+      "data": {"values": [{"what": name, "x": at}]},
+      "mark": {"type": "rule", **look},
+      "encoding": {
+        "x": {"field": "x", "type": kind},  # The axis keeps its title.
+        "tooltip": _tips(what="line", x="at"),
+      },
+    }
+    for name, at in marks.items()
+  ]
 
 
 def _short(value: Any) -> Any:

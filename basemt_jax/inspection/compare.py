@@ -16,7 +16,7 @@ import numpy as np
 
 from basemt_jax import evaluation, metrics
 from basemt_jax.data import languages
-from basemt_jax.inspection import results
+from basemt_jax.inspection import charts, results
 from basemt_jax.inspection.page import Plot, Section
 from basemt_jax.inspection.tables import Column, Table, fixed
 
@@ -339,7 +339,7 @@ def section(runs: Sequence[Compared]) -> Section:
     )
   plots = []
   if any(run.curve for run in runs):
-    plots.append(Plot("Dev loss", lambda: _curve_charts(runs)))
+    plots.append(Plot("Dev loss", _curve_charts(runs)))
   plots += [Plot(f"Scores on {t}", _score_charts(runs, t)) for t in tests]
   return Section(
     "Runs compared",
@@ -429,9 +429,7 @@ def _signed(digits: int) -> Any:
   return lambda value: f"{value:+.{digits}f}"
 
 
-def _curve_charts(runs: Sequence[Compared]) -> list[dict[str, Any]]:
-  from basemt_jax.inspection import charts
-
+def _curve_charts(runs: Sequence[Compared]) -> list[charts.Chart]:
   return [
     charts.lines(
       f"dev loss by {axis}",
@@ -448,25 +446,20 @@ def _curve_charts(runs: Sequence[Compared]) -> list[dict[str, Any]]:
   ]
 
 
-def _score_charts(runs: Sequence[Compared], test: str) -> Any:
-  def draw() -> list[dict[str, Any]]:
-    from basemt_jax.inspection import charts
-
-    return [
-      charts.rows(
-        f"{metric.label} more than {runs[0].name}",
-        metric.unit,
-        {
-          run.name: {
-            s.direction: s.differences[metric.name]
-            for s in run.scores
-            if s.test == test
-          }
-          for run in runs[1:]
-        },
-        {"the same": 0.0},
-      )
-      for metric in _SCORES
-    ]
-
-  return draw
+def _score_charts(runs: Sequence[Compared], test: str) -> list[charts.Chart]:
+  return [
+    charts.rows(
+      f"{metric.label} more than {runs[0].name}",
+      metric.unit,
+      {
+        run.name: {
+          s.direction: s.differences[metric.name]
+          for s in run.scores
+          if s.test == test
+        }
+        for run in runs[1:]
+      },
+      {"the same": 0.0},
+    )
+    for metric in _SCORES
+  ]

@@ -8,28 +8,28 @@ import dataclasses
 import functools
 import importlib.resources
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, TextIO
 
 import rich.text
 
 from basemt_jax import files
-from basemt_jax.inspection import tables, text_report
+from basemt_jax.inspection import charts, tables, text_report
 
 _TERMINAL_EXAMPLES = 3
 
 
 @dataclasses.dataclass(frozen=True)
 class Plot:
-  """A figure that is drawn when a page is written.
+  """A figure of a page.
 
   Attributes:
     caption: what it shows.
-    draw: () -> `charts.Chart`s, a panel each.
+    charts: a panel each.
   """
 
   caption: str
-  draw: Callable[[], Sequence[dict[str, Any]]]
+  charts: Sequence[charts.Chart]
 
 
 @dataclasses.dataclass(frozen=True)

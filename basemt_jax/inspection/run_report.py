@@ -26,8 +26,6 @@ ROWS = 16
 # Standard deviations between planned and drawn rows from which to warn.
 _FAR = 5.0
 
-_MAIN = [m for m in metrics.METRICS if m.is_main]
-
 
 @dataclasses.dataclass(frozen=True)
 class DirectionRun:
@@ -65,31 +63,25 @@ class Curves:
   """A metric over the steps.
 
   Attributes:
-    metric: its full name: 'loss', 'dev/loss', 'dev/bleu'.
+    metric: its full name: 'loss', 'dev/loss', 'dev/bleu'; 'router/load_max'
+      of layers.
+    label: in words.
+    unit: of the values.
+    digits: after the point, in tables.
+    larger_is_better: scores are, losses are not.
     steps: at which it was measured.
-    directions: values of each direction; None: not measured then.
-    bands: their means by resource band, and of 'all'.
+    lines: values of each direction, or of each layer; None: not measured then.
+    bands: means of the directions by resource band, and of 'all'; {} of layers.
   """
 
   metric: str
+  label: str
+  unit: str
+  digits: int
+  larger_is_better: bool
   steps: list[int]
-  directions: dict[str, list[float | None]]
+  lines: dict[str, list[float | None]]
   bands: dict[str, list[float | None]]
-
-
-@dataclasses.dataclass(frozen=True)
-class RouterCurves:
-  """What a layer's router did in training, over the steps.
-
-  Attributes:
-    layer: 'decoder/layers_1'.
-    steps: at which it was measured.
-    values: by metric, those of `metrics.METRICS` that are of layers.
-  """
-
-  layer: str
-  steps: list[int]
-  values: dict[str, list[float | None]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,8 +118,8 @@ class RunReport:
     conversion_step: when the dense model became sparse; None: not.
     strategy: of sampling, in words.
     directions: most training pairs first.
-    curves: those that were measured.
-    routers: by layer.
+    curves: of the main metrics that were measured, by direction.
+    routers: what the routers did in training, by layer.
     experts: by layer; none for a dense checkpoint.
     routed_split: of which rows were routed.
     warnings: a line for each kind of trouble.
@@ -142,7 +134,7 @@ class RunReport:
   strategy: str
   directions: tuple[DirectionRun, ...]
   curves: tuple[Curves, ...]
-  routers: tuple[RouterCurves, ...]
+  routers: tuple[Curves, ...]
   experts: tuple[ExpertMap, ...]
   routed_split: str
   warnings: tuple[str, ...]
@@ -181,6 +173,7 @@ def inspect_run(
     experts, gone = (), str(error)
   directions = _directions(run, header, step, position, series)
   bands = {d.name: d.band for d in directions}
+  known = run.settings.known_metrics
   return RunReport(
     model_dir=str(run.model_dir),
     step=step,
@@ -190,8 +183,8 @@ def inspect_run(
     conversion_step=_conversion_step(run, series, step, trained.program.name),
     strategy=str(run.strategy),
     directions=tuple(directions),
-    curves=tuple(_curves(series, bands)),
-    routers=tuple(_routers(series)),
+    curves=tuple(_curves(series, bands, known)),
+    routers=tuple(_routers(series, known)),
     experts=experts,
     routed_split=split,
     warnings=(
@@ -264,30 +257,46 @@ def _directions(
   return sorted(directions, key=lambda d: (-d.pairs, d.name))
 
 
+def _curve(
+  name: metrics.Name,
+  full_name: str,
+  found: Mapping[str, results.Series],
+  groups: Mapping[str, Sequence[str]],
+) -> Curves:
+  """Series by direction or layer on the steps of all, and means of groups."""
+  steps = sorted({step for own in found.values() for step in own})
+  return Curves(
+    full_name,
+    name.label,
+    name.metric.unit,
+    name.metric.digits,
+    name.metric.larger_is_better,
+    steps,
+    {line: [own.get(step) for step in steps] for line, own in found.items()},
+    {
+      group: [_mean([found[d].get(step) for d in own]) for step in steps]
+      for group, own in groups.items()
+      if own
+    },
+  )
+
+
 def _curves(
-  series: Mapping[str, results.Series], bands: Mapping[str, str]
+  series: Mapping[str, results.Series],
+  bands: Mapping[str, str],
+  known: Sequence[metrics.Metric],
 ) -> Iterator[Curves]:
   """Main metrics that were measured by direction, in training and on dev."""
-  for metric, prefix in itertools.product(_MAIN, ("", "dev/")):
-    stem = prefix + metric.name
+  main = [m for m in known if m.is_main]
+  for metric, split in itertools.product(main, ("", "dev")):
+    stem = f"{split}/{metric.name}" if split else metric.name
     found = {d: series[f"{stem}/{d}"] for d in bands if f"{stem}/{d}" in series}
-    steps = sorted({step for own in found.values() for step in own})
-    if not steps:
-      continue
-    groups = {
-      band: [d for d in found if bands[d] == band] for band in languages.BANDS
-    }
-    groups["all"] = list(found)
-    yield Curves(
-      stem,
-      steps,
-      {d: [own.get(step) for step in steps] for d, own in found.items()},
-      {
-        group: [_mean([found[d].get(step) for d in own]) for step in steps]
-        for group, own in groups.items()
-        if own
-      },
-    )
+    if found:
+      groups = {
+        band: [d for d in found if bands[d] == band] for band in languages.BANDS
+      }
+      groups["all"] = list(found)
+      yield _curve(metrics.Name(metric, split), stem, found, groups)
 
 
 def _mean(values: Sequence[float | None]) -> float | None:
@@ -295,20 +304,19 @@ def _mean(values: Sequence[float | None]) -> float | None:
   return float(np.mean(known)) if known else None
 
 
-def _routers(series: Mapping[str, results.Series]) -> Iterator[RouterCurves]:
-  """By layer, in the order of their names."""
+def _routers(
+  series: Mapping[str, results.Series], known: Sequence[metrics.Metric]
+) -> Iterator[Curves]:
+  """Metrics of layers, the layers in the order of their names."""
   layers: dict[str, dict[str, results.Series]] = {}
-  for name, own in series.items():
-    found = metrics.parse(name)
+  for name, own in sorted(series.items()):
+    found = metrics.parse(name, known)
     if found and found.layer and not found.of:
-      layers.setdefault(found.layer, {})[found.metric.name] = own
-  for layer, values in sorted(layers.items()):
-    steps = sorted({step for own in values.values() for step in own})
-    yield RouterCurves(
-      layer,
-      steps,
-      {name: [s.get(step) for step in steps] for name, s in values.items()},
-    )
+      layers.setdefault(found.metric.name, {})[found.layer] = own
+  for metric in known:
+    if metric.name in layers:
+      stem = f"router/{metric.name}"
+      yield _curve(metrics.Name(metric), stem, layers[metric.name], {})
 
 
 # ---------------------------------------------------------------- experts

@@ -27,7 +27,8 @@ def table(
     resource = " resource" if mean.name in languages.BANDS else ""
     scores = _scores(mean, others)
     label = f"mean of {mean.name}{resource}"
-    means.append([label, f"{mean.directions} directions", "", "", *scores])
+    count = f"{mean.directions} direction{'s' * (mean.directions != 1)}"
+    means.append([label, count, "", "", *scores])
   return tables.Table(
     "",
     [

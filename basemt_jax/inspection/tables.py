@@ -7,7 +7,7 @@ with the first column.
 
 import dataclasses
 import textwrap
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TextIO
 
 import rich.box
@@ -47,10 +47,18 @@ class Column:
   Attributes:
     name: heading.
     text: how a value is shown; None is shown as '-'.
+    value: for `listed`: an attribute of the items, or a function of one.
   """
 
   name: str
   text: Callable[[Any], str] = str
+  value: str | Callable[[Any], Any] = ""
+
+  def of(self, item: Any) -> Any:
+    """The value of an item."""
+    if isinstance(self.value, str):
+      return getattr(item, self.value)
+    return self.value(item)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,6 +101,14 @@ class Table:
       any(isinstance(row[i], str) for row in rows)
       for i in range(len(self.columns))
     ]
+
+
+def listed(
+  title: str, items: Iterable[Any], columns: Sequence[Column], note: str = ""
+) -> Table:
+  """A row for each item, by the columns' `value`."""
+  rows = [[column.of(item) for column in columns] for item in items]
+  return Table(title, columns, rows, note=note)
 
 
 def to_json(table: Table) -> dict[str, Any]:

@@ -453,11 +453,12 @@ def _languages(directions: Sequence[Direction]) -> tuple[Language, ...]:
   for direction in directions:
     for side in (direction.source, direction.target):
       sides[side.language].append(side)
-  found = [_language(name, own) for name, own in sides.items()]
+  found = [joined(name, own) for name, own in sides.items()]
   return tuple(sorted(found, key=lambda x: -x.tokens_per_character))
 
 
-def _language(name: str, sides: Sequence[token_counts.Side]) -> Language:
+def joined(name: str, sides: Sequence[token_counts.Side]) -> Language:
+  """Sides taken together."""
   characters = sum(side.characters for side in sides)
   tokens = sum(side.tokens for side in sides)
 

@@ -37,13 +37,13 @@ from flax import traverse_util
 
 from basemt_jax import (
   evaluation,
+  losses,
   metrics,
   partitioning,
   routing,
   run,
   steps,
   trained,
-  trainer,
   training,
 )
 from basemt_jax import model as model_lib
@@ -237,13 +237,14 @@ def losses_by_affinity(
     len(store.directions),
   )
   split = batches.eval_batches(store, "validation", described.batch_size)
-  losses = trainer.direction_losses(
+  measured = losses.measured(
     unpriced.eval_step,
     loaded.variables,
     (partitioning.put_batch(batch, program.mesh) for batch in split),
     store.directions,
   )
-  return {name: round(loss, 5) for name, loss in losses.items()}
+  found = metrics.of_directions(measured, "loss")
+  return {name: round(loss, 5) for name, loss in found.items()}
 
 
 def training_affinities(

@@ -1,0 +1,73 @@
+"""`basemt serve`: translations over HTTP, and a page."""
+
+import argparse
+import pathlib
+import signal
+from typing import Any
+
+from basemt_jax.commands import configuration, console, flags
+
+SUMMARY = "Serve a model or an export over HTTP, with a page."
+_LOOPBACK = ("localhost", "127.0.0.1", "::1")
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+  """The flags of this command."""
+  flags.checkpoint(parser)
+  flags.search(parser)
+  flags.modules(parser)
+  parser.add_argument(
+    "--host", default="127.0.0.1", help="default: this machine alone"
+  )
+  parser.add_argument("--port", type=int, default=8000, help="0: any free one")
+  parser.add_argument(
+    "--max_texts", type=int, metavar="N", help="texts of a request"
+  )
+  parser.add_argument(
+    "--max_waiting", type=int, metavar="N", help="texts that wait, of all"
+  )
+
+
+def run(options: argparse.Namespace) -> None:
+  """Serves until SIGTERM or Ctrl-C; what was asked before is answered."""
+  try:
+    from basemt_jax.serving import service
+  except ImportError as error:
+    raise configuration.UsageError(
+      f"the service needs more packages ({error}): "
+      "pip install 'basemt_jax[serve]'"
+    ) from error
+  from basemt_jax.commands import checks, evaluate
+
+  limits = service.Limits(
+    **{
+      name: value
+      for name in ("texts", "waiting")
+      if (value := getattr(options, f"max_{name}")) is not None
+    }
+  )
+  checks.check_fields(limits)
+  run = evaluate.with_search(configuration.trained(options), options)
+  with service.listen(options.host, options.port) as socket:
+    model = load(run, options)
+    console.standard().message("translating a first sentence")
+    service.warm_up(model)
+    server = service.server(service.application(model, limits))
+    host, port = socket.getsockname()[:2]
+    print(f"serving {run.model_dir} on http://{host}:{port}", flush=True)
+    if options.host not in _LOOPBACK:
+      print("anybody who reaches this address can use it", flush=True)
+    # The server ends, and then raises the signal again: it was no accident.
+    for number in (signal.SIGINT, signal.SIGTERM):
+      signal.signal(number, lambda *_: None)
+    server.run(sockets=[socket])
+
+
+def load(run: Any, options: argparse.Namespace) -> Any:
+  """The model of a model directory or of an export for CTranslate2."""
+  from basemt_jax import trained
+  from basemt_jax.exports import ctranslate
+
+  if (pathlib.Path(run.model_dir) / ctranslate.MODEL_FILE).exists():
+    return ctranslate.load(run)
+  return trained.load(run, console.standard(), options.checkpoint)

@@ -1,0 +1,85 @@
+"""What every export holds besides its arrays, so that it is whole.
+
+model.json          what was trained, as in a model directory
+vocabulary.model    the SentencePiece model; none for bytes
+README.md           the model card
+checksums.json      of all but the card
+"""
+
+import dataclasses
+import pathlib
+import shlex
+from collections.abc import Callable
+
+from basemt_jax import checksums, description, files, trained
+from basemt_jax.data import vocabulary
+from basemt_jax.exports import model_card
+
+
+def write(
+  target: str | pathlib.Path,
+  model: trained.Trained,
+  fill: Callable[[pathlib.Path], None],
+  weights: str,
+  use: str,
+  licence: str = model_card.UNKNOWN_LICENCE,
+) -> None:
+  """Writes an export, all of it or nothing.
+
+  Args:
+    target: A new folder.
+    model: What is exported.
+    fill: Writes the arrays into a folder.
+    weights: What they are, for the card.
+    use: A command that uses it, for the card; '{}' is the folder.
+    licence: For the card.
+
+  Raises:
+    ValueError: The target is there; see also `model_card.text`.
+  """
+  name = pathlib.Path(target).absolute().name
+  use = use.format(shlex.quote(name))
+  card = model_card.text(model, name, weights, use, licence)
+  with files.new_directory(target) as directory:
+    fill(directory)
+    description.write(directory, _alone(model.description), model.pieces)
+    files.write_atomically(directory / model_card.FILE, card)
+    checksums.seal(directory, but=(model_card.FILE,))
+
+
+def _alone(known: description.Description) -> description.Description:
+  """The description of a model without its run.
+
+  Averaged weights, if there were any, are now the only ones; and where rows lay
+  on the machine of the training is nobody's business.
+  """
+  return dataclasses.replace(
+    known,
+    settings={**known.settings, "average_decay": 0.0},
+    store=pathlib.Path(known.store).name,
+  )
+
+
+def read(
+  directory: str | pathlib.Path, arrays: str
+) -> tuple[description.Description, vocabulary.Vocabulary]:
+  """Description and vocabulary of an export that is whole.
+
+  Args:
+    directory: Of the export.
+    arrays: Name of the file that tells its kind.
+
+  Raises:
+    ValueError: It is no export of that kind, or damaged.
+  """
+  root = pathlib.Path(directory)
+  if not (root / arrays).is_file():
+    raise ValueError(
+      f"{directory} is no export: it holds no {arrays}; give a directory that "
+      "`basemt export` wrote"
+    )
+  damage = checksums.damage(root)
+  if damage:
+    raise ValueError(f"{directory} is damaged: {'; '.join(damage)}")
+  known = description.read(root)
+  return known, description.read_vocabulary(root, known)

@@ -1,0 +1,143 @@
+"""The first table of docs/performance.md, of what three scripts measured.
+
+    export PYTHONPATH=. && mkdir -p out
+    python benchmarks/training_step.py --width 512 --shapes 6x256 \
+      --json out/base.json
+    python benchmarks/training_step.py --shapes 6x64 12x64 --json out/big.json
+    python benchmarks/pytorch_step.py --json out/pytorch.json \
+      --shapes 512x6x256 1024x6x64 1024x12x64
+    python benchmarks/first_step.py --cold_only > out/first.txt --shapes \
+      base base_sparse big big_sparse big_12 big_12_sparse
+    python benchmarks/training_table.py out/*
+
+Any of these files may be missing, and files of several devices may be given:
+a row is what is known of one device, network and batch. It is Markdown, with
+`-` for what was not measured.
+
+Figures are of one chip. Tokens are those of both sides, padding included.
+Memory is the allocator's peak, or what the compiler plans with where an earlier
+program of the process had a higher peak. The first step is timed from where the
+network is made to where the step has ended, compiled programs not kept from
+before; starting the process, importing and finding the device are left out, in
+both libraries.
+"""
+
+import argparse
+import collections
+import json
+import pathlib
+from collections.abc import Iterator
+from typing import Any
+
+MODELS = ("PyTorch, dense", "dense", "sparse")
+COLUMNS = (
+  "device",
+  "D",
+  "blocks",
+  "rows",
+  "model",
+  "ms",
+  "tokens/s",
+  "MFU",
+  "memory, GiB",
+  "first step, s",
+)
+
+# Device, D, blocks a side, rows, place in MODELS.
+Key = tuple[str, int, int, int, int]
+Figures = dict[str, str]
+
+
+def device_name(name: str) -> str:
+  """'H100' of 'NVIDIA H100 80GB HBM3'."""
+  return name.removeprefix("NVIDIA ").split(" ")[0]
+
+
+def of_training_step(found: dict[str, Any]) -> Iterator[tuple[Key, Figures]]:
+  """Rows of `training_step.py --json`."""
+  for row in found["figures"]:
+    key = (
+      device_name(found["device"]),
+      found["width"],
+      row["blocks"],
+      row["rows"],
+      1 + (row["model"] == "experts"),
+    )
+    memory = row["memory"]["peak"] or row["memory"]["compiled"]["total"]
+    figures = timed(row, row["tokens_per_s"] / found["devices"])
+    yield key, {**figures, "memory, GiB": f"{memory / 2**30:.1f}"}
+
+
+def of_pytorch(found: dict[str, Any]) -> Iterator[tuple[Key, Figures]]:
+  """Rows of `pytorch_step.py --json`."""
+  for row in found["rows"]:
+    size = (row["width"], row["blocks"], row["rows"])
+    figures = {
+      **timed(row, row["tokens_per_s"]),
+      "memory, GiB": f"{row['peak_gib']:.1f}",
+      "first step, s": f"{row['first_step_s']:.1f}",
+    }
+    yield (device_name(found["device"]), *size, 0), figures
+
+
+def timed(row: dict[str, Any], tokens: float) -> Figures:
+  """What both scripts say of a step's time."""
+  return {
+    "ms": f"{row['ms']:.1f}",
+    "tokens/s": f"{tokens:,.0f}",
+    "MFU": f"{row['mfu']:.3f}",
+  }
+
+
+def of_first_step(text: str) -> Iterator[tuple[Key, Figures]]:
+  """Rows of what `first_step.py` prints; warm processes are left out."""
+  for line in text.splitlines():
+    head, brace, rest = line.partition("{")
+    _, kind, device = [*head.split(maxsplit=2), "", "", ""][:3]
+    if kind != "cold" or not brace:
+      continue
+    row = json.loads(brace + rest)
+    size = (row["width"], row["blocks"], row["rows"])
+    seconds = row["total"] - row["import"] - row["device"]
+    key = (device_name(device), *size, 1 + bool(row["experts"]))
+    yield key, {"first step, s": f"{seconds:.1f}"}
+
+
+def table(paths: list[pathlib.Path]) -> str:
+  """What is known, joined, in Markdown.
+
+  Args:
+    paths: of the three scripts' outputs, in any order.
+  """
+  rows: dict[Key, Figures] = collections.defaultdict(dict)
+  for path in paths:
+    text = path.read_text(encoding="utf-8")
+    if path.suffix != ".json":
+      found = of_first_step(text)
+    elif "torch" in (values := json.loads(text)):
+      found = of_pytorch(values)
+    else:
+      found = of_training_step(values)
+    for key, figures in found:
+      rows[key] |= figures
+  marks = "| -- | --: | --: | --: | -- | --: | --: | --: | --: | --: |"
+  lines = [f"| {' | '.join(COLUMNS)} |", marks]
+  for key, figures in sorted(rows.items()):
+    *place, model = key
+    cells = [*map(str, place), MODELS[model]]
+    cells += [figures.get(name, "-") for name in COLUMNS[5:]]
+    lines.append(f"| {' | '.join(cells)} |")
+  return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+  """Prints the table."""
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  parser.add_argument("files", nargs="+", type=pathlib.Path)
+  print(table(parser.parse_args().files), end="")
+
+
+if __name__ == "__main__":
+  main()
