@@ -223,7 +223,7 @@ class Translator:
     results = [[Hypothesis(0.0, ())] for _ in read]
     size = self._rows(len(order), whole_batches)
     batches = [order[i : i + size] for i in range(0, len(order), size)]
-    lengths = self._lengths([len(read[batch[-1]]) + 1 for batch in batches])
+    lengths = self._lengths([len(read[b[-1]].ids) + 1 for b in batches])
     done = 0
     for batch, length in zip(batches, lengths, strict=True):
       found = self._translate_batch([read[i] for i in batch], size, length)

@@ -140,7 +140,7 @@ def test_backtranslated_and_distilled_pairs_are_files_to_train_on(
   assert "2 pairs of 4 sentences (2 left out" in told
   assert not basemt(
     *("distil", directory, "--data_dir", data, "--output", data),
-    *("--best_by_bleu", "--beam_size=2", "--directions=en-de"),
+    *("--best_by_bleu", "--beam_size=2", "--alpha=4", "--directions=en-de"),
   )
   summary = files.scan(data)
   assert set(summary.files) == {
