@@ -26,10 +26,11 @@ def one_device(monkeypatch):
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory):
-  """Of a dense model that was hardly trained."""
+  """Of a dense model that has learnt which letters there are."""
   directory = tmp_path_factory.mktemp("use")
   store = toy.write_store(directory / "store")
-  run = toy.a_run(directory / "model", store, train_steps=2, search=SEARCH)
+  settings = toy.settings(60, log_every=60, eval_every=60, save_every=60)
+  run = toy.a_run(directory / "model", store, settings=settings, search=SEARCH)
   assert training.train(run, toy.Writer(), run_lib.SILENT) == "done"
   return str(directory / "model")
 
@@ -132,7 +133,6 @@ def test_backtranslated_and_distilled_pairs_are_files_to_train_on(
   (data / "en-de.train.tsv").write_text("no 1\tNO 1\nno 2\tNO 2\n")
   (tmp_path / "mono.de").write_text("NO 3\n\nNO 4\n" + "X" * 50 + "\n")
   flags = ("--input", tmp_path / "mono.de", "--from=de", "--to=en")
-  # A model that was not trained to end says something, rather than nothing.
   assert not basemt(
     "backtranslate", directory, *flags, "--output", data, "--sample"
   )
@@ -140,7 +140,7 @@ def test_backtranslated_and_distilled_pairs_are_files_to_train_on(
   assert "2 pairs of 4 sentences (2 left out" in told
   assert not basemt(
     *("distil", directory, "--data_dir", data, "--output", data),
-    *("--best_by_bleu", "--beam_size=2", "--alpha=4", "--directions=en-de"),
+    *("--best_by_bleu", "--beam_size=2", "--directions=en-de"),
   )
   summary = files.scan(data)
   assert set(summary.files) == {
@@ -162,5 +162,5 @@ def test_checkpoints_are_averaged(directory, tmp_path, capsys):
   assert not basemt(
     "average", directory, "--last=1", "--output", tmp_path / "m"
   )
-  assert "mean of the weights of steps 2" in capsys.readouterr().out
-  assert trained.load(tmp_path / "m").step == 2
+  assert "mean of the weights of steps 60" in capsys.readouterr().out
+  assert trained.load(tmp_path / "m").step == 60

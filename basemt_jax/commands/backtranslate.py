@@ -112,7 +112,7 @@ def write(jobs: list[Any], model: Any, search: Any) -> None:
     minutes, seconds = divmod(round(seconds), 60)
     say(
       f"{p.job.path.name}: {p.done:,} of {p.job.count:,} sentences, "
-      f"{p.per_second:,.0f}/s, {minutes}:{seconds:02d} left"
+      f"{p.per_second:,.1f}/s, {minutes}:{seconds:02d} left"
     )
 
   for job in jobs:
