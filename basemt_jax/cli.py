@@ -146,11 +146,12 @@ def _quiet_libraries() -> None:
 
 
 class _Sentence(logging.StreamHandler):
-  """Warnings of this package as sentences of the command."""
+  """Warnings and progress of this package as sentences of the command."""
 
   def format(self, record: logging.LogRecord) -> str:
     """The message alone, with nothing in it that a terminal would obey."""
-    return files.printable(f"basemt: warning: {record.getMessage()}")
+    kind = "basemt: warning: " if record.levelno >= logging.WARNING else ""
+    return files.printable(f"{kind}{record.getMessage()}")
 
 
 @contextlib.contextmanager
@@ -167,6 +168,8 @@ def _warnings_told() -> Iterator[None]:
 
   handler, propagated = _Sentence(sys.stderr), log.propagate
   log.addHandler(handler)
+  level = log.level
+  log.setLevel(logging.INFO)
   log.propagate = False  # TensorFlow's handler shows all, in its own way.
   try:
     with warnings.catch_warnings():
@@ -175,6 +178,7 @@ def _warnings_told() -> Iterator[None]:
   finally:
     log.removeHandler(handler)
     log.propagate = propagated
+    log.setLevel(level)
 
 
 class _Parser(argparse.ArgumentParser):

@@ -203,6 +203,9 @@ def read_vocabulary(
     ValueError: it is not there, or it is another.
   """
   path = pathlib.Path(directory) / VOCABULARY_FILE
+  is_file = description.header.vocabulary_kind != vocabulary.BYTES
+  if is_file and not path.is_file():
+    raise ValueError(f"{path} is missing; {_REMEDY}")
   pieces = _pieces(description.header, path)
   if pieces.fingerprint != description.vocabulary:
     raise ValueError(
@@ -309,6 +312,9 @@ def _complete(values: Mapping[str, Any]) -> Any:
   if "settings" in found:
     settings = {"class": _SETTINGS, "fields": found["settings"]}
     found["settings"] = plain_data.completed(settings)["fields"]
+  if "optimizer" in found:
+    call = plain_data.completed_call(found["optimizer"])
+    found["optimizer"] = json.loads(json.dumps(call))
   return found
 
 

@@ -62,12 +62,24 @@ def call_to_plain(function: Callable[..., Any]) -> dict[str, Any]:
   while isinstance(function, functools.partial):
     given = {**function.keywords, **given}
     function = function.func
-  own = {
+  own = _argument_defaults(function)
+  return {"name": _name(function), "arguments": to_plain({**own, **given})}
+
+
+def _argument_defaults(function: Callable[..., Any]) -> dict[str, Any]:
+  return {
     name: parameter.default
     for name, parameter in inspect.signature(function).parameters.items()
     if parameter.default is not inspect.Parameter.empty
   }
-  return {"name": _name(function), "arguments": to_plain({**own, **given})}
+
+
+def completed_call(value: Mapping[str, Any]) -> dict[str, Any]:
+  """As `completed`, of what `call_to_plain` gave."""
+  module, _, name = value["name"].rpartition(".")
+  function = getattr(sys.modules.get(module), name, None)
+  own = to_plain(_argument_defaults(function)) if callable(function) else {}
+  return {"name": value["name"], "arguments": {**own, **value["arguments"]}}
 
 
 def _name(value: Any) -> str:

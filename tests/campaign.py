@@ -36,8 +36,11 @@ import toy
 import xxhash
 from model_directory_test import a_run, load, train
 
-from basemt_jax import checkpointing
+import gin
+from basemt_jax import checkpointing, cli, description
+from basemt_jax import run as run_lib
 from basemt_jax.commands import configuration
+from basemt_jax.corpora import preparation, raw_text
 from basemt_jax.data import row_store
 
 Counts = collections.Counter[str]
@@ -123,15 +126,21 @@ def digest_of_store(directory: pathlib.Path) -> str:
 
 
 def byte_faults(
-  root: pathlib.Path, use: Callable[[], Any], count: int, wrong: list[str]
+  root: pathlib.Path,
+  use: Callable[[], Any],
+  count: int,
+  wrong: list[str],
+  every: int = 1,
+  place: str = "",
 ) -> Counts:
-  """Faults of every file below a directory, one after the other."""
+  """Faults of every file (or every so many) in a directory, one by one."""
   expected, found = use(), Counts()
   random_ = random.Random(0)
-  for path in sorted(p for p in root.rglob("*") if p.is_file()):
+  paths = sorted(p for p in root.rglob("*") if p.is_file())
+  for path in paths[::every]:
     before = len(wrong)
     for fault in damaged(path, count, random_):
-      found[outcome(use, expected, str(root.parent), wrong)] += 1
+      found[outcome(use, expected, place or str(root), wrong)] += 1
       if len(wrong) > before:
         wrong[-1] += f" ({path.relative_to(root)}, {fault})"
         before = len(wrong)
@@ -139,15 +148,48 @@ def byte_faults(
 
 
 def of_model_directory(
+  work: pathlib.Path, count: int, wrong: list[str], every: int = 1
+) -> Counts:
+  """Every file of a model directory of one checkpoint; it is loaded."""
+  model = work / "model"
+  train(a_run(model, toy.write_store(work / "store")))
+  shutil.rmtree(model / "checkpoint_2")
+  return byte_faults(
+    model, lambda: digest_of_model(model, 4), count, wrong, every=every
+  )
+
+
+def of_configuration(
   work: pathlib.Path, count: int, wrong: list[str]
 ) -> Counts:
-  """Every file of a model directory; each checkpoint is loaded."""
-  train(a_run(work / "model", toy.write_store(work / "store")))
+  """The saved configuration, with which training goes on."""
+  checks_test.configured(f"MODEL_DIR={work}")
+  configuration.save_config(str(work))
+  (work / configuration.OPERATIVE_FILE).unlink()  # Nothing reads it.
 
-  def use() -> list[str]:
-    return [digest_of_model(work / "model", step) for step in (2, 4)]
+  def use() -> dict[str, Any]:
+    gin.clear_config()
+    options = cli._parser().parse_args(["train", f"--model_dir={work}"])
+    options.bindings = []
+    run = configuration.configured(options)
+    return {
+      "mixture": run.mixture_or_task_name,
+      "lengths": run.task_feature_lengths,
+      **run_lib.configuration(run, 300),
+    }
 
-  return byte_faults(work / "model", use, count, wrong)
+  expected = use()
+
+  def told() -> bool:
+    found = use()
+    # What a resumption compares, and refuses or tells.
+    refused, lines = description._differences(expected, found)
+    elsewhere = ("mixture", "lengths", "strategy", "learning_rate")
+    if refused or lines or any(found[x] != expected[x] for x in elsewhere):
+      raise ValueError(f"configuration: {refused or lines}")
+    return found == expected
+
+  return byte_faults(work, told, count, wrong, place="config")
 
 
 def of_row_store(work: pathlib.Path, count: int, wrong: list[str]) -> Counts:
@@ -252,6 +294,39 @@ def full_disks_of_store(
   raise AssertionError
 
 
+def full_disks_of_preparing(
+  work: pathlib.Path, limits: list[int], wrong: list[str]
+) -> Counts:
+  """The disk is full at every write of `prepare`."""
+  raw, out, found = work / "raw", work / "out", Counts()
+  raw.mkdir()
+  for name, number in (("corpus", 200), ("test", 5), ("dev", 5)):
+    for language in ("en", "de"):
+      lines = [f"{name} {i * 7919} {language}" for i in range(number)]
+      text = "\n".join([*lines, ""])
+      (raw / f"{name}.en-de.{language}").write_text(text)
+
+  def write() -> None:
+    names = raw_text.Names((("en", "de"),))
+    preparation.prepare(raw, out, names, processes=0)
+
+  def digest() -> str:
+    made = {p.name: p.read_bytes() for p in sorted(out.iterdir())}
+    return xxhash.xxh3_128(repr(made).encode()).hexdigest()
+
+  write()
+  expected = digest()
+  for fault in map(largest_file, limits):
+    found[survived(out, fault, write, digest, expected, wrong)] += 1
+  for number in itertools.count(1):
+    full = FullAt(number)
+    result = survived(out, full, write, digest, expected, wrong)
+    if not full.reached:
+      return found
+    found[result] += 1
+  raise AssertionError
+
+
 def full_disks_of_training(
   work: pathlib.Path, limits: list[int], writes: list[int], wrong: list[str]
 ) -> Counts:
@@ -348,6 +423,10 @@ def parts(options: argparse.Namespace) -> list[Part]:
       lambda work, wrong: of_model_directory(work, options.bytes, wrong),
     ),
     Part(
+      "the same: `config.gin`, with which training goes on",
+      lambda work, wrong: of_configuration(work, 20 * options.bytes, wrong),
+    ),
+    Part(
       "the same: row store",
       lambda work, wrong: of_row_store(work, options.bytes, wrong),
     ),
@@ -360,6 +439,10 @@ def parts(options: argparse.Namespace) -> list[Part]:
     Part(
       "disk full at a write of a row store, then started again",
       lambda work, wrong: full_disks_of_store(work, 1, wrong),
+    ),
+    Part(
+      "disk full at a write of `prepare`, then started again",
+      lambda work, wrong: full_disks_of_preparing(work, sizes[:3], wrong),
     ),
     Part(
       "values of every kind for every macro of `gin/runs/train.gin`",

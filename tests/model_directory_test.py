@@ -209,6 +209,13 @@ def test_a_damaged_checkpoint_is_named_with_the_newest_whole_one(copy, damage):
   assert (copy / "model" / "damaged_checkpoint_4").is_dir()
 
 
+def test_a_file_in_place_of_a_checkpoint_is_named(copy):
+  shutil.rmtree(copy / "model" / "checkpoint_4")
+  (copy / "model" / "checkpoint_4").write_text("")
+  with pytest.raises(ValueError, match=r"it is no directory; the newest.*2"):
+    with_checkpoints(copy / "model", lambda c: c.step_of("latest"))
+
+
 def with_checkpoints(directory, function, read_only=True):
   opened = checkpointing.Checkpoints(directory, read_only=read_only)
   try:
@@ -313,8 +320,9 @@ def test_a_field_that_was_not_there_yet_had_its_default(original):
   """What an earlier version wrote goes on working when the package grows."""
   now = description.read(original / "model")
   values = json.loads(json.dumps(now.to_json()))
-  for name in ("optimizer", "learning_rate", "devices", "reporting"):
+  for name in ("learning_rate", "devices", "reporting"):
     del values[name]
+  del values["optimizer"]["arguments"]["weight_decay"]
   for name in ("placement", "attention", "router", "mlp_activations", "remat"):
     del values["network"]["fields"][name]
   del values["settings"]["patience"], values["settings"]["z_loss"]
@@ -324,6 +332,8 @@ def test_a_field_that_was_not_there_yet_had_its_default(original):
   old = description.Description.from_json(values)
   description.check_network(old, now.network, "m")
   assert description.differences(old, now) == ([], [])
+  none = dataclasses.replace(old, optimizer=None)
+  assert description.differences(none, now) == ([], [])
   other = {**now.network["fields"], "placement": "insert"}
   with pytest.raises(ValueError, match="placement was 'replace' and is 'ins"):
     description.check_network(old, {**now.network, "fields": other}, "m")

@@ -184,7 +184,12 @@ def _parse(
       if "seqio" in sys.modules:
         from basemt_jax.data import mixtures  # noqa: F401
   except Exception as error:  # Modules that it imports raise anything.
-    raise UsageError(f"configuration: {_what_is_wrong(error)}") from error
+    # gin tells the line, and not the file.
+    of_text = isinstance(error, (SyntaxError, UnicodeDecodeError))
+    where = f"{', '.join(files)}: " if of_text else ""
+    raise UsageError(
+      f"configuration: {where}{_what_is_wrong(error)}"
+    ) from error
   finally:
     logging.disable(logging.NOTSET)
   try:

@@ -132,11 +132,13 @@ def begun(
     try:
       yield work, None
     except OSError as error:
-      if error.errno not in files.DISK_FULL:
+      is_full = error.errno in files.DISK_FULL
+      if not is_full and error.filename:
         raise
+      why = "its disk is full" if is_full else error.strerror
       raise ValueError(
-        f"the disk of {out} is full: make room and run the same command again, "
-        "which goes on from here"
+        f"{out} cannot be written, {why}: make room and run the same command "
+        "again, which goes on from here"
       ) from error
 
 

@@ -51,6 +51,7 @@ def ensure_store(
   cache_dir: row_store.PathLike,
   *,
   splits: Sequence[str] = SPLITS,
+  long_pairs: packing.LongPairs = "cut",
   progress: Progress | None = None,
   verify: bool = True,
 ) -> row_store.RowStore:
@@ -62,6 +63,7 @@ def ensure_store(
     cache_dir: the store's folder in it is named after the mixture and the
       fingerprint, so that changed data gets a store of its own.
     splits: to build.
+    long_pairs: see `build_store`.
     progress: see `build_store`.
     verify: compare the files of a store that is there with their checksums.
 
@@ -71,8 +73,11 @@ def ensure_store(
   return build_store(
     mixture,
     task_feature_lengths,
-    store_directory(mixture, task_feature_lengths, cache_dir, splits),
+    store_directory(
+      mixture, task_feature_lengths, cache_dir, splits, long_pairs
+    ),
     splits=splits,
+    long_pairs=long_pairs,
     progress=progress,
     verify=verify,
   )
@@ -83,10 +88,11 @@ def store_directory(
   task_feature_lengths: Mapping[str, int],
   cache_dir: row_store.PathLike,
   splits: Sequence[str] = SPLITS,
+  long_pairs: packing.LongPairs = "cut",
 ) -> pathlib.Path:
   """Where `ensure_store` keeps a mixture's store, built or not."""
   found = mixtures.get_mixture(mixture)
-  parts = fingerprint(found, task_feature_lengths, splits)
+  parts = fingerprint(found, task_feature_lengths, splits, long_pairs)
   digest = _digest(json.dumps(parts, sort_keys=True).encode())
   name = re.sub(r"[^\w.-]", "-", found.name)
   return pathlib.Path(cache_dir) / f"{name}-{digest}"
@@ -98,6 +104,7 @@ def build_store(
   directory: row_store.PathLike,
   *,
   splits: Sequence[str] = SPLITS,
+  long_pairs: packing.LongPairs = "cut",
   progress: Progress | None = None,
   overwrite: bool = False,
   verify: bool = False,
@@ -111,11 +118,13 @@ def build_store(
 
   Args:
     mixture: a registered name, or a mixture or task.
-    task_feature_lengths: 'inputs' and 'targets'. Longer sequences are cut
-      (with EOS as their last token) and counted.
+    task_feature_lengths: 'inputs' and 'targets'.
     directory: of the store.
     splits: to build; a task may lack some. 'validation' is read from a task's
       split 'dev' when it has no other. Raw texts are kept of all but 'train'.
+    long_pairs: whether training pairs with a longer side are cut (with EOS as
+      the last token) and counted, left out and counted, or refused. Of other
+      splits they are cut: their texts are whole.
     progress: called after every block with split, direction, pairs that are
       done, and pairs in all (None when not known).
     overwrite: replace a store that was built from something else.
@@ -129,7 +138,7 @@ def build_store(
       one direction, or a store there that was built from something else.
   """
   tasks = mixtures.tasks_by_direction(mixture)
-  parts = fingerprint(mixture, task_feature_lengths, splits)
+  parts = fingerprint(mixture, task_feature_lengths, splits, long_pairs)
   pieces = _vocabulary(mixtures.get_mixture(mixture))
   layout = packing.RowLayout.of(task_feature_lengths, pieces.vocab_size)
   directory = pathlib.Path(directory)
@@ -170,7 +179,7 @@ def build_store(
     for split in splits:
       stats[split] = {
         direction: _build_direction(
-          task, split, direction, directory, layout, progress
+          task, split, direction, directory, layout, long_pairs, progress
         )
         for direction, task in tasks.items()
         if mixtures.task_split(task, split)
@@ -208,7 +217,7 @@ def _check_stale(
 
 
 # Seconds in which a store is compared with its tasks, about, and at most.
-_CHECK_SECONDS, _MOST_SECONDS = 1.0, 3.0
+_CHECK_SECONDS, _MOST_SECONDS = 1.0, 2.0
 
 
 def _gives_the_same(
@@ -278,6 +287,7 @@ def _build_direction(
   direction: str,
   directory: pathlib.Path,
   layout: packing.RowLayout,
+  long_pairs: packing.LongPairs,
   progress: Progress | None,
 ) -> row_store.RowStats:
   """Writes one direction of one split, from where it was left."""
@@ -289,13 +299,14 @@ def _build_direction(
     direction,
     layout,
     shuffle=train,
+    long_pairs=long_pairs if train else "cut",
     eos=features["inputs"].add_eos and features["targets"].add_eos,
   )
   if writer.stats.finished:
     return writer.stats
   source_split = str(mixtures.task_split(task, split))
   total = task.num_input_examples(source_split)
-  done = writer.stats.pairs
+  done = writer.stats.read
   for block in read_task(task, source_split, layout, done, texts=not train):
     writer.add(*block)
     done += len(block[0].lengths)
@@ -491,6 +502,7 @@ def fingerprint(
   mixture: mixtures.MixtureOrTask,
   task_feature_lengths: Mapping[str, int],
   splits: Sequence[str] = SPLITS,
+  long_pairs: packing.LongPairs = "cut",
 ) -> dict[str, str]:
   """What a store depends on, one digest per part; computed without reading.
 
@@ -510,6 +522,8 @@ def fingerprint(
       name: task_feature_lengths.get(name) for name in ("inputs", "targets")
     },
     "splits": list(splits),
+    # What is the default is not said, nor was it before there was a choice.
+    **({} if long_pairs == "cut" else {"long pairs": long_pairs}),
     "split sizes": {
       d: [task.num_input_examples(s) for s in known[d]]
       for d, task in tasks.items()
