@@ -60,6 +60,7 @@ KNOWS = {
   "commands.configuration": {"gin"},
   "commands.trackers": {"clu"},
   "commands.inspect": {"gin"},
+  "commands.saved": {"gin"},
   "commands.t5x_settings": {"gin"},
 }
 

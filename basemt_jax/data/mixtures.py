@@ -158,7 +158,9 @@ class HeatedMixture(seqio.Mixture):
       sample_fn=functools.partial(self._sample, "train", 0, 1),
     )
     pairs = [self.sizes[task.name] for task in self.tasks]
-    self.plan = strategy.plan(self.directions, pairs, pairs, examples_per_step)
+    self.plan = strategy.plan(
+      self.directions, pairs, pairs, examples_per_step, languages.meant
+    )
 
   def get_dataset(self, *args: Any, **kwargs: Any) -> tf.data.Dataset:
     """As `seqio.Mixture.get_dataset`, with the rates of the strategy."""
