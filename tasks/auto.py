@@ -106,20 +106,16 @@ class Text:
   def of_folder(cls, data_dir: str) -> Text:
     """Reads a folder once, to count, and the first pairs of every file."""
     summary = files.scan(data_dir)
-    found = [
-      (splits["train"], summary.reports[splits["train"]].pairs)
-      for splits in summary.files.values()
-      if "train" in splits
-    ]
-    pairs: dict[str, int] = {}
-    for file, count in found:
-      first, second = file.languages
-      pairs |= {f"{first}-{second}": count, f"{second}-{first}": count}
+    pairs = {
+      "-".join(direction): summary.num_pairs(direction)["train"]
+      for direction in summary.directions
+    }
     sample = [
       pair
-      for file, _ in found
+      for splits in summary.files.values()
+      if "train" in splits
       for pair in itertools.islice(
-        files.read_pairs(file, summary.max_characters), _SAMPLE
+        files.read_pairs(splits["train"], summary.max_characters), _SAMPLE
       )
     ]
     letters = Counter(itertools.chain.from_iterable(a + b for a, b in sample))
