@@ -271,7 +271,7 @@ def _has_sample(
   found: list[str] = []
   position = 0
   for inputs, targets, _ in read_task(task, split, layout, sampled=True):
-    row_store.add_to_sample(
+    pair_sample.add_pairs(
       found,
       position,
       position + _BLOCK,
