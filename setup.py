@@ -70,6 +70,7 @@ setuptools.setup(
     "sentencepiece>=0.2",
     "seqio>=0.0.20",
     "tensorboard",
+    "tensorboardX>=2.6",
     "typing_extensions>=4.12",
     "vl-convert-python>=1.9",
     "xxhash>=3",

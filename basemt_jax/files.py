@@ -1,4 +1,4 @@
-"""Files written so that a reader sees all of them or none."""
+"""Files written so that a reader sees all of them or none; quiet output."""
 
 import contextlib
 import errno
@@ -9,6 +9,7 @@ import math
 import os
 import pathlib
 import shutil
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -218,3 +219,22 @@ _UNPRINTABLE = {
 def printable(text: str) -> str:
   r"""The text with what a terminal would obey written out, such as '\x1b'."""
   return text.translate(_UNPRINTABLE)
+
+
+@contextlib.contextmanager
+def native_output_hidden() -> Iterator[None]:
+  """Hides what C++ libraries print when they are loaded.
+
+  TensorFlow greets on standard error whatever its log level. Exceptions are
+  Python's and not touched.
+  """
+  sys.stderr.flush()
+  saved = os.dup(2)
+  try:
+    with open(os.devnull, "wb") as nowhere:
+      os.dup2(nowhere.fileno(), 2)
+    yield
+  finally:
+    sys.stderr.flush()
+    os.dup2(saved, 2)
+    os.close(saved)

@@ -272,9 +272,10 @@ def _own_rows(
 
 
 def gradients(
-  state: TrainState,
+  params: Tree,
+  mutables: Tree,
   batch: Batch,
-  key: Array,
+  rng: Array,
   model: model_lib.Transformer,
   settings: Settings,
   num_directions: int,
@@ -282,11 +283,10 @@ def gradients(
   """Loss, gradients, new mutables and report sums of a whole batch.
 
   The batch is taken apart by strides, so that every device's rows stay on it.
-  `key` is of dropout, the same at every step.
+  `rng` is of the step's dropout.
   """
   parts = settings.microbatches
   total = jnp.sum(batch["decoder_loss_weights"])
-  rng = jax.random.fold_in(key, state.step)
   loss_and_grad = jax.value_and_grad(
     functools.partial(
       microbatch_loss,
@@ -299,7 +299,7 @@ def gradients(
   )
   if parts == 1:
     (loss, (mutables, sums)), grads = loss_and_grad(
-      state.params, state.mutables, batch, rng
+      params, mutables, batch, rng
     )
     return loss, grads, mutables, sums
 
@@ -308,7 +308,7 @@ def gradients(
       lambda x: x.reshape(-1, parts, *x.shape[1:])[:, i], batch
     )
     (loss, (mutables, sums)), grads = loss_and_grad(
-      state.params, mutables, rows, jax.random.fold_in(rng, i)
+      params, mutables, rows, jax.random.fold_in(rng, i)
     )
     return mutables, grads, (loss, sums)
 
@@ -320,10 +320,10 @@ def gradients(
 
   # From zeros, so that the step holds the network once.
   first = jnp.zeros((), jnp.int32)
-  _, *shapes = jax.eval_shape(part, state.mutables, first)
+  _, *shapes = jax.eval_shape(part, mutables, first)
   zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
   (mutables, grads, (loss, sums)), _ = jax.lax.scan(
-    body, (state.mutables, *zeros), jnp.arange(parts)
+    body, (mutables, *zeros), jnp.arange(parts)
   )
   return loss, grads, mutables, sums
 
@@ -355,7 +355,13 @@ def train_step(
     `bad_step` [], else `NEVER`, and `bad_direction` [N].
   """
   loss, grads, mutables, sums = gradients(
-    state, batch, key, model, settings, num_directions
+    state.params,
+    state.mutables,
+    batch,
+    jax.random.fold_in(key, state.step),
+    model,
+    settings,
+    num_directions,
   )
   tx = settings.transformation(learning_rate(state.step))
   updates, opt_state = tx.update(grads, state.opt_state, state.params)

@@ -5,7 +5,7 @@ Axes: B batch rows, L length, N directions, E experts.
 T5X (google-research/t5x) is not on PyPI. Its trainer takes any objects with
 the right methods, so nothing here imports it but `partitioner` and
 `stopping_trainer`; `gin/t5x/` puts these objects in their places. What they
-compute is the package's own: one step is `steps.microbatch_loss`, batches are
+compute is the package's own: one step is `steps.gradients`, batches are
 `batches.TrainBatches` (see `t5x_data`). So both trainers run the same training,
 and a checkpoint of one is a checkpoint of the other.
 """
@@ -246,11 +246,6 @@ class Model:
     phase: str = "sparse",
     checkpoint: str | None = None,
   ):
-    if run.settings.microbatches != 1:
-      raise ValueError(
-        f"steps.Settings.microbatches is {run.settings.microbatches}, which "
-        "T5X knows nothing of; set it to 1"
-      )
     self._run = run
     found = mixtures.get_mixture(run.mixture_or_task_name)
     pieces = found.output_features["targets"].vocabulary
@@ -300,21 +295,49 @@ class Model:
     if rows != self._run.batch_size:
       raise ValueError(
         f"the loss is computed over {rows} rows of a batch of "
-        f"{self._run.batch_size}: T5X adds the gradients of microbatches up, "
-        "but ours are means; bind trainer.Trainer.num_microbatches = None"
+        f"{self._run.batch_size}: T5X's microbatches take groups of rows "
+        "apart; bind trainer.Trainer.num_microbatches = None, and "
+        "steps.Settings.microbatches in its place"
       )
-    loss, (mutables, sums) = steps.microbatch_loss(
+    loss, mutables, sums = self._differentiated(
       params,
       unfreeze(flax_mutables) if flax_mutables else {},
       dict(batch),
       dropout_rng,
-      jnp.sum(batch["decoder_loss_weights"]),
-      self.module,
-      self._run.settings,
-      len(self.directions),
     )
     metrics = self._metrics({**sums, "steps": jnp.ones(())})
     return loss, (metrics, freeze(mutables)) if flax_mutables else metrics
+
+  def _differentiated(
+    self, params: Tree, mutables: Tree, batch: steps.Batch, rng: Array
+  ) -> tuple[Array, Tree, dict[str, Any]]:
+    """Loss, mutables and sums of `steps.gradients`, with its gradients.
+
+    T5X differentiates a loss; a step accumulates the gradients of several. So
+    they are computed together, and what T5X gets is what our trainer gets.
+    """
+
+    def whole(params: Tree) -> tuple[tuple[Array, Tree, dict[str, Any]], Tree]:
+      loss, grads, *rest = steps.gradients(
+        params,
+        mutables,
+        batch,
+        rng,
+        self.module,
+        self._run.settings,
+        len(self.directions),
+      )
+      return (loss, *rest), grads
+
+    @jax.custom_vjp
+    def loss_of(params: Tree) -> tuple[Array, Tree, dict[str, Any]]:
+      return whole(params)[0]
+
+    def backward(grads: Tree, outer: tuple[Array, Tree, Any]) -> tuple[Tree]:
+      return (jax.tree.map(lambda g: g * outer[0].astype(g.dtype), grads),)
+
+    loss_of.defvjp(whole, backward)
+    return loss_of(params)
 
   def eval_fn(
     self,

@@ -100,6 +100,7 @@ def get_dataset(
   found = _start_checkpoint(run.model_dir, checkpoint_cfg.restore)
   step = 0 if found is None else _step_of(found)
   _check_phase(run, phase, step)
+  run.check_devices()
   store = run.store()
   _describe(run, store)
   source = batches.TrainBatches(

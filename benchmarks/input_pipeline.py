@@ -34,7 +34,7 @@ import seqio
 import tensorflow as tf
 
 from basemt_jax import heating, sampling
-from basemt_jax.data import batches, mixtures, store_building
+from basemt_jax.data import batches, heated_mixture, store_building
 
 LENGTHS = {"inputs": 128, "targets": 128}
 SIZES = np.geomspace(20_000, 100, 12).astype(int)
@@ -135,7 +135,7 @@ def measure(repeats: int, seconds: float) -> dict[str, Any]:
   """
   plain = _register()
   strategy = sampling.Strategy(heating.linear(1.0, 5.0, 1000))
-  heated = mixtures.heat(
+  heated = heated_mixture.heat(
     plain, strategy, examples_per_step=EXAMPLES_PER_STEP, total_steps=1000
   )
   with tempfile.TemporaryDirectory() as directory:

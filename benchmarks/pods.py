@@ -83,10 +83,10 @@ as many as NLLB-200 trained with. It cannot be much smaller on so many chips:
 every chip along `data` and `expert` needs a whole group of 16 rows, whose
 tokens compete for experts. `MODEL_DEVICES=4` does with a quarter of the rows,
 but every block then sums its activations over four chips: on 256 v5e, with the
-batch as it is, about a third of the speed is left (4.15 of 12.3 million target
-tokens/s). `model.TransformerConfig.rows_per_group` is the other way; it changes
-the model. `basemt compile --meshes=all` compiles a step on every mesh that its
-sizes allow and shows the best three.
+batch as it is, about a third of the speed is left (with an earlier step, 4.15
+of 12.3 million target tokens/s). `model.TransformerConfig.rows_per_group` is
+the other way; it changes the model. `basemt compile --meshes=all` compiles a
+step on every mesh that its sizes allow and shows the best three.
 
 The clock in which a v6e's compiler counts is not published. It follows from the
 peak, as that of the others does: see

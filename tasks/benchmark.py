@@ -18,8 +18,6 @@ import pathlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import seqio
-
 from basemt_jax.corpora import raw_text
 from basemt_jax.data import vocabulary as vocabulary_lib
 from tasks import common, files, finding
@@ -61,7 +59,7 @@ class Benchmark:
     self,
     data_dir: str | os.PathLike[str] | None = None,
     vocabulary: str | os.PathLike[str] | None = None,
-  ) -> seqio.Mixture:
+  ) -> Any:
     """Registers tasks and mixtures, in place of earlier ones of the benchmark.
 
     Args:
@@ -77,8 +75,10 @@ class Benchmark:
       ValueError: the folder or its files cannot be used, or it has none of the
         languages.
     """
+    from tasks import in_seqio  # Imports SeqIO.
+
     folder = Folder(pathlib.Path(data_dir or self.data_dir), self)
-    pieces: Any = ModelFile(str(folder.path / MODEL_FILE))
+    pieces: Any = in_seqio.ModelFile(str(folder.path / MODEL_FILE))
     if vocabulary is not None:
       pieces = vocabulary_lib.Vocabulary.load(vocabulary).seqio()
     languages = self.languages
@@ -99,16 +99,14 @@ class Benchmark:
       ("_from_english", [("en", language) for language in languages]),
       ("_to_english", [(language, "en") for language in languages]),
     )
-    both: list[seqio.Task] = []
+    both: list[Any] = []
     for ending, directions in ways:
       tasks = [self._add(folder, *d, pieces) for d in directions]
       common.add_mixture(self.name + ending, tasks)
       both += tasks
     return common.add_mixture(self.name, both)
 
-  def _add(
-    self, folder: Folder, source: str, target: str, pieces: Any
-  ) -> seqio.Task:
+  def _add(self, folder: Folder, source: str, target: str, pieces: Any) -> Any:
     return common.add_direction(
       self.name,
       source,
@@ -120,6 +118,8 @@ class Benchmark:
     )
 
   def _unregister(self) -> None:
+    import seqio
+
     for registry in (seqio.TaskRegistry, seqio.MixtureRegistry):
       for name in list(registry.names()):
         if name.split(".")[0] == self.name or name in (
@@ -164,32 +164,3 @@ class Folder:
     """Stands for the files' content."""
     self.check()
     return files.fingerprint(self.path)
-
-
-class ModelFile(seqio.SentencePieceVocabulary):
-  """A SentencePiece model that need not exist before it is used."""
-
-  @property
-  def sp_model(self) -> bytes:
-    """The model's content.
-
-    Raises:
-      ValueError: there is no such file.
-    """
-    self._check()
-    return super().sp_model
-
-  @property
-  def tokenizer(self) -> Any:
-    """The Python tokenizer; raises as `sp_model`."""
-    self._check()
-    return super().tokenizer
-
-  def _check(self) -> None:
-    path = self.sentencepiece_model_file
-    if not os.path.exists(path):
-      raise ValueError(
-        f"the vocabulary {path} does not exist: train it with `basemt vocab "
-        f"--module tasks --mixture {pathlib.Path(path).parent.name} "
-        f"--output {path}`"
-      )

@@ -42,7 +42,6 @@ from typing import Literal, TypeVar
 
 import babel
 import num2words
-import seqio
 from babel import dates, lists, numbers, units
 
 from basemt_jax.data import languages, normalisation
@@ -432,9 +431,9 @@ def _to_english(split: str, language: str) -> Iterator[common.Pair]:
   return ((foreign, english) for english, foreign in pairs(language, split))
 
 
-def _register() -> seqio.Mixture:
+def _register() -> None:
   """Registers both directions of every language, and their mixture."""
-  vocabulary = seqio.SentencePieceVocabulary(str(MODEL_PATH))
+  vocabulary = vocabulary_lib.Vocabulary.load(MODEL_PATH)
   tasks = []
   for code in TRAIN_PAIRS:
     for source, target, read in (
@@ -453,7 +452,7 @@ def _register() -> seqio.Mixture:
           _fingerprint(),
         )
       )
-  return common.add_mixture("cldr", tasks)
+  common.add_mixture("cldr", tasks)
 
 
 def _fingerprint() -> str:
@@ -489,4 +488,4 @@ def train_vocabulary(path: pathlib.Path = MODEL_PATH) -> None:
   )
 
 
-MIXTURE = _register()
+_register()

@@ -6,6 +6,9 @@ the last dot. Codes that hold an underscore themselves are joined by two:
 `corpus.eng_Latn__deu_Latn` is the direction `eng_Latn-deu_Latn`. The source
 text begins with a tag for the language wanted, `<2de>`. See
 `basemt_jax.data.languages`.
+
+SeqIO is imported where one of its objects is made or asked for, not before:
+see `basemt_jax.data.declared`.
 """
 
 from __future__ import annotations
@@ -13,13 +16,16 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import seqio
-import tensorflow as tf
 
-from basemt_jax.data import languages
+from basemt_jax.data import declared, languages
+from basemt_jax.data import vocabulary as vocabulary_lib
+
+if TYPE_CHECKING:
+  import seqio
+  import tensorflow as tf
 
 SPLITS = ("train", "validation", "test")
 # Pairs handed to TensorFlow at a time; one by one is ten times slower.
@@ -31,11 +37,12 @@ ReadPairs = Callable[[str], Iterator[Pair]]
 NumPairs = Mapping[str, int] | Callable[[], Mapping[str, int]]
 
 
-class PairSource(seqio.DataSource):
+class PairSource:
   """Sentence pairs read by a Python function, lazily, in a fixed order.
 
-  Nothing is read before a dataset is iterated. `text_pairs` gives the same
-  texts without TensorFlow, for readers in a hurry.
+  A `seqio.DataSourceInterface`, by its shape. Nothing is read before a dataset
+  is iterated. `text_pairs` gives the same texts without TensorFlow, for readers
+  in a hurry.
   """
 
   def __init__(
@@ -57,7 +64,6 @@ class PairSource(seqio.DataSource):
     """
     self.read, self.prefix = read, prefix
     self._num_pairs, self._fingerprint = num_pairs, fingerprint
-    super().__init__(splits=())
 
   @property
   def splits(self) -> tuple[str, ...]:
@@ -84,6 +90,11 @@ class PairSource(seqio.DataSource):
     """Sharding is by examples: there are no files to share out."""
     return False
 
+  @property
+  def caching_permitted(self) -> bool:
+    """Whether SeqIO may keep a copy of it."""
+    return True
+
   def list_shards(self, split: str) -> list[str]:
     """A split is one shard."""
     return [split]
@@ -105,6 +116,8 @@ class PairSource(seqio.DataSource):
     num_epochs: int | None = 1,
   ) -> tf.data.Dataset:
     """The split as raw text; the task shuffles, so `shuffle` does nothing."""
+    import tensorflow as tf
+
     del shuffle, seed, sequence_length, use_cached, num_epochs
     if split not in self.splits:
       raise ValueError(
@@ -128,6 +141,8 @@ class PairSource(seqio.DataSource):
 
 def features(vocabulary: seqio.Vocabulary) -> dict[str, seqio.Feature]:
   """The features of every direction: `inputs`, `targets`, both with EOS."""
+  import seqio
+
   feature = seqio.Feature(vocabulary, add_eos=True)
   return {"inputs": feature, "targets": feature}
 
@@ -167,9 +182,9 @@ def add_direction(
   target: str,
   read: ReadPairs,
   num_pairs: NumPairs,
-  vocabulary: seqio.Vocabulary,
+  vocabulary: seqio.Vocabulary | vocabulary_lib.Vocabulary,
   fingerprint: str | Callable[[], str] = "",
-) -> seqio.Task:
+) -> Any:
   """Registers the SeqIO task of one direction.
 
   Args:
@@ -178,12 +193,14 @@ def add_direction(
     target: target language.
     read: gives the (source, target) texts of a split, untagged.
     num_pairs: see `PairSource`.
-    vocabulary: of both sides.
+    vocabulary: of both sides. With one of ours the task is declared, and
+      registered when SeqIO is imported.
     fingerprint: see `PairSource`.
 
   Returns:
-    The task. Its examples have `inputs` and `targets`, int32 ids with EOS, and
-    their texts as `inputs_pretokenized` (tagged) and `targets_pretokenized`.
+    The SeqIO task, or the declared one. Its examples have `inputs` and
+    `targets`, int32 ids with EOS, and their texts as `inputs_pretokenized`
+    (tagged) and `targets_pretokenized`.
   """
   tag = languages.Language.parse(target).tag
   if label := languages.Language.parse(source).label:
@@ -191,7 +208,24 @@ def add_direction(
     # wrote does not take it for how people write.
     tag += f" <{label}>"
   pairs = PairSource(read, num_pairs, fingerprint, prefix=f"{tag} ")
-  return add_task(corpus, source, target, pairs, vocabulary)
+  if not isinstance(vocabulary, vocabulary_lib.Vocabulary):
+    return add_task(corpus, source, target, pairs, vocabulary)
+  feature = declared.Feature(vocabulary)
+  task = declared.Task(
+    _task_name(corpus, source, target),
+    pairs,
+    {"inputs": feature, "targets": feature},
+  )
+  return declared.declare(
+    task,
+    lambda: add_task(corpus, source, target, pairs, vocabulary.seqio()),
+  )
+
+
+def _task_name(corpus: str, source: str, target: str) -> str:
+  return languages.Direction(
+    *map(languages.Language.parse, (source, target))
+  ).task(corpus)
 
 
 def add_task(
@@ -212,10 +246,10 @@ def add_task(
     vocabulary: of both sides.
     first_steps: SeqIO preprocessors.
   """
+  import seqio
+
   return seqio.TaskRegistry.add(
-    languages.Direction(*map(languages.Language.parse, (source, target))).task(
-      corpus
-    ),
+    _task_name(corpus, source, target),
     source=data,
     preprocessors=[
       *first_steps,
@@ -232,15 +266,30 @@ def add_task(
 
 def add_mixture(
   name: str,
-  tasks: list[seqio.Task],
-  mixture_cls: type[seqio.Mixture] = seqio.Mixture,
-) -> seqio.Mixture:
-  """Registers the mixture of tasks, each at the rate of its training size."""
-  return seqio.MixtureRegistry.add(
-    name,
-    [(task.name, _train_pairs) for task in tasks],
-    mixture_cls=mixture_cls,
-  )
+  tasks: Sequence[Any],
+  mixture_cls: type[seqio.Mixture] | None = None,
+) -> Any:
+  """Registers the mixture of tasks, each at the rate of its training size.
+
+  Args:
+    name: of the mixture.
+    tasks: what `add_direction` returned.
+    mixture_cls: None: SeqIO's own.
+
+  Returns:
+    The SeqIO mixture, or a declared one of declared tasks.
+  """
+
+  def register() -> seqio.Mixture:
+    import seqio
+
+    return seqio.MixtureRegistry.add(
+      name,
+      [(task.name, _train_pairs) for task in tasks],
+      mixture_cls=mixture_cls or seqio.Mixture,
+    )
+
+  return declared.declare(declared.Mixture(name, tasks), register)
 
 
 def _train_pairs(task: seqio.Task) -> float:

@@ -41,8 +41,7 @@ import os
 import pathlib
 import re
 from collections.abc import Iterator
-
-import seqio
+from typing import Any
 
 from basemt_jax import checksums
 from basemt_jax.corpora import preparation
@@ -105,30 +104,12 @@ class Summary:
     }
 
 
-class FilesMixture(seqio.Mixture):
-  """A mixture that knows the files it is made of.
-
-  Attributes:
-    summary: directions, sizes and skipped lines; set by `mixture`.
-    identity: what the mixture was made from, to tell a repeated registration
-      from a different one.
-  """
-
-  summary: Summary
-  identity: tuple[object, ...]
-
-  @property
-  def warnings(self) -> list[str]:
-    """What is odd about the data; shown when training starts."""
-    return self.summary.warnings
-
-
 def mixture(
   data_dir: str | os.PathLike[str],
   vocabulary: str | os.PathLike[str] | vocabulary_lib.Vocabulary = "bytes",
   name: str | None = None,
   max_characters: int = MAX_CHARACTERS,
-) -> FilesMixture:
+) -> Any:
   """Registers a folder's directions as tasks, and the mixture of them all.
 
   Doing so again with the same arguments and unchanged files returns the
@@ -142,13 +123,17 @@ def mixture(
     max_characters: lines with a longer side are skipped.
 
   Returns:
-    The mixture; each task's rate is its number of training pairs. Its
-    `summary` tells directions, sizes and skipped lines.
+    The `in_seqio.FilesMixture`; each task's rate is its number of training
+    pairs. Its `summary` tells directions, sizes and skipped lines.
 
   Raises:
     ValueError: the folder or a file cannot be used, or `name` is taken by
       something else.
   """
+  import seqio
+
+  from tasks import in_seqio
+
   folder = pathlib.Path(data_dir)
   if not isinstance(vocabulary, vocabulary_lib.Vocabulary):
     vocabulary = vocabulary_lib.Vocabulary.load(vocabulary)
@@ -165,7 +150,7 @@ def mixture(
     )
   summary = _scan(folder, files, ignored, max_characters)
   tasks = _add_tasks(name, summary, vocabulary, repr(identity))
-  made = common.add_mixture(name, tasks, mixture_cls=FilesMixture)
+  made = common.add_mixture(name, tasks, mixture_cls=in_seqio.FilesMixture)
   made.summary, made.identity = summary, identity
   return made
 
@@ -309,13 +294,13 @@ def _add_tasks(
   summary: Summary,
   vocabulary: vocabulary_lib.Vocabulary,
   stamp: str,
-) -> list[seqio.Task]:
+) -> list[Any]:
   """Registers both directions of every pair of languages."""
   tasks = []
-  directions = []
+  directions: list[tuple[str, str]] = []
   for key in summary.files:
-    both = (key, key[::-1])
-    directions += both[:1] if languages.Direction(*key).label else both
+    direction = languages.Direction(*map(languages.Language.parse, key))
+    directions += [key] if direction.label else [key, key[::-1]]
   for source, target in dict.fromkeys(directions):
     sizes = summary.num_pairs((source, target))
     read = functools.partial(

@@ -13,10 +13,10 @@ other effect.
 """
 
 import os
-
-import seqio
+from typing import Any
 
 from basemt_jax.corpora import raw_text
+from basemt_jax.data import declared
 from tasks import benchmark
 
 # Language to region, as mBART-50 spells them.
@@ -48,9 +48,9 @@ BENCHMARK = benchmark.Benchmark(
 def mixture(
   data_dir: str | os.PathLike[str] | None = None,
   vocabulary: str | os.PathLike[str] | None = None,
-) -> seqio.Mixture:
+) -> Any:
   """The mixture `ml50`, of a folder; see `benchmark.Benchmark.register`."""
   return BENCHMARK.register(data_dir, vocabulary)
 
 
-mixture()
+declared.when_imported(mixture)

@@ -19,12 +19,10 @@ from __future__ import annotations
 import functools
 import os
 import re
-
-import seqio
-import tensorflow as tf
+from typing import Any
 
 from basemt_jax.corpora import raw_text
-from basemt_jax.data import languages
+from basemt_jax.data import declared, languages
 from tasks import benchmark, common
 
 # Training pairs with English, and the year of the test set (and of TFDS's
@@ -103,7 +101,7 @@ BENCHMARK = benchmark.Benchmark(
 def mixture(
   data_dir: str | os.PathLike[str] | None = None,
   vocabulary: str | os.PathLike[str] | None = None,
-) -> seqio.Mixture:
+) -> Any:
   """The mixture `wmt15`, of a folder; see `benchmark.Benchmark.register`."""
   return BENCHMARK.register(data_dir, vocabulary)
 
@@ -113,10 +111,10 @@ def sizes() -> dict[str, int]:
   return BENCHMARK.sizes()
 
 
-def _texts(
-  dataset: tf.data.Dataset, source: str, target: str
-) -> tf.data.Dataset:
+def _texts(dataset: Any, source: str, target: str) -> Any:
   """TFDS's {language: text} as tagged inputs, and targets."""
+  import tensorflow as tf
+
   prefix = languages.Language(target).tag + " "
   return dataset.map(
     lambda example: {
@@ -127,9 +125,13 @@ def _texts(
   )
 
 
-def _register_tfds() -> seqio.Mixture:
+def _register_tfds() -> Any:
   """Registers `wmt15_tfds`, at the published rates."""
-  pieces = benchmark.ModelFile(str(BENCHMARK.data_dir / benchmark.MODEL_FILE))
+  import seqio
+
+  from tasks import in_seqio
+
+  pieces = in_seqio.ModelFile(str(BENCHMARK.data_dir / benchmark.MODEL_FILE))
   rates = {}
   for language, year in TEST_YEARS.items():
     splits = ["train", "validation", "test"] if year < 2019 else None
@@ -149,5 +151,5 @@ def _register_tfds() -> seqio.Mixture:
   return seqio.MixtureRegistry.add("wmt15_tfds", list(rates.items()))
 
 
-mixture()
-_register_tfds()
+declared.when_imported(mixture)
+declared.when_imported(_register_tfds)

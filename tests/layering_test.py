@@ -50,6 +50,7 @@ BELOW = {
 HEAVY = ("tensorflow", "seqio", "gin", "t5x", "clu")
 # Modules that may import heavy libraries at all, lazily or not.
 KNOWS = {
+  "data.heated_mixture": {"seqio", "tensorflow"},
   "data.mixtures": {"seqio", "tensorflow"},
   "data.store_building": {"seqio", "tensorflow"},
   "data.task_cache": {"seqio", "tensorflow"},
@@ -58,7 +59,6 @@ KNOWS = {
   "commands.checks": {"gin"},
   "t5x_data": {"seqio", "clu"},
   "commands.configuration": {"gin"},
-  "commands.trackers": {"clu"},
   "commands.inspect": {"gin"},
   "commands.saved": {"gin"},
   "commands.t5x_settings": {"gin"},
@@ -182,3 +182,22 @@ def test_the_layer_of_experts_needs_only_jax_and_flax():
   extra = with_layer - set(done.stdout.split()) - own
   assert extra <= set(sys.stdlib_module_names)
   assert not with_layer & {"scipy", "sacrebleu", "sentencepiece", *HEAVY}
+
+
+def test_tasks_wait_for_seqio_which_learns_of_them_by_whomever():
+  code = """
+import sys
+import tasks
+from basemt_jax.data import mixtures, store_building
+before = mixtures.get_mixture("cldr")
+made_of = store_building.fingerprint("cldr", {"inputs": 8, "targets": 8})
+assert "seqio" not in sys.modules and "tensorflow" not in sys.modules
+import seqio
+after = mixtures.get_mixture("cldr")
+assert after is seqio.MixtureRegistry.get("cldr")
+names = [task.name for task in before.tasks]
+assert sorted(names) == sorted(task.name for task in after.tasks)
+assert made_of == store_building.fingerprint(after, {"inputs": 8, "targets": 8})
+assert "wmt15" in seqio.MixtureRegistry.names()
+"""
+  subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)

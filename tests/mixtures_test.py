@@ -9,6 +9,7 @@ import tensorflow as tf
 
 from basemt_jax import checksums, heating, sampling
 from basemt_jax.data import (
+  heated_mixture,
   mixtures,
   packing,
   row_store,
@@ -83,7 +84,7 @@ def _heat(mixture, **options):
   strategy = options.pop("strategy", None) or sampling.Strategy(
     heating.linear(1, 5, 300)
   )
-  return mixtures.heat(mixture, strategy, **{**defaults, **options})
+  return heated_mixture.heat(mixture, strategy, **{**defaults, **options})
 
 
 def _files(directory, pattern="*/*"):

@@ -209,7 +209,7 @@ def test_a_run_has_the_defaults_of_every_run(t5x):
     ("t5x.partitioning.PjitPartitioner.num_partitions = 2", "EXPERT_DEVICES"),
     (
       "t5x.trainer.Trainer.num_microbatches = 2",
-      "trainer.Trainer.num_microbatches = None",
+      "bind steps.Settings.microbatches",
     ),
     (
       "t5x.utils.create_learning_rate_scheduler.warmup_steps = 10",
@@ -232,3 +232,10 @@ def test_refuses_what_the_run_would_not_follow(t5x, binding, said):
     t5x_settings.check()
   t5x(*BASE, "--gin.SEED = 5")
   t5x_settings.check()
+
+
+@pytest.mark.parametrize("value", ["/tmp/run", "gs://bucket/run", "cldr"])
+def test_a_value_without_quotes_is_named(value):
+  with pytest.raises(ValueError, match=rf'write --gin.DIR=\\"{value}\\"'):
+    t5x_settings.check_quotes(["SEED = 1", f"DIR = {value}"])
+  t5x_settings.check_quotes([f"DIR = {value!r}", "NAME = @some.thing()"])

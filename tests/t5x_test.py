@@ -4,11 +4,14 @@ docs/t5x.md says how T5X is put on PYTHONPATH. Every test starts processes of
 `python -m t5x.train` and the like, about 20 seconds of CPU each.
 """
 
+import concurrent.futures
 import contextlib
 import importlib.util
 import json
 import os
 import pathlib
+import re
+import shlex
 import signal
 import socket
 import subprocess
@@ -21,7 +24,8 @@ import pytest
 import toy
 from flax import traverse_util
 
-from basemt_jax import checkpointing, evaluation
+from basemt_jax import checkpointing
+from basemt_jax.data import normalisation
 
 
 def missing():
@@ -95,13 +99,17 @@ class Workshop:
       "XLA_FLAGS": flags,
       "TF_CPP_MIN_LOG_LEVEL": "3",
       "PYTHONPATH": os.pathsep.join(
-        [str(ROOT), tests, os.environ.get("PYTHONPATH", "")]
+        [
+          *(str(ROOT), tests, str(self.directory)),
+          os.environ.get("PYTHONPATH", ""),
+        ]
       ),
     }
     return subprocess.Popen(
       [sys.executable, "-m", module, *arguments],
       cwd=ROOT,
       env=environment,
+      stdin=subprocess.PIPE,
       stdout=subprocess.PIPE,
       stderr=subprocess.PIPE,
       text=True,
@@ -127,20 +135,23 @@ class Workshop:
 
   def t5x_in_two_processes(self, *arguments):
     """Runs a T5X script in two processes, which find each other on loopback."""
-    with socket.socket() as free:
-      free.bind(("localhost", 0))
-      address = f"localhost:{free.getsockname()[1]}"
     together = (
       "MULTIPROCESS=True",
-      f"COORDINATOR_ADDRESS={address!r}",
+      f"COORDINATOR_ADDRESS={self.address!r}",
       "PROCESS_COUNT=2",
     )
     started = [
       self.start_t5x(*arguments, *together, f"PROCESS_INDEX={i}")
       for i in range(2)
     ]
-    for process, (_, errors) in [(p, p.communicate()) for p in started]:
-      assert process.returncode == 0, errors[-3000:]
+    ended(started)
+
+  @property
+  def address(self):
+    """A free port of this machine."""
+    with socket.socket() as free:
+      free.bind(("localhost", 0))
+      return f"localhost:{free.getsockname()[1]}"
 
   def ours(self, command, *arguments, devices=1):
     process = self.start(
@@ -177,6 +188,14 @@ class Workshop:
     )
     tree = reader.restore(path, args=ocp.args.PyTreeRestore(restore_args=args))
     return traverse_util.flatten_dict(tree, sep="/")
+
+
+def ended(started, text=""):
+  """Reads what all write at once: one that nobody reads from stands still."""
+  with concurrent.futures.ThreadPoolExecutor(len(started)) as pool:
+    written = list(pool.map(lambda p: p.communicate(text)[1], started))
+  for process, errors in zip(started, written, strict=True):
+    assert process.returncode == 0, errors[-3000:]
 
 
 def assert_equal(left, right):
@@ -248,7 +267,7 @@ def test_infers_what_we_translate(workshop, two_phases):
     (file,) = (workshop.directory / "inferred").glob(f"toy.{name}-*-00001")
     found = [
       # JSON keeps a line break that a sentence holds; a file of lines cannot.
-      evaluation.one_line(json.loads(line)["prediction"])
+      normalisation.normalise(json.loads(line)["prediction"])
       for line in file.read_text().splitlines()
     ]
     expected = (folder / f"{direction}.hyp").read_text().split("\n")[:-1]
@@ -306,12 +325,13 @@ def test_sigterm_saves(workshop):
     f"MODEL_DIR={str(model_dir)!r}",
     "train.infer_eval_dataset_cfg=None",
   )
-  while not (model_dir / "checkpoint_0").exists():
-    assert process.poll() is None, process.communicate()[1][-3000:]
-    time.sleep(0.5)
-  process.send_signal(signal.SIGTERM)
-  _, errors = process.communicate()
-  assert process.returncode == 0, errors[-3000:]
+  with concurrent.futures.ThreadPoolExecutor(1) as pool:
+    done = pool.submit(ended, [process])
+    while not (model_dir / "checkpoint_0").exists():
+      assert not done.done(), done.result()
+      time.sleep(0.5)
+    process.send_signal(signal.SIGTERM)
+    done.result()
   assert list(model_dir.glob("checkpoint_[1-9]*"))
 
 
@@ -337,7 +357,7 @@ from t5x import utils
     ),
     (
       "trainer.Trainer.num_microbatches = 2",
-      "bind trainer.Trainer.num_microbatches = None",
+      "bind steps.Settings.microbatches",
     ),
   ],
 )
@@ -354,3 +374,65 @@ def test_refuses_what_would_not_be_our_run(workshop, tmp_path, binding, said):
   )
   assert said in errors
   assert not list((tmp_path / "run").glob("checkpoint_[1-9]*"))
+
+
+# ------------------------------------------------------------ docs/t5x.md
+
+MY_TASKS = """
+import seqio
+import toy_tasks
+
+tasks = seqio.get_mixture_or_task("toy").tasks
+seqio.MixtureRegistry.add("my_mixture", [(task.name, 1.0) for task in tasks])
+"""
+# Of commands for more than this machine's cores: less of the same.
+SMALL = (
+  *("TRAIN_STEPS=2", "EMB_DIM=16", "SAVE_STEPS=2", "EVAL_STEPS=2"),
+  "TASK_FEATURE_LENGTHS={'inputs': 16, 'targets': 16}",
+)
+
+
+def documented():
+  """The commands of docs/t5x.md, as a shell would split them."""
+  for block in re.findall(
+    r"```sh\n(.*?)```", (ROOT / "docs" / "t5x.md").read_text(), re.S
+  ):
+    for line in block.replace("\\\n", " ").splitlines():
+      words = shlex.split(line, comments=True)
+      if words and words[0] in ("python", "basemt"):
+        yield words
+
+
+def started(workshop, words, address, index):
+  """A documented command, in a directory of the test and on this machine."""
+  text = "\n".join(words)
+  for place, here in (
+    ("/shared/run", "/tmp/sparse"),
+    ("HOST:12345", address),
+    ("PROCESS_INDEX=0", f"PROCESS_INDEX={index}"),
+  ):
+    text = text.replace(place, here)
+  text = re.sub(r"/(?:tmp|data|shared)/", f"{workshop.directory}/", text)
+  words = text.split("\n")
+  if words[0] == "basemt":
+    return workshop.start("basemt_jax.cli", words[1:])
+  if "--gin_file=gin/recipes/quickstart.gin" in words:
+    return workshop.start(words[2], words[3:], devices=2)
+  small = [f"--gin.{binding}" for binding in SMALL]
+  return workshop.start(words[2], [*words[3:], *small], devices=8)
+
+
+@pytest.mark.slow
+def test_every_command_of_the_page(workshop):
+  """As it stands, but for folders; one that is for 256 chips is left out."""
+  (workshop.directory / "my_tasks.py").write_text(MY_TASKS)
+  ran = 0
+  for words in documented():
+    if any("pod_" in word for word in words):
+      continue
+    count = 2 if any("PROCESS_COUNT=2" in word for word in words) else 1
+    address = workshop.address
+    together = [started(workshop, words, address, i) for i in range(count)]
+    ended(together, "Guten Tag\n")
+    ran += count
+  assert ran == 8

@@ -36,9 +36,12 @@ def test_files_have_all_and_tensorboard_what_is_shown(tmp_path):
   assert first == {"step": 3, **SCALARS} and second["loss"] == 2.0
   events = event_accumulator.EventAccumulator(str(tmp_path / "run"))
   events.Reload()
-  tags = events.Tags()["tensors"]
+  tags = events.Tags()["scalars"]
   assert set(tags) == set(SHOWN)
-  assert [e.step for e in events.Tensors("loss")] == [3, 4]
+  assert [(e.step, e.value) for e in events.Scalars("loss")] == [
+    (3, 2.5),
+    (4, 2.0),
+  ]
 
 
 class Broken:

@@ -8,7 +8,6 @@ sentence.
 
 import argparse
 import ast
-import contextlib
 import dataclasses
 import difflib
 import functools
@@ -17,9 +16,10 @@ import os
 import pathlib
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from basemt_jax import files as files_lib
 from basemt_jax.commands import checks
 from basemt_jax.commands import saved as saved_lib
 
@@ -147,6 +147,7 @@ def _parse(
   """Parses files and bindings; returns the configurable `run.Run`."""
   import gin
   from basemt_jax import run
+  from basemt_jax.data import mixtures  # noqa: F401  What it says of imports.
 
   named = getattr(options, "module", [])
   import_modules(named)
@@ -170,7 +171,9 @@ def _parse(
     paths = [_find(f, options) for f in files]
     if is_saved:
       saved_lib.check_imports(files[0], named)
-    with native_output_hidden():  # Imports tasks, and with them TensorFlow.
+    with (
+      files_lib.native_output_hidden()
+    ):  # Imports tasks, perhaps TensorFlow too.
       gin.parse_config_files_and_bindings(
         paths,
         [*_as_gin(options.bindings), *bindings],
@@ -181,8 +184,6 @@ def _parse(
         saved_lib.check_references(files[0], named)
       checks.check([b.partition("=")[0].strip() for b in options.bindings])
       gin.finalize()
-      if "seqio" in sys.modules:
-        from basemt_jax.data import mixtures  # noqa: F401
   except Exception as error:  # Modules that it imports raise anything.
     # gin tells the line, and not the file.
     of_text = isinstance(error, (SyntaxError, UnicodeDecodeError))
@@ -241,25 +242,6 @@ def keep_programs() -> None:
     ("MIN_ENTRY_SIZE_BYTES", "-1"),
   ):
     os.environ.setdefault(f"JAX_PERSISTENT_CACHE_{name}", value)
-
-
-@contextlib.contextmanager
-def native_output_hidden() -> Iterator[None]:
-  """Hides what C++ libraries print when they are loaded.
-
-  TensorFlow greets on standard error whatever its log level. Exceptions are
-  Python's and not touched.
-  """
-  sys.stderr.flush()
-  saved = os.dup(2)
-  try:
-    with open(os.devnull, "wb") as nowhere:
-      os.dup2(nowhere.fileno(), 2)
-    yield
-  finally:
-    sys.stderr.flush()
-    os.dup2(saved, 2)
-    os.close(saved)
 
 
 def _roots() -> list[str]:
@@ -358,15 +340,15 @@ def import_modules(names: Sequence[str]) -> None:
   """Imports the user's modules, from the working directory too."""
   import importlib
 
+  from basemt_jax.data import mixtures  # noqa: F401  What it says of imports.
+
   _look_in_working_directory()
-  with native_output_hidden():
+  with files_lib.native_output_hidden():
     for name in names:
       try:
         importlib.import_module(name)
       except Exception as error:
         raise UsageError(f"--module {name}: {_what_is_wrong(error)}") from error
-    if "seqio" in sys.modules:
-      from basemt_jax.data import mixtures  # noqa: F401
 
 
 def save_config(model_dir: str) -> None:

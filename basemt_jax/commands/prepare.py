@@ -163,8 +163,7 @@ def _raw_names(options: argparse.Namespace) -> Any:
       )
     different = dict.fromkeys(languages)
     return raw_text.Names(tuple(itertools.combinations(different, 2)))
-  with configuration.native_output_hidden():  # Imports TensorFlow.
-    module = importlib.import_module(f"tasks.{options.corpus}")
+  module = importlib.import_module(f"tasks.{options.corpus}")
   names = module.BENCHMARK.raw
   if not languages:
     return names

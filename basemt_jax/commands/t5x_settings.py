@@ -2,11 +2,14 @@
 
 `gin/t5x/` has `t5x_adapter.start` call `check` first. T5X's own programs parse
 flags and gin, so what `basemt` finds in its configuration has to be found in
-theirs afterwards: here.
+theirs afterwards: here. Only quotes that a shell has taken are looked for when
+this is imported, by a gin file: T5X parses what its command line binds after
+all files, and gin then does not say of which name it speaks.
 """
 
 import dataclasses
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from basemt_jax.commands import checks
@@ -48,9 +51,8 @@ TOLD = (
     "t5x.trainer.Trainer",
     "num_microbatches",
     ("None", "1"),
-    "trainer.Trainer.num_microbatches = None: T5X adds up the gradients of its "
-    "microbatches, and ours are parts of one mean; basemt train accumulates "
-    "them (steps.Settings.microbatches)",
+    "steps.Settings.microbatches in its place: T5X's parts of a batch would "
+    "take groups of rows apart",
   ),
   Told(
     "t5x.trainer.Trainer",
@@ -98,7 +100,7 @@ def check() -> None:
   """
   import gin
 
-  checks.check(_given())
+  checks.check([b.partition("=")[0].strip() for b in _given()])
   config = gin.config._CONFIG
   for told in TOLD:
     for found in _values(config, told.owner, told.parameter):
@@ -119,13 +121,38 @@ def check() -> None:
 
 
 def _given() -> list[str]:
-  """Names that T5X's command line binds."""
+  """What T5X's command line binds: 'NAME = VALUE'."""
   from absl import flags
 
   values = flags.FLAGS
   if not values.is_parsed() or "gin_bindings" not in values:
     return []
-  return [b.partition("=")[0].strip() for b in values.gin_bindings]
+  return values.gin_bindings
+
+
+def check_quotes(bindings: Iterable[str]) -> None:
+  """Refuses values that are text without quotes.
+
+  Args:
+    bindings: 'NAME = VALUE' each.
+
+  Raises:
+    ValueError: With the name, and how it is written.
+  """
+  import gin
+
+  for binding in bindings:
+    name, _, value = (part.strip() for part in binding.partition("="))
+    if re.search("[@%]", value):  # What it refers to may not be known yet.
+      continue
+    try:
+      gin.config.parse_value(value)
+    except SyntaxError as error:
+      raise ValueError(
+        f"--gin.{name}={value} is no value for gin, which wants text in "
+        "quotes that the shell leaves alone: write "
+        f'--gin.{name}=\\"{value}\\"'
+      ) from error
 
 
 def _values(config: Config, owner: str, parameter: str) -> list[Any]:
@@ -143,3 +170,6 @@ def _text(value: Any) -> str:
   if text.startswith("@"):
     return "@" + ".".join(text[1:].split("/")[-1].split(".")[-2:])
   return text
+
+
+check_quotes(_given())

@@ -79,12 +79,20 @@ def tensorboard() -> Opener:
   """TensorBoard's event files, in the model directory."""
 
   def start(model_dir: str) -> Tracker:
-    from basemt_jax.commands import configuration
+    import tensorboardX  # Needs no TensorFlow, which takes seconds to import.
+    from tensorboardX.proto import summary_pb2
 
-    with configuration.native_output_hidden():  # Imports TensorFlow.
-      from clu import metric_writers
-    writer = metric_writers.SummaryWriter(model_dir)
-    return Dashboard(writer.write_scalars, writer.flush, writer.close)
+    # Not its SummaryWriter, which alters tags such as 'bleu/en->xx'.
+    writer = tensorboardX.FileWriter(model_dir)
+
+    def write(step: int, values: Mapping[str, float]) -> None:
+      scalars = [
+        summary_pb2.Summary.Value(tag=tag, simple_value=value)
+        for tag, value in values.items()
+      ]
+      writer.add_summary(summary_pb2.Summary(value=scalars), step)
+
+    return Dashboard(write, writer.flush, writer.close)
 
   return start
 

@@ -391,7 +391,8 @@ def report(
     text = compiled.executable.as_text()
     exchanges = _exchanges(text, mesh, chip)
     costs = compiled.executable.cost_analysis() or {}
-    parts = _uncounted(program.settings.microbatches)
+    # XLA counts the body of the loop over microbatches once.
+    parts = program.settings.microbatches
     flops, accessed = (
       costs[name] * parts if name in costs else None
       for name in ("flops", "bytes accessed")
@@ -465,14 +466,6 @@ def best_first(reports: Sequence[Report]) -> list[Report]:
     return not found.memory.fits, math.inf if seconds is None else seconds
 
   return sorted(reports, key=rank)
-
-
-def _uncounted(microbatches: int) -> float:
-  """How much more is done than XLA counts, which takes a loop's body once.
-
-  A step does its first microbatch, then the others in a loop.
-  """
-  return max(1.0, microbatches / 2)
 
 
 def _versions(topology: str | None) -> dict[str, str]:

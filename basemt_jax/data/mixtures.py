@@ -1,39 +1,29 @@
-"""SeqIO mixtures: found by name, and with rates that change while read.
+"""Mixtures and their tasks, found by name.
 
-`HeatedMixture` is an ordinary `seqio.Mixture` whose rates change while it is
-read, for SeqIO's and T5X's own tools. Training does not read it: it reads a
-`row_store.RowStore`, which `store_building` makes from the mixture's tasks.
+They are SeqIO's, or declared (`declared`) where nobody has imported SeqIO yet:
+both have the same names, sources, features and sizes.
 """
 
-import copy
 import difflib
-import functools
-import hashlib
-import inspect
 import re
-from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
-import numpy as np
-import seqio
-import tensorflow as tf
+from basemt_jax.data import declared, languages
 
-from basemt_jax import heating, sampling
-from basemt_jax.data import languages
-
-# TensorFlow only reads data here; it would take JAX's accelerator memory.
-tf.config.set_visible_devices([], "GPU")
-
-MixtureOrTask: TypeAlias = str | seqio.Task | seqio.Mixture
-
-# Examples drawn at a time.
-_BLOCK = 1024
+MixtureOrTask: TypeAlias = Any  # Or the name that it is registered by.
 
 
-# ------------------------------------------------------------------ lookup
+def _keep_off_accelerators() -> None:
+  """TensorFlow only reads data here; it would take JAX's memory."""
+  import tensorflow as tf
+
+  tf.config.set_visible_devices([], "GPU")
 
 
-def get_mixture(mixture: MixtureOrTask) -> seqio.Task | seqio.Mixture:
+declared.when_imported(_keep_off_accelerators)
+
+
+def get_mixture(mixture: MixtureOrTask) -> Any:
   """A registered mixture or task, or the object itself.
 
   Raises:
@@ -41,6 +31,10 @@ def get_mixture(mixture: MixtureOrTask) -> seqio.Task | seqio.Mixture:
   """
   if not isinstance(mixture, str):
     return mixture
+  if found := declared.find(mixture):
+    return found
+  import seqio
+
   names = [*seqio.MixtureRegistry.names(), *seqio.TaskRegistry.names()]
   if mixture in names:
     return seqio.get_mixture_or_task(mixture)
@@ -60,14 +54,19 @@ def direction_or_name(task_name: str) -> str:
     return re.split(r"[.:/]", task_name)[-1]
 
 
-def tasks_by_direction(mixture: MixtureOrTask) -> dict[str, seqio.Task]:
+def subtasks(mixture: Any) -> list[Any]:
+  """The tasks of a mixture, or the task itself."""
+  return list(getattr(mixture, "tasks", [mixture]))
+
+
+def tasks_by_direction(mixture: MixtureOrTask) -> dict[str, Any]:
   """The tasks of a mixture by direction, sorted by direction.
 
   Raises:
     ValueError: two tasks of one direction, or a name that tells none.
   """
-  tasks: dict[str, seqio.Task] = {}
-  for task in seqio.get_subtasks(get_mixture(mixture)):
+  tasks: dict[str, Any] = {}
+  for task in subtasks(get_mixture(mixture)):
     direction = str(languages.Direction.of_task(task.name))
     if direction in tasks:
       raise ValueError(
@@ -78,222 +77,7 @@ def tasks_by_direction(mixture: MixtureOrTask) -> dict[str, seqio.Task]:
   return dict(sorted(tasks.items()))
 
 
-def task_split(task: seqio.Task, split: str) -> str | None:
+def task_split(task: Any, split: str) -> str | None:
   """The task's own name of a split, or None."""
   names = (split, "dev") if split == "validation" else (split,)
   return next((name for name in names if name in task.splits), None)
-
-
-# ----------------------------------------------------------------- heating
-
-
-class HeatedMixture(seqio.Mixture):
-  """A mixture whose rates follow a sampling strategy while it is read.
-
-  Example j of the whole job is drawn with the strategy's rates at step
-  j / examples_per_step. (Only the temperature matters for splits other than
-  'train': all languages are in them.) The choices depend on nothing but the
-  mixture's own seed, the shard and j: neither on the seed given to
-  `get_dataset` (T5X draws a new one at every start) nor on what another shard
-  draws.
-
-  Attributes:
-    plan: the strategy for the tasks' sizes, in the order of `tasks`.
-    sizes: training pairs per task name.
-    directions: of the tasks, in their order.
-    examples_per_step: sentence pairs a training step uses, over all hosts.
-    total_steps: from here on the temperature stays.
-  """
-
-  def __init__(
-    self,
-    name: str,
-    tasks: Sequence[str | seqio.Task],
-    strategy: sampling.Strategy,
-    examples_per_step: float,
-    total_steps: int,
-    sizes: Mapping[str, int] | None = None,
-    seed: int = 0,
-  ):
-    """Makes a mixture; `heat` registers one too.
-
-    Args:
-      name: of the mixture.
-      tasks: names of registered tasks, or tasks.
-      strategy: how they are sampled.
-      examples_per_step: batch size, times the mean number of pairs in a row
-        when rows are packed.
-      total_steps: steps the temperature is tabulated for.
-      sizes: training pairs per task name; SeqIO's own count when left out.
-      seed: of the choices.
-
-    Raises:
-      ValueError: a number out of range, a size that is not known, or a
-        strategy that cannot be followed with these sizes.
-    """
-    if not examples_per_step > 0:
-      raise ValueError(
-        f"mixture {name!r} needs examples_per_step above 0, got "
-        f"{examples_per_step}"
-      )
-    if total_steps <= 0:
-      raise ValueError(
-        f"mixture {name!r} needs total_steps above 0, got {total_steps}"
-      )
-    names = [t if isinstance(t, str) else t.name for t in tasks]
-    found = [get_mixture(task) for task in tasks]
-    self.sizes = {
-      name: _train_size(task, sizes)
-      for name, task in zip(names, found, strict=True)
-    }
-    self.directions = tuple(map(direction_or_name, sorted(names)))
-    self.examples_per_step = float(examples_per_step)
-    self.total_steps = int(total_steps)
-    self._choice_seed = int(seed)
-    heating.mixing_rates(list(self.sizes.values()), 1.0)  # Raises on no data.
-    super().__init__(
-      name,
-      # SeqIO's rates are the sizes: what its own tools show is T = 1.
-      [(task, self.sizes[task.name]) for task in found],
-      sample_fn=functools.partial(self._sample, "train", 0, 1),
-    )
-    pairs = [self.sizes[task.name] for task in self.tasks]
-    self.plan = strategy.plan(
-      self.directions, pairs, pairs, examples_per_step, languages.meant
-    )
-
-  def get_dataset(self, *args: Any, **kwargs: Any) -> tf.data.Dataset:
-    """As `seqio.Mixture.get_dataset`, with the rates of the strategy."""
-    signature = inspect.signature(seqio.Mixture.get_dataset)
-    bound = signature.bind(self, *args, **kwargs)
-    bound.apply_defaults()
-    shard = bound.arguments["shard_info"] or seqio.ShardInfo(0, 1)
-    # SeqIO's hook sees neither the split nor the shard: a copy that knows them.
-    clone = copy.copy(self)
-    clone._sample_fn = functools.partial(
-      self._sample, bound.arguments["split"], shard.index, shard.num_shards
-    )
-    return seqio.Mixture.get_dataset(clone, *args, **kwargs)
-
-  def _sample(
-    self,
-    split: str,
-    shard: int,
-    num_shards: int,
-    datasets: Sequence[tf.data.Dataset],
-    sizes: Sequence[float],
-    unused_seed: int | None,
-  ) -> tf.data.Dataset:
-    """A `seqio.SampleFn` behind what is bound by `get_dataset`."""
-    key = f"{self._choice_seed}/{split}/{shard}/{num_shards}"
-    digest = hashlib.blake2b(key.encode(), digest_size=8).digest()
-    del sizes  # The plan's.
-    choices = self._choices(
-      split, int.from_bytes(digest, "little", signed=True), num_shards
-    )
-    return tf.data.Dataset.choose_from_datasets(
-      list(datasets), choices, stop_on_empty_dataset=True
-    )
-
-  def _choices(self, split: str, key: int, num_shards: int) -> tf.data.Dataset:
-    """Indices of datasets, drawn a block at a time."""
-    table = tf.constant(self.plan.temperatures(np.arange(self.total_steps + 1)))
-    # SeqIO leaves out tasks that lack the split.
-    there = np.array([split in task.splits for task in self.tasks])
-    size = self.plan.sizes[there]
-    log_size = np.log(np.maximum(size, 1) / size.max())
-    factors = (size > 0).astype(np.float64)
-    starts = np.zeros(len(size), np.int64)
-    if split == "train":
-      factors *= self.plan.multipliers[there]
-      starts = self.plan.starts[there]
-    steps_per_example = num_shards / self.examples_per_step
-
-    def draw(block: tf.Tensor) -> tf.Tensor:
-      example = block * _BLOCK + tf.range(_BLOCK, dtype=tf.int64)
-      step = tf.cast(example, tf.float64) * steps_per_example
-      step = tf.cast(step, tf.int64)
-      temperature = tf.gather(table, tf.minimum(step, self.total_steps))
-      weights = tf.exp(log_size / temperature[:, None]) * factors
-      weights *= tf.cast(step[:, None] >= starts, tf.float64)
-      limits = tf.cumsum(weights, axis=1)
-      points = (
-        tf.random.stateless_uniform(
-          [_BLOCK, 1],
-          tf.stack([tf.constant(key, tf.int64), block]),
-          dtype=tf.float64,
-        )
-        * limits[:, -1:]
-      )
-      # The last limit is left out: rounding cannot lead past the end.
-      passed = tf.cast(points >= limits[:, :-1], tf.int64)
-      return tf.reduce_sum(passed, axis=1)
-
-    blocks = tf.data.Dataset.range(1 << 40)
-    return blocks.map(draw).unbatch()
-
-
-def _train_size(task: seqio.Task, sizes: Mapping[str, int] | None) -> int:
-  """Training pairs of a task, given or as SeqIO knows them."""
-  if sizes is not None and task.name in sizes:
-    return int(sizes[task.name])
-  size = task.num_input_examples("train") if "train" in task.splits else 0
-  if size is None:
-    raise ValueError(
-      f"task {task.name!r} does not tell how many training examples it has: "
-      "pass sizes={task name: pairs}"
-    )
-  return int(size)
-
-
-def heat(
-  mixture: MixtureOrTask,
-  strategy: sampling.Strategy,
-  *,
-  examples_per_step: float,
-  total_steps: int,
-  sizes: Mapping[str, int] | None = None,
-  seed: int = 0,
-  name: str | None = None,
-) -> HeatedMixture:
-  """Registers the tasks of any mixture as a `HeatedMixture`.
-
-  Args:
-    mixture: a registered name, or a mixture or task.
-    strategy: how its tasks are sampled.
-    examples_per_step: sentence pairs a training step uses, over all hosts.
-    total_steps: steps the temperature is tabulated for.
-    sizes: training pairs per task name; SeqIO's own count when left out.
-    seed: of the choices.
-    name: `<mixture>_heated` when left out. A heated mixture that already has
-      this name is replaced.
-
-  Returns:
-    The registered mixture.
-
-  Raises:
-    ValueError: unknown mixture, a name that something else has, or numbers
-      that `HeatedMixture` refuses.
-  """
-  found = get_mixture(mixture)
-  name = name or f"{found.name}_heated"
-  if name in seqio.TaskRegistry.names() or (
-    name in seqio.MixtureRegistry.names()
-    and not isinstance(seqio.MixtureRegistry.get(name), HeatedMixture)
-  ):
-    raise ValueError(
-      f"cannot register the heated mixture {name!r}: something else has that "
-      "name; pass another one"
-    )
-  heated = HeatedMixture(
-    name,
-    seqio.get_subtasks(found),
-    strategy,
-    examples_per_step,
-    total_steps,
-    sizes,
-    seed,
-  )
-  seqio.MixtureRegistry.remove(name)
-  seqio.MixtureRegistry.add_provider(name, heated)
-  return heated

@@ -1,8 +1,11 @@
 """Row stores from the tasks of a SeqIO mixture, built at first use.
 
 `ensure_store` tokenises and packs every task, direction by direction, into a
-`row_store.RowStore`, which is what training reads.
+`row_store.RowStore`, which is what training reads. SeqIO and TensorFlow are
+imported for tasks that only they can read.
 """
+
+from __future__ import annotations
 
 import hashlib
 import itertools
@@ -14,14 +17,13 @@ import re
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
-import seqio
-import tensorflow as tf
 
 from basemt_jax import checksums, files
 from basemt_jax.data import (
+  declared,
   languages,
   mixtures,
   packing,
@@ -29,6 +31,10 @@ from basemt_jax.data import (
   row_store,
   vocabulary,
 )
+
+if TYPE_CHECKING:
+  import seqio
+  import tensorflow as tf
 
 _log = logging.getLogger(__name__)
 
@@ -217,11 +223,11 @@ def _check_stale(
 
 
 # Seconds in which a store is compared with its tasks, about, and at most.
-_CHECK_SECONDS, _MOST_SECONDS = 1.0, 2.0
+_CHECK_SECONDS, _MOST_SECONDS = 1.0, 1.5
 
 
 def _gives_the_same(
-  tasks: Mapping[str, seqio.Task], store: row_store.RowStore
+  tasks: Mapping[str, Any], store: row_store.RowStore
 ) -> bool:
   """Whether tasks still give the pairs that were packed.
 
@@ -253,7 +259,7 @@ def _gives_the_same(
 
 
 def _has_sample(
-  task: seqio.Task,
+  task: Any,
   split: str,
   noted: list[str],
   layout: packing.RowLayout,
@@ -265,7 +271,7 @@ def _has_sample(
   found: list[str] = []
   position = 0
   for inputs, targets, _ in read_task(task, split, layout, sampled=True):
-    row_store.add_to_sample(
+    pair_sample.add_pairs(
       found,
       position,
       position + _BLOCK,
@@ -282,7 +288,7 @@ def _has_sample(
 
 
 def _build_direction(
-  task: seqio.Task,
+  task: Any,
   split: str,
   direction: str,
   directory: pathlib.Path,
@@ -321,7 +327,7 @@ _Block: TypeAlias = tuple[packing.Ragged, packing.Ragged, list[dict[str, str]]]
 
 
 def read_task(
-  task: seqio.Task,
+  task: Any,
   split: str,
   layout: packing.RowLayout,
   skip: int = 0,
@@ -345,6 +351,10 @@ def read_task(
   Yields:
     Ids of both sides, and per pair `source`, `target` and `tagged_source`.
   """
+  if isinstance(task, declared.Task):
+    return _read_texts(task, split, skip, texts, sampled)
+  import seqio
+
   steps = [
     step
     for step in task.preprocessors
@@ -370,7 +380,7 @@ def _only_sample(blocks: Iterator[_Block]) -> Iterator[_Block]:
     start += _BLOCK
 
 
-def _has_our_vocabulary(task: seqio.Task) -> bool:
+def _has_our_vocabulary(task: Any) -> bool:
   """Whether `vocabulary.Vocabulary` gives the ids of both sides."""
   first, second = (task.output_features[x].vocabulary for x in _SIDES)
   try:
@@ -381,7 +391,7 @@ def _has_our_vocabulary(task: seqio.Task) -> bool:
 
 
 def _read_texts(
-  task: seqio.Task, split: str, skip: int, texts: bool, sampled: bool
+  task: Any, split: str, skip: int, texts: bool, sampled: bool
 ) -> Iterator[_Block]:
   """Reads a task's texts and tokenises them here; arguments as `read_task`."""
   features = [task.output_features[name] for name in ("inputs", "targets")]
@@ -404,7 +414,7 @@ def _read_texts(
 
 
 def _read_tokens(
-  task: seqio.Task,
+  task: Any,
   split: str,
   layout: packing.RowLayout,
   skip: int,
@@ -446,6 +456,8 @@ def _decode(side: packing.Ragged, pieces: seqio.Vocabulary) -> list[str]:
 
 
 def _ragged(tensor: tf.Tensor | tf.RaggedTensor) -> packing.Ragged:
+  import tensorflow as tf
+
   if isinstance(tensor, tf.RaggedTensor):
     return packing.Ragged(tensor.values.numpy(), tensor.row_lengths().numpy())
   count, length = tensor.shape
@@ -471,15 +483,13 @@ def _texts(
 # ------------------------------------------------- vocabulary, fingerprint
 
 
-def _vocabulary(
-  mixture: seqio.Task | seqio.Mixture,
-) -> vocabulary.Vocabulary:
+def _vocabulary(mixture: Any) -> vocabulary.Vocabulary:
   """The one vocabulary of a mixture.
 
   Raises:
     ValueError: several, or one with other special ids than the store's.
   """
-  tasks = seqio.get_subtasks(mixture)
+  tasks = mixtures.subtasks(mixture)
   first = tasks[0].output_features["inputs"].vocabulary
   for task in tasks:
     for name in ("inputs", "targets"):

@@ -44,7 +44,7 @@ def cache_mixture(
     ValueError: a task without `seqio.CacheDatasetPlaceholder`, or that was
       cached there from other data.
   """
-  tasks = seqio.get_subtasks(mixtures.get_mixture(mixture))
+  tasks = mixtures.subtasks(mixtures.get_mixture(mixture))
   return [cache_task(task, cache_dir, progress) for task in tasks]
 
 

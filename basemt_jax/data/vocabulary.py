@@ -98,11 +98,13 @@ class Vocabulary:
     Args:
       vocabulary: a `seqio.SentencePieceVocabulary` (also with extra ids) or
         `seqio.ByteVocabulary`; told apart by shape, so that neither SeqIO nor
-        TensorFlow is imported.
+        TensorFlow is imported. One of ours is returned as it is.
 
     Raises:
       ValueError: it is another kind of vocabulary.
     """
+    if isinstance(vocabulary, cls):
+      return vocabulary
     if hasattr(vocabulary, "sp_model"):
       path = vocabulary.sentencepiece_model_file
       return cls(vocabulary.sp_model, path=str(path))
@@ -476,9 +478,13 @@ def raw_pairs(task: Any, split: str = "train") -> Iterator[tuple[str, str]]:
   `targets_pretokenized`, or decoded from its tokens.
 
   Args:
-    task: a `seqio.Task` with features `inputs` and `targets`.
+    task: a `seqio.Task` with features `inputs` and `targets`, or a
+      `declared.Task`.
     split: the split to read.
   """
+  if not hasattr(task, "preprocessors"):
+    yield from task.source.text_pairs(split)
+    return
   import seqio  # Here: the rest of the module does without TensorFlow.
 
   tokenizers = (
