@@ -114,7 +114,9 @@ class Text:
     pairs: dict[str, int] = {}
     for file, count in found:
       first, second = file.languages
-      pairs |= {f"{first}-{second}": count, f"{second}-{first}": count}
+      pairs[f"{first}-{second}"] = count
+      if not file.languages.label:
+        pairs[f"{second}-{first}"] = count
     sample = [
       pair
       for file, _ in found
