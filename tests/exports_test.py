@@ -151,6 +151,25 @@ def test_an_export_uses_averaged_weights_and_stands_alone(folder, tmp_path):
   assert [x[0][1] for x in c] != [x[0][1] for x in a]
 
 
+def test_translate_takes_an_export_and_says_what_it_does_not(
+  folder, tmp_path, capsys
+):
+  out = tmp_path / "out"
+  assert export(folder / "dense", out) == 0
+  (tmp_path / "text").write_text("no 5\n\nno 6\n")
+  command = ["translate", f"--input={tmp_path}/text", "--to=fr"]
+  command.append("--gin.translation.SearchOptions.max_target_length=6")
+  capsys.readouterr()
+  found = []
+  for model_dir in (folder / "dense", out):
+    assert cli.main([*command, f"--model_dir={model_dir}"]) == 0
+    found.append(capsys.readouterr().out)
+  assert found[0] == found[1] and found[0].count("\n") == 3
+  for flag in ("--sample", "--prefix=a"):
+    assert cli.main([*command, f"--model_dir={out}", flag]) == 1
+    assert "use the model directory it was made of" in capsys.readouterr().err
+
+
 def test_eight_bits_take_a_quarter_of_the_room(folder, tmp_path):
   for name, flags in (("whole", ()), ("int8", ("--quantization=int8",))):
     assert export(folder / "dense", tmp_path / name, *flags) == 0

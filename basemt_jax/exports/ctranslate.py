@@ -240,10 +240,20 @@ class Exported:
   def translator(
     self, search: translation.SearchOptions | None = None
   ) -> "Translator":
-    """Translates with this model; as the run says unless `search` is given."""
+    """Translates with this model; as the run says unless `search` is given.
+
+    Raises:
+      ValueError: It is to draw, which an export does not.
+    """
+    search = search or self.run.search
+    if search.sampling:
+      raise ValueError(
+        "an export for CTranslate2 does not draw translations: use the model "
+        "directory it was made of"
+      )
     config = self.run.config_of(self.pieces.vocab_size)
     names = _names(self.pieces, config.vocab_size)
-    return Translator(self.engine, names, search or self.run.search)
+    return Translator(self.engine, names, search)
 
   def tag(self, to: str, source: str | None = None) -> source_tags.SourceTag:
     """What asks for a language; see `trained.Trained.tag`."""
