@@ -98,13 +98,12 @@ def test_a_network_translates_the_same(changes, searches, tmp_path):
   params = random_params(network)
   names = [f"token {i}" for i in range(24)]
   ctranslate.write(tmp_path, config, params, names)
-  engine = ctranslate.library().Translator(str(tmp_path))
+  engine = ctranslate.library().Translator(str(tmp_path), intra_threads=1)
   draw = np.random.RandomState(2)
   sources = [
     draw.randint(2, 24, size=draw.randint(1, 12)).tolist() for _ in range(40)
   ]
   sources += [[], [*sources[0], 1]]
-  compared = 0
   for options in searches:
     expected, found = (
       translation.Translator(network, {"params": params}, options),
@@ -116,17 +115,9 @@ def test_a_network_translates_the_same(changes, searches, tmp_path):
       sources,
       strict=True,
     ):
-      assert len(a) == len(b)
-      # At the limit our scores count an EOS, and CTranslate2's do not.
-      limit = options.limit(len(source) + 1) - 1
-      is_cut = any(len(h.ids) >= limit for h in (*a, *b))
-      if options.beam_size == 1 or not is_cut:
-        assert a[0].ids == b[0].ids
-      if not is_cut:
-        compared += 1
-        # Padding has a share in our probabilities.
-        assert abs(a[0].score - b[0].score) < 5e-3
-  assert compared
+      assert len(a) == len(b) and a[0].ids == b[0].ids, source
+      # Padding has a share, if a small one, in our probabilities only.
+      assert a[0].score == pytest.approx(b[0].score, rel=1e-2, abs=1e-2)
 
 
 def test_an_export_uses_averaged_weights_and_stands_alone(folder, tmp_path):

@@ -39,9 +39,11 @@ def run(options: argparse.Namespace) -> None:
   n_best = 1
   if options.best_by_bleu:
     n_best = options.beam_size or 5
-  with configuration.native_output_hidden():
-    from tasks import files
+  from basemt_jax import files as files_lib
   from basemt_jax.data import languages
+
+  with files_lib.native_output_hidden():
+    from tasks import files
 
   summary = files.scan(options.data_dir)
   there = {
