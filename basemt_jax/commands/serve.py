@@ -21,16 +21,18 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
   )
   parser.add_argument("--port", type=int, default=8000, help="0: any free one")
   parser.add_argument(
-    "--max_texts", type=int, metavar="N", help="texts of a request"
+    "--max_texts", type=int, metavar="N", help="texts of a request; default 64"
   )
   parser.add_argument(
-    "--max_waiting", type=int, metavar="N", help="texts that wait, of all"
+    "--max_waiting", type=int, metavar="N", help="texts that wait; default 1024"
   )
   group = parser.add_argument_group("of an export for CTranslate2")
   group.add_argument(
     "--device", choices=("auto", "cpu", "cuda"), default="auto"
   )
-  group.add_argument("--threads", type=int, default=0, metavar="N")
+  group.add_argument(
+    "--threads", type=int, default=0, metavar="N", help="0: its own choice"
+  )
 
 
 def run(options: argparse.Namespace) -> None:
