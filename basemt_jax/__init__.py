@@ -6,3 +6,12 @@ Nothing is imported here: `basemt_jax.base_layer` needs jax and flax alone.
 """
 
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> object:
+  """`from basemt_jax import vocabulary`: what modules of users' tasks need."""
+  if name == "vocabulary":
+    from basemt_jax.data import vocabulary
+
+    return vocabulary
+  raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -86,11 +86,14 @@ def _split_pairs(store: row_store.RowStore, split: str) -> str:
 
 def _lengths(store: row_store.RowStore) -> str:
   stats = [store.stats("train", name) for name in store.directions]
-  share = sum(s.truncated for s in stats) / max(1, sum(s.pairs for s in stats))
+  dropped = sum(s.dropped for s in stats)
+  long = dropped or sum(s.truncated for s in stats)
+  share = long / max(1, sum(s.read for s in stats))
+  what = "were left out" if dropped else "lose their ends"
   return (
     f"lengths     {store.lengths['inputs']} source and "
     f"{store.lengths['targets']} target tokens; {share:.1%} of the pairs are "
-    "longer and lose their ends"
+    f"longer and {what} (LONG_PAIRS)"
   )
 
 

@@ -143,11 +143,14 @@ class Checkpoints:
     try:
       self._idle_manager = self._opened(options)
     except Exception as error:  # Orbax reads all metrics.
-      bad = [n for n in self._steps_there() if self.damage(n)]
+      there = self._steps_there()
+      bad = [n for n in there if self.damage(n)]
       why = [f"{self.path(n)} is damaged: {self.damage(n)[0]}" for n in bad]
+      whole = [n for n in there if n not in bad]
+      newest = f", the newest of step {whole[0]}," if whole else ""
       raise ValueError(
         "; ".join(why or [f"{directory} cannot be read: {_first_line(error)}"])
-        + "; move it out of the directory, and the others can be used"
+        + f"; move it out of the directory, and the others{newest} can be used"
       ) from error
     self._thread = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
     self._start: concurrent.futures.Future[Any] | None = None
@@ -212,7 +215,7 @@ class Checkpoints:
     if step in self._whole or not self._is_local:
       return []
     if not path.is_dir():
-      return ["it is not there"]
+      return ["it is no directory"]
     if self._verify and checksums.is_sealed(path):
       found = checksums.damage(path)
     else:
@@ -227,7 +230,7 @@ class Checkpoints:
     """Refuses a damaged checkpoint, and names the newest whole one."""
     found = self.damage(step)
     if found:
-      raise self._damaged(step, "; ".join(found))
+      raise self._damaged(step, checksums.told(found))
 
   def _damaged(self, step: int, why: str) -> ValueError:
     others = (n for n in reversed(self.steps()) if n != step)
@@ -285,6 +288,9 @@ class Checkpoints:
     if not available:
       raise ValueError(f"{self.directory} holds no checkpoints; train first")
     if which == "latest":
+      newest = max(self._steps_there(), default=0)
+      if newest > available[-1]:
+        self._check(newest)
       return available[-1]
     if which == "best":
       best = self.best_step()
@@ -453,7 +459,8 @@ class Checkpoints:
 def _first_line(error: BaseException) -> str:
   """What an exception says first, and its kind if it says nothing."""
   lines = str(error).strip().splitlines()
-  return lines[0][:200] if lines else type(error).__name__
+  text = lines[0].partition(" See full TensorStore details")[0] if lines else ""
+  return text[:200] or type(error).__name__
 
 
 def has_room(size: int) -> bool:

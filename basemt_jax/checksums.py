@@ -6,10 +6,12 @@ disk gives them.
 """
 
 import concurrent.futures
+import functools
 import json
 import os
 import pathlib
-from collections.abc import Container, Iterable
+import random
+from collections.abc import Container, Iterable, Sequence
 
 import xxhash
 
@@ -19,6 +21,7 @@ FILE = "checksums.json"
 _METHOD = "xxh3_128"
 _BLOCK = 1 << 24
 _THREADS = 8
+_SAMPLE, _SAMPLED = 1 << 16, 64  # Bytes of a block, blocks of a large file.
 
 
 def file_checksum(path: str | os.PathLike[str]) -> str:
@@ -27,6 +30,32 @@ def file_checksum(path: str | os.PathLike[str]) -> str:
   with open(path, "rb") as file:
     while block := file.read(_BLOCK):
       digest.update(block)
+  return digest.hexdigest()
+
+
+def stamp(path: str | os.PathLike[str]) -> tuple[int, int, str]:
+  """What tells in milliseconds whether a file has changed.
+
+  Returns:
+    Its size, its time of change in nanoseconds, and the checksum of its bytes:
+    of all of them, or, of a large file, of some blocks spread over it.
+  """
+  found = os.stat(path)
+  size, changed = found.st_size, found.st_mtime_ns
+  return size, changed, _sampled(os.fspath(path), size, changed)
+
+
+@functools.lru_cache(1 << 16)
+def _sampled(path: str, size: int, unused_time: int) -> str:
+  digest = xxhash.xxh3_128()
+  with open(path, "rb") as file:
+    if size <= _SAMPLED * _SAMPLE:
+      digest.update(file.read())
+    else:
+      draws = random.Random(size)
+      for _ in range(_SAMPLED):
+        file.seek(draws.randrange(size - _SAMPLE))
+        digest.update(file.read(_SAMPLE))
   return digest.hexdigest()
 
 
@@ -96,3 +125,10 @@ def damage(directory: str | os.PathLike[str]) -> list[str]:
   return [f"{name} is missing" for name in missing] + [
     f"{name} holds other bytes than were written" for name in differing
   ]
+
+
+def told(phrases: Sequence[str], most: int = 3) -> str:
+  """What `damage` found, in a line: a few phrases, and how many more."""
+  more = len(phrases) - most
+  end = [f"{more} more of its files"] if more > 0 else []
+  return "; ".join([*phrases[:most], *end])

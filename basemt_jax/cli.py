@@ -14,7 +14,8 @@ import importlib.metadata
 import logging
 import os
 import sys
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn
 
 # Quiet C++ logs; set before TensorFlow or XLA are loaded.
@@ -40,7 +41,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
   options = _parser(rest).parse_args(rest)
   options.bindings = bindings
   _quiet_libraries()
-  return _guarded(options, _start)
+  with _warnings_told():
+    return _guarded(options, _start)
 
 
 def _guarded(
@@ -129,8 +131,54 @@ def _as_one(options: argparse.Namespace) -> int | None:
 
 def _quiet_libraries() -> None:
   """Libraries' warnings are for their developers, not for this command."""
-  for name in ("absl", "jax", "orbax"):
-    logging.getLogger(name).setLevel(logging.ERROR)
+  logging.getLogger("jax").setLevel(logging.ERROR)
+  # Of a checkpoint that could not be written Orbax logs a trace for each array,
+  # and tensorstore shows more; who waits for the checkpoint says it once.
+  for name in ("absl", "orbax", "asyncio"):
+    logging.getLogger(name).setLevel(logging.CRITICAL)
+  show = sys.unraisablehook
+
+  def hook(unraisable: Any) -> None:
+    if str(unraisable.exc_value) != "Event loop is closed":
+      show(unraisable)
+
+  sys.unraisablehook = hook
+
+
+class _Sentence(logging.StreamHandler):
+  """Warnings and progress of this package as sentences of the command."""
+
+  def format(self, record: logging.LogRecord) -> str:
+    """The message alone, with nothing in it that a terminal would obey."""
+    kind = "basemt: warning: " if record.levelno >= logging.WARNING else ""
+    return files.printable(f"{kind}{record.getMessage()}")
+
+
+@contextlib.contextmanager
+def _warnings_told() -> Iterator[None]:
+  """Has this package's warnings, logged or not, told on standard error."""
+  log = logging.getLogger("basemt_jax")
+  package, show = str(configuration.PACKAGE), warnings.showwarning
+
+  def told(message: Any, kind: Any, filename: str, *rest: Any) -> None:
+    if filename.startswith(package):
+      log.warning("%s", message)
+    else:
+      show(message, kind, filename, *rest)
+
+  handler, propagated = _Sentence(sys.stderr), log.propagate
+  log.addHandler(handler)
+  level = log.level
+  log.setLevel(logging.INFO)
+  log.propagate = False  # TensorFlow's handler shows all, in its own way.
+  try:
+    with warnings.catch_warnings():
+      warnings.showwarning = told  # type: ignore[assignment]
+      yield
+  finally:
+    log.removeHandler(handler)
+    log.propagate = propagated
+    log.setLevel(level)
 
 
 class _Parser(argparse.ArgumentParser):

@@ -15,12 +15,13 @@ import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from basemt_jax import checksums, files
+from basemt_jax import checksums, files, plain_data
 from basemt_jax.data import row_store, source_tags, vocabulary
 
 FILE = "model.json"
 VOCABULARY_FILE = "vocabulary.model"
 _FORMAT, _VERSION = "basemt_jax model", 1
+_SETTINGS = "basemt_jax.steps.Settings"
 
 # What a run may change when it goes on: it is told. All else is refused.
 _MAY_CHANGE = (
@@ -30,13 +31,14 @@ _MAY_CHANGE = (
   *("settings.conversion_options", "settings.rewarm_steps"),
   *("settings.microbatches", "settings.keep_checkpoints"),
   *("settings.log_every", "settings.eval_every", "settings.save_every"),
-  *("bands", "search"),
+  *("bands", "search", "optimizer.arguments", "devices", "reporting"),
 )
 # What a resumption compares elsewhere (the strategy, the rows of the data), or
 # what makes no difference once parameters are there.
 _NOT_COMPARED = (
   *("network.converted", "strategy"),
   *("mixture", "store", "header", "tags"),
+  "learning_rate",  # See `_rates_differ`.
 )
 # What a sparse network has and a dense one has not.
 _EXPERTS = tuple(
@@ -66,6 +68,11 @@ class Description:
     vocabulary: Fingerprint of the vocabulary.
     header: Directions, their sizes, feature lengths.
     tags: How sources of each direction were tagged; None: not all alike.
+    optimizer: Name and arguments; this and what follows are to tell what a
+      resumption changes, and None where an earlier version wrote nothing.
+    learning_rate: At some steps.
+    devices: Their number, and the sizes of the mesh.
+    reporting: BLEU on dev, trackers.
   """
 
   network: Mapping[str, Any]
@@ -80,6 +87,10 @@ class Description:
   vocabulary: str
   header: row_store.Header
   tags: Mapping[str, source_tags.SourceTag | None]
+  optimizer: Mapping[str, Any] | None = None
+  learning_rate: Mapping[str, float] | None = None
+  devices: Mapping[str, int] | None = None
+  reporting: Mapping[str, Any] | None = None
 
   @property
   def directions(self) -> tuple[str, ...]:
@@ -89,6 +100,7 @@ class Description:
   def to_json(self) -> dict[str, Any]:
     """All of it as JSON."""
     fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+    fields = {k: v for k, v in fields.items() if v is not None}
     fields["header"] = self.header.to_json()
     fields["tags"] = {
       name: tag and dataclasses.asdict(tag) for name, tag in self.tags.items()
@@ -191,6 +203,9 @@ def read_vocabulary(
     ValueError: it is not there, or it is another.
   """
   path = pathlib.Path(directory) / VOCABULARY_FILE
+  is_file = description.header.vocabulary_kind != vocabulary.BYTES
+  if is_file and not path.is_file():
+    raise ValueError(f"{path} is missing; {_REMEDY}")
   pieces = _pieces(description.header, path)
   if pieces.fingerprint != description.vocabulary:
     raise ValueError(
@@ -225,7 +240,12 @@ def differences(
   Returns:
     What it may not, and what it may.
   """
-  refused, told = _differences(old.to_json(), new.to_json())
+  before, after = old.to_json(), new.to_json()
+  both = before.keys() & after.keys()
+  refused, told = _differences(
+    *({name: values[name] for name in both} for values in (before, after))
+  )
+  told += _rates_differ(old.learning_rate or {}, new.learning_rate or {})
   if old.network["fields"]["feed_forward"] == "dense":
     # A dense run may go on to a sparse phase; the trainer checks the phases.
     told += [text for text in refused if _is_about_experts(text)]
@@ -274,8 +294,7 @@ def check_dense(
 def _differences(
   old: Mapping[str, Any], new: Mapping[str, Any]
 ) -> tuple[list[str], list[str]]:
-  # As JSON has them: lists for tuples.
-  before, after = (dict(_flat(json.loads(json.dumps(x)))) for x in (old, new))
+  before, after = (dict(_flat(_complete(values))) for values in (old, new))
   refused: list[str] = []
   told: list[str] = []
   for name in sorted(before.keys() | after.keys()):
@@ -285,6 +304,30 @@ def _differences(
     text = f"{name} was {a!r} and is {b!r}"
     (told if _is_in(name, _MAY_CHANGE) else refused).append(text)
   return refused, told
+
+
+def _complete(values: Mapping[str, Any]) -> Any:
+  """As JSON has them, lists for tuples, with defaults of what is left out."""
+  found = plain_data.completed(json.loads(json.dumps(values)))
+  if "settings" in found:
+    settings = {"class": _SETTINGS, "fields": found["settings"]}
+    found["settings"] = plain_data.completed(settings)["fields"]
+  if "optimizer" in found:
+    call = plain_data.completed_call(found["optimizer"])
+    found["optimizer"] = json.loads(json.dumps(call))
+  return found
+
+
+def _rates_differ(
+  old: Mapping[str, float], new: Mapping[str, float]
+) -> list[str]:
+  """The first step at which two schedules are known to differ, in words."""
+  steps = sorted(old.keys() & new.keys(), key=int)
+  return [
+    f"the learning rate at step {step} was {old[step]:g} and is {new[step]:g}"
+    for step in steps
+    if old[step] != new[step]
+  ][:1]
 
 
 def _is_about_experts(text: str) -> bool:

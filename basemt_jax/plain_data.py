@@ -7,12 +7,16 @@ somebody else imports nothing and calls nothing else.
 """
 
 import dataclasses
+import functools
 import importlib
+import inspect
 import math
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Callable, Container, Mapping, Sequence
 from typing import Any
 
 _PACKAGE = __name__.partition(".")[0]
+_OF_FLAX = ("parent", "name")
 
 
 def to_plain(value: Any) -> Any:
@@ -28,7 +32,7 @@ def to_plain(value: Any) -> Any:
       if field.init
     }
     # Flax's modules have these two besides their own.
-    for name in ("parent", "name"):
+    for name in _OF_FLAX:
       if hasattr(value, "scope"):
         fields.pop(name, None)
     return {"class": _name(type(value)), "fields": fields}
@@ -45,6 +49,37 @@ def to_plain(value: Any) -> Any:
   if hasattr(value, "item") and getattr(value, "shape", None) == ():
     return to_plain(value.item())
   return {"class": "other", "name": _name(value)}
+
+
+def call_to_plain(function: Callable[..., Any]) -> dict[str, Any]:
+  """A function with the arguments that it will be called with, to compare.
+
+  Args:
+    function: with `functools.partial` around it where some are given; others
+      have their defaults.
+  """
+  given: dict[str, Any] = {}
+  while isinstance(function, functools.partial):
+    given = {**function.keywords, **given}
+    function = function.func
+  own = _argument_defaults(function)
+  return {"name": _name(function), "arguments": to_plain({**own, **given})}
+
+
+def _argument_defaults(function: Callable[..., Any]) -> dict[str, Any]:
+  return {
+    name: parameter.default
+    for name, parameter in inspect.signature(function).parameters.items()
+    if parameter.default is not inspect.Parameter.empty
+  }
+
+
+def completed_call(value: Mapping[str, Any]) -> dict[str, Any]:
+  """As `completed`, of what `call_to_plain` gave."""
+  module, _, name = value["name"].rpartition(".")
+  function = getattr(sys.modules.get(module), name, None)
+  own = to_plain(_argument_defaults(function)) if callable(function) else {}
+  return {"name": value["name"], "arguments": {**own, **value["arguments"]}}
 
 
 def _name(value: Any) -> str:
@@ -87,7 +122,39 @@ def from_plain(value: Any, modules: Sequence[str] = ()) -> Any:
     raise ValueError(f"{kind!r} cannot be made: {error}") from error
 
 
-def _dataclass(name: str, modules: Sequence[str]) -> type:
+def completed(value: Any) -> Any:
+  """Plain data with the defaults of fields that it lacks.
+
+  So what an earlier version wrote compares with what this one writes. Of other
+  packages' classes only those count that have been imported.
+  """
+  if isinstance(value, (list, tuple)):
+    return [completed(item) for item in value]
+  if not isinstance(value, Mapping):
+    return value
+  if "class" not in value or "fields" not in value:
+    return {key: completed(item) for key, item in value.items()}
+  own = {name: completed(item) for name, item in value["fields"].items()}
+  return {"class": value["class"], "fields": _defaults(value["class"]) | own}
+
+
+def _defaults(name: str) -> dict[str, Any]:
+  """Defaults of a dataclass's fields as plain data."""
+  try:
+    found = _dataclass(name, sys.modules.keys())
+  except ValueError:
+    return {}
+  values = {}
+  for field in dataclasses.fields(found):
+    if field.init and not (hasattr(found, "scope") and field.name in _OF_FLAX):
+      if field.default is not dataclasses.MISSING:
+        values[field.name] = to_plain(field.default)
+      elif field.default_factory is not dataclasses.MISSING:
+        values[field.name] = to_plain(field.default_factory())
+  return values
+
+
+def _dataclass(name: str, modules: Container[str]) -> type:
   """The class of that name, if it may be made."""
   module, _, attribute = name.rpartition(".")
   if module not in modules and module.partition(".")[0] != _PACKAGE:

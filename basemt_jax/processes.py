@@ -170,10 +170,15 @@ def _bind_address(address: str | None) -> str | None:
   host = (address or "").rpartition(":")[0]
   if not host:
     return None
+  kind = socket.SOCK_STREAM
   try:
-    with socket.create_server((host.strip("[]"), 0)):
-      return address
-  except (OSError, OverflowError):
+    for family, _, _, _, place in socket.getaddrinfo(
+      host.strip("[]"), 0, type=kind
+    ):
+      with socket.socket(family, kind) as server:
+        server.bind(place)
+    return address
+  except (OSError, UnicodeError):
     return None
 
 

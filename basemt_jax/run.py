@@ -31,7 +31,13 @@ from basemt_jax import (
   translation,
 )
 from basemt_jax import model as model_lib
-from basemt_jax.data import batches, languages, row_store, source_tags
+from basemt_jax.data import (
+  batches,
+  languages,
+  packing,
+  row_store,
+  source_tags,
+)
 
 
 @runtime_checkable
@@ -67,6 +73,8 @@ class Run:
     search: How to translate when evaluating.
     bleu_every: Steps between BLEU on dev during training; 0: never.
     bleu_sentences: Dev sentences per direction for that.
+    long_pairs: What becomes of training pairs that are longer than the feature
+      lengths: 'cut' to them, 'drop'ped, or 'refuse'd; see `store_building`.
     verify: Compare the bytes of rows and checkpoints with their checksums.
     trackers: Where metrics go besides `metrics.jsonl` and TensorBoard; see
       `commands.trackers`.
@@ -90,6 +98,7 @@ class Run:
   search: translation.SearchOptions = translation.SearchOptions()  # noqa: RUF009
   bleu_every: ranges.Steps = 0
   bleu_sentences: ranges.Count = 50
+  long_pairs: packing.LongPairs = "cut"
   verify: bool = True
   trackers: Sequence[Callable[[str], Any]] = ()
   use_average: bool = True
@@ -163,6 +172,7 @@ class Run:
         self.mixture_or_task_name,
         self.task_feature_lengths,
         self.cache_dir or row_store.default_cache_dir(),
+        long_pairs=self.long_pairs,
         progress=progress,
         verify=self.verify,
       )
@@ -271,6 +281,28 @@ def configuration(run: Run, vocab_size: int) -> dict[str, Any]:
     "data_seed": run.data_seed,
     "bands": plain_data.to_plain(run.bands),
     "search": plain_data.to_plain(run.search),
+    "optimizer": plain_data.call_to_plain(run.settings.optimizer),
+    "learning_rate": _rates(run.settings),
+    "devices": {
+      "number": jax.device_count(),
+      "expert": run.expert_devices,
+      "model": run.model_devices,
+    },
+    "reporting": {
+      "bleu_every": run.bleu_every,
+      "bleu_sentences": run.bleu_sentences,
+      "trackers": [opener.__qualname__ for opener in run.trackers],
+    },
+  }
+
+
+def _rates(settings: steps.Settings) -> dict[str, float]:
+  """Learning rates at some steps, which tell one schedule from another."""
+  some = (n * 10**e for e in range(10) for n in (1, 2, 5))
+  return {
+    str(step): float(f"{float(settings.learning_rate(step)):.4g}")
+    for step in some
+    if step < settings.train_steps
   }
 
 

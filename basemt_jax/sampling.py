@@ -18,7 +18,7 @@ arXiv:2304.09151), which is the cap on uniform sampling.
 import dataclasses
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -34,6 +34,10 @@ _NEWTON_STEPS = 200
 _CAP_TOLERANCE = 1e-9
 
 
+# (Name, all directions) -> those that it means.
+Meant = Callable[[str, Sequence[str]], Sequence[str]]
+
+
 @dataclasses.dataclass(frozen=True)
 class Strategy:
   """How directions are sampled over the steps of a run.
@@ -41,9 +45,9 @@ class Strategy:
   Attributes:
     temperature: Step -> temperature T.
     joins: The first step of late directions. A key is a direction ('en-gu'), a
-      language ('gu': all directions from or to it), or a number n (all
-      directions of fewer than n training pairs); the latest step of all that
-      match counts.
+      language ('gu': all directions from or to it), in any spelling, or a
+      number n (all directions of fewer than n training pairs); the latest step
+      of all that match counts.
     max_epochs: The most often that any direction is expected to be gone
       through. A direction that would be seen more often is drawn less, by one
       factor at all steps; the others take over in their proportions.
@@ -108,6 +112,7 @@ class Strategy:
     pairs: ArrayLike,
     rows: ArrayLike,
     batch_size: float,
+    meant: Meant | None = None,
   ) -> "Plan":
     """The strategy for given data.
 
@@ -116,12 +121,15 @@ class Strategy:
       pairs: [N] training pairs.
       rows: [N] packed rows; `pairs` where nothing is packed.
       batch_size: rows of a global batch.
+      meant: which of the directions a name in `joins` and `sizes` means, such
+        as `languages.meant`, which knows every spelling; None: those that are
+        spelled so.
 
     Raises:
       ValueError: names that no direction has, directions without a size, no
         direction at step 0, or a cap that leaves too little data.
     """
-    return Plan(self, directions, pairs, rows, batch_size)
+    return Plan(self, directions, pairs, rows, batch_size, meant)
 
 
 def unimax(
@@ -163,8 +171,10 @@ class Plan:
     pairs: ArrayLike,
     rows: ArrayLike,
     batch_size: float,
+    meant: Meant | None = None,
   ):
     """See `Strategy.plan`."""
+    meant = meant or _spelled_so
     self.strategy, self.directions = strategy, tuple(directions)
     self.pairs = np.asarray(pairs, np.float64)
     self.rows = np.asarray(rows, np.float64)
@@ -176,15 +186,20 @@ class Plan:
       )
     self.sizes = self.pairs
     if strategy.sizes is not None:
-      missing = sorted({*self.directions} - strategy.sizes.keys())
+      known = {
+        name: size
+        for key, size in strategy.sizes.items()
+        for name in meant(key, self.directions)
+      }
+      missing = sorted({*self.directions} - known.keys())
       if missing:
         raise ValueError(
           f"the given sizes lack the directions {', '.join(missing)}"
         )
-      given = [strategy.sizes[name] for name in self.directions]
+      given = [known[name] for name in self.directions]
       # What has no rows cannot be drawn, whatever is published.
       self.sizes = np.asarray(given, np.float64) * (self.rows > 0)
-    self.starts = _starts(strategy.joins, self.directions, self.sizes)
+    self.starts = _starts(strategy.joins, self.directions, self.sizes, meant)
     self.multipliers = np.ones(len(self.directions))
     if strategy.max_epochs is not None:
       self.multipliers = self._capped()
@@ -289,16 +304,21 @@ class Plan:
     return rates, counts.astype(np.float64)
 
 
+def _spelled_so(name: str, directions: Sequence[str]) -> Sequence[str]:
+  return [d for d in directions if name in (d, *d.split("-"))]
+
+
 def _starts(
   joins: Mapping[str | int, int],
   directions: Sequence[str],
   sizes: np.ndarray,
+  meant: Meant,
 ) -> np.ndarray:
   """First steps of the directions; int64 [N]."""
   starts = np.zeros(len(directions), np.int64)
   for key, step in joins.items():
     if isinstance(key, str):
-      match = np.array([key in (d, *d.split("-")) for d in directions])
+      match = np.isin(directions, meant(key, directions))
       if not match.any():
         raise ValueError(
           f"{key!r}, which is to join at step {step}, is neither a direction "

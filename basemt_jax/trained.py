@@ -333,6 +333,7 @@ class Evaluation:
     results: By direction, most training pairs first.
     translations: In the same order.
     directory: Where both were written.
+    not_written: Why they were not, if so: a full disk takes no results away.
   """
 
   test_set: str
@@ -340,6 +341,7 @@ class Evaluation:
   results: list[evaluation.DirectionResult]
   translations: list[evaluation.DirectionTranslations]
   directory: pathlib.Path
+  not_written: OSError | None = None
 
 
 def check_evaluation(run: run_lib.Run) -> None:
@@ -428,16 +430,17 @@ def evaluate_texts(
   )
   name = f"{test_set}_{trained.step}_{evaluation.search_slug(search)}"
   directory = pathlib.Path(run.model_dir) / "evaluation" / name
+  about = {
+    "test_set": test_set,
+    "step": trained.step,
+    "weights": "averaged" if trained.is_averaged else "last",
+    "search": dataclasses.asdict(search),
+  }
+  found = Evaluation(test_set, trained.step, results, translations, directory)
   if processes.is_first():
-    evaluation.write_translations(directory, translations)
-    evaluation.write_scores(
-      directory / "scores.json",
-      results,
-      {
-        "test_set": test_set,
-        "step": trained.step,
-        "weights": "averaged" if trained.is_averaged else "last",
-        "search": dataclasses.asdict(search),
-      },
-    )
-  return Evaluation(test_set, trained.step, results, translations, directory)
+    try:
+      evaluation.write_translations(directory, translations)
+      evaluation.write_scores(directory / "scores.json", results, about)
+    except OSError as error:
+      return dataclasses.replace(found, not_written=error)
+  return found

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import pathlib
 from collections.abc import Callable
 from typing import Any
 
@@ -51,6 +52,8 @@ def train(
       continuation of.
   """
   run.check_devices()
+  if "://" not in run.model_dir:  # Before rows are packed.
+    files.check_writable(pathlib.Path(run.model_dir, description.FILE))
   for doubt in run.doubts():
     console.message(doubt)
   store = run.store(console.building)

@@ -38,7 +38,7 @@ def exported(
     place = folder / name
     fill = ctranslate.writer(model, name)
     directories.write(place, model, fill, name, "")
-    found[name] = ctranslate.load(run_lib.described(place), threads)
+    found[name] = ctranslate.load(run_lib.described(place), "cpu", threads)
   return found
 
 

@@ -40,6 +40,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+from basemt_jax import checksums
 from basemt_jax.corpora import preparation
 from basemt_jax.data import parallel_text, row_store
 from basemt_jax.data import vocabulary as vocabulary_lib
@@ -281,11 +282,8 @@ def _stamps(folder: pathlib.Path, files: finding.Found) -> tuple[object, ...]:
     for file in splits.values()
     for path in file.paths
   )
-  stats = [(path.name, path.stat()) for path in paths]
-  return (
-    str(folder.resolve()),
-    tuple((name, stat.st_size, stat.st_mtime_ns) for name, stat in stats),
-  )
+  stamps = tuple((path.name, *checksums.stamp(path)) for path in paths)
+  return str(folder.resolve()), stamps
 
 
 def _add_tasks(
@@ -346,7 +344,12 @@ def _known_report(
   pairs = 0
   for path in file.paths:
     known = counted.get(path.name)
-    if known is None or known["bytes"] != path.stat().st_size:
+    size, _, checksum = checksums.stamp(path)
+    # Earlier versions wrote the sizes alone.
+    if known is None or (known["bytes"], known.get("checksum", checksum)) != (
+      size,
+      checksum,
+    ):
       return None
     pairs += known["pairs"]
   return parallel_text.Report(str(file), pairs) if pairs else None

@@ -1,5 +1,6 @@
 """The command line: what it does from end to end, and how it refuses."""
 
+import errno
 import io
 import json
 import os
@@ -14,7 +15,7 @@ import pytest
 import toy
 
 import gin
-from basemt_jax import cli, description
+from basemt_jax import cli, description, files
 from basemt_jax import run as run_lib
 from basemt_jax.commands import configuration
 from basemt_jax.inspection import results
@@ -112,6 +113,22 @@ def test_the_same_command_again_only_evaluates(
   assert "tokens/s" not in output.err
   assert "en-fr" in output.out and "mean of all" in output.out
   assert sorted(dense.glob("checkpoint_*")) == before
+
+
+def test_results_that_cannot_be_written_are_shown(
+  dense, one_device, capsys, monkeypatch
+):
+  def full(path, content):
+    raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+  monkeypatch.setattr(files, "write_atomically", full)
+  assert cli.main(["evaluate", f"--model_dir={dense}", "--split=test"]) == 1
+  output = capsys.readouterr()
+  assert "mean of all" in output.out
+  assert re.match(
+    rf"basemt: error: {dense}/evaluation/\S+ could not be written: No space",
+    output.err.splitlines()[-2],
+  )
 
 
 def test_evaluation_of_another_split_and_checkpoint(dense, one_device, capsys):

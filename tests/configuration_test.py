@@ -131,6 +131,87 @@ def test_broken_gin_files_are_one_sentence(
   assert re.search(expected.replace("?", "\\?"), found), found
 
 
+EVIL = """
+from __gin__ import dynamic_registration
+from basemt_jax import files
+from basemt_jax import run
+from basemt_jax.commands import configuration
+from basemt_jax.commands import trackers
+"""
+
+
+@pytest.mark.parametrize(
+  "text, told",
+  [
+    (
+      "import subprocess\n"
+      "run.Run.model_dir = @subprocess.getoutput()\n"
+      "subprocess.getoutput.cmd = 'touch ran'\n",
+      "imports subprocess; .*--module subprocess",
+    ),
+    ("import planted\n", "imports planted; "),
+    ("from os import path\n", "imports os.path; "),
+    ("include 'planted.gin'\n", "includes planted.gin"),
+    # By way of what this package imports.
+    (
+      "run.Run.trackers = (@files.os.system(),)\n"
+      "files.os.system.command = 'touch ran'\n",
+      "refers to posix.system",
+    ),
+    (
+      "run.Run.trackers = (@files.write_atomically(),)\n"
+      "files.write_atomically.path = 'ran'\n"
+      "files.write_atomically.content = ''\n",
+      "refers to basemt_jax.files.write_atomically",
+    ),
+    (
+      "run.Run.trackers = (@configuration.import_modules(),)\n"
+      "configuration.import_modules.names = ('planted',)\n",
+      "refers to basemt_jax.commands.configuration.import_modules",
+    ),
+  ],
+)
+def test_somebody_elses_configuration_runs_nothing(
+  text, told, tmp_path, monkeypatch, capsys
+):
+  monkeypatch.chdir(tmp_path)
+  (tmp_path / "planted.py").write_text("open('ran', 'w')\n")
+  (tmp_path / "planted.gin").write_text("import planted\n")
+  importlib.invalidate_caches()
+  (tmp_path / "model").mkdir()
+  (tmp_path / "model" / "config.gin").write_text(EVIL + text)
+  for command in ("train", "cache", "compile", "vocab --output=x"):
+    assert cli.main([*command.split(), "--model_dir=model"]) == 1
+    assert re.search(told, capsys.readouterr().err)
+    gin.clear_config()
+  assert not (tmp_path / "ran").exists()
+  assert "planted" not in sys.modules
+
+
+def test_modules_that_are_named_may_be_in_a_saved_configuration(
+  tmp_path, monkeypatch
+):
+  monkeypatch.chdir(tmp_path)
+  configured()
+  configuration.save_config(str(tmp_path))
+  name = f"trusted_{os.getpid()}"
+  (tmp_path / f"{name}.py").write_text("def steps() -> int:\n  return 7\n")
+  importlib.invalidate_caches()
+  with open(tmp_path / "config.gin", "a") as file:
+    file.write(f"import {name}\nLOG_STEPS = @{name}.steps()\n")
+  for module, expected in (([], None), (["tasks"], None), ([name], 7)):
+    gin.clear_config()
+    options = cli._parser().parse_args(
+      ["train", f"--model_dir={tmp_path}", *(f"--module={m}" for m in module)]
+    )
+    options.bindings = []
+    if expected:
+      assert configuration.configured(options).settings.log_every == expected
+    else:
+      with pytest.raises(ValueError, match=f"imports {name}; of a config"):
+        configuration.configured(options)
+
+
 # ------------------------------------------------------------- commands
 
 
@@ -193,6 +274,8 @@ def test_text_tells_a_terminal_nothing():
 def test_the_first_process_listens_where_it_was_told():
   assert processes._bind_address("localhost:1234") == "localhost:1234"
   assert processes._bind_address("127.0.0.1:1234") == "127.0.0.1:1234"
+  if os.path.exists("/proc/net/if_inet6"):
+    assert processes._bind_address("[::1]:1234") == "[::1]:1234"
   # Of no interface here (a documentation address): JAX's default.
   assert processes._bind_address("192.0.2.1:1234") is None
   assert processes._bind_address(None) is None

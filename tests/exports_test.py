@@ -295,13 +295,32 @@ def test_nothing_is_written_over(exported, folder, capsys):
 
 
 def test_the_card_tells_data_scores_and_licence(folder, tmp_path):
-  scores = folder / "dense" / "evaluation" / f"test_{STEP}" / "scores.json"
   result = evaluation.DirectionResult(
     *("en-de", 60, "low", 6, 1.0, 12.345, 40.0),
     bleu_signature="nrefs:1",
     chrf_signature="nw:2",
   )
-  evaluation.write_scores(scores, [result], {"search": {"beam_size": 4}})
+  written = []
+  for number, (name, step, weights, beam) in enumerate(
+    [
+      ("test", toy_models.STEP, "averaged", 1),
+      ("test", toy_models.STEP, "averaged", 4),  # This one.
+      ("validation", toy_models.STEP, "averaged", 8),
+      ("news", toy_models.STEP, "averaged", 8),
+      ("test", toy_models.STEP, "last", 8),
+      ("test", toy_models.STEP - 1, "averaged", 8),
+    ]
+  ):
+    written.append(folder / "dense/evaluation" / str(number) / "scores.json")
+    bleu = 12.345 if beam == 4 else 1.0
+    evaluation.write_scores(
+      written[-1],
+      [dataclasses.replace(result, bleu=bleu)],
+      {
+        **{"test_set": name, "step": step, "weights": weights},
+        "search": {"beam_size": beam},
+      },
+    )
   assert export(folder / "dense", tmp_path / "a b", "--licence=Apache-2.0") == 0
   card = (tmp_path / "a b" / "README.md").read_text()
   _, head, text = card.split("---\n", 2)
@@ -319,7 +338,8 @@ def test_the_card_tells_data_scores_and_licence(folder, tmp_path):
   assert "| en-fr | 24 |  |  |" in text
   assert "linear(1.0, 5.0, 4)" in text and "`nrefs:1`" in text
   assert "basemt serve --model_dir 'a b'" in text
-  scores.unlink()
+  for path in written:
+    path.unlink()
 
 
 def test_an_unmeasured_sparse_model_says_so(exported):

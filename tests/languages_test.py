@@ -66,6 +66,8 @@ def test_every_spelling_is_one_value(spelled):
     "en--US",
     "pt_BR_",
     "v1",
+    "de_2019",
+    "en-corpus",
   ],
 )
 def test_what_is_no_code(wrong):
@@ -188,6 +190,25 @@ def test_what_can_be_read_in_two_ways_is_asked_about():
     Direction.parse("en_fr_ca")
 
 
+@pytest.mark.parametrize(
+  "code, text",
+  [
+    *(
+      ("th", "ภาษาไทย"),
+      ("km", "ភាសាខ្មែរ"),
+      ("lo", "ພາສາລາວ"),
+      ("my", "မြန်မာ"),
+    ),
+    *(("bo", "བོད་ཡིག"), ("ii", "ꆈꌠꉙ"), ("nod", "ᨣᩤᩴᨾᩮᩬᩥᨦ")),
+  ],
+)
+def test_scripts_without_spaces_are_known_by_text_and_by_code(code, text):
+  for spelled in (code, "xx", "de"):
+    assert languages.writing_of(spelled, [text]) == "unspaced"
+  assert languages.writing_of(code) == "unspaced"
+  assert languages.writing_of(code, ["but in Latin letters"]) == "spaced"
+
+
 def test_tags_are_taken_off():
   for text in ("a <b> c", "", "<2>", "<2de", "a <2de> b"):
     assert languages.split_tag(text) == ("", text)
@@ -221,3 +242,29 @@ def test_all_pairs_of_common_codes_are_read_in_one_way():
   codes = ["en", "de", "pt", "br", "fr", "ca", "zh", "sr", "in", "id", "no"]
   for a, b in itertools.permutations(codes, 2):
     assert Direction.parse(f"{a}_{b}") == (a, b)
+
+
+@pytest.mark.parametrize(
+  "name, expected",
+  [
+    ("en-pt_BR", ["en-pt_BR"]),
+    ("en-pt-br", ["en-pt_BR"]),
+    ("EN-pt_br", ["en-pt_BR"]),
+    ("eng_Latn-por", ["en-pt_BR"]),
+    ("pt-br", ["en-pt_BR", "pt_BR-en"]),
+    ("por_Latn", ["en-pt_BR", "pt_BR-en"]),
+    ("en", ["en-pt_BR", "en-zh_Hant", "pt_BR-en"]),
+    ("zh-TW", ["en-zh_Hant", "zh_Hant-deu_Latn"]),
+    ("de", ["zh_Hant-deu_Latn"]),
+    ("zh-de", ["zh_Hant-deu_Latn"]),
+    ("cleaned", ["cleaned"]),
+    ("de-zh", []),
+    ("fr", []),
+    ("nonsense", []),
+  ],
+)
+def test_a_name_means_directions_in_any_spelling(name, expected):
+  directions = ["cleaned", "en-pt_BR", "en-zh_Hant", "pt_BR-en"]
+  directions.append("zh_Hant-deu_Latn")
+  assert sorted(languages.meant(name, directions)) == sorted(expected)
+  assert languages.meant(name, []) == []

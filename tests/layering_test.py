@@ -60,6 +60,7 @@ KNOWS = {
   "t5x_data": {"seqio", "clu"},
   "commands.configuration": {"gin"},
   "commands.inspect": {"gin"},
+  "commands.saved": {"gin"},
   "commands.t5x_settings": {"gin"},
 }
 

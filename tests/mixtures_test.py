@@ -1,3 +1,4 @@
+import os
 import pathlib
 
 import numpy as np
@@ -6,13 +7,14 @@ import scipy.stats
 import seqio
 import tensorflow as tf
 
-from basemt_jax import heating, sampling
+from basemt_jax import checksums, heating, sampling
 from basemt_jax.data import (
   heated_mixture,
   mixtures,
   packing,
   row_store,
   store_building,
+  task_cache,
 )
 
 LENGTHS = {"inputs": 64, "targets": 48}
@@ -192,6 +194,38 @@ def test_what_names_and_stamps_do_not_tell_is_noticed(change, tmp_path, caplog):
   found = _files(after.directory)
   assert found.keys() == rows.keys()
   assert found["train/en-de.rows"] != rows["train/en-de.rows"]
+
+
+@pytest.mark.parametrize("change", [_upper, _last_differs])
+def test_a_cache_of_seqio_s_notices_it_too(change, tmp_path):
+  def registered(extra):
+    seqio.TaskRegistry.remove("corpus.en_de")
+    feature = seqio.Feature(seqio.ByteVocabulary(), add_eos=True)
+    steps = [*extra, seqio.preprocessors.tokenize]
+    return seqio.TaskRegistry.add(
+      "corpus.en_de",
+      source=_source(SIZES["en_de"]),
+      preprocessors=[*steps, seqio.CacheDatasetPlaceholder(), EOS],
+      output_features={"inputs": feature, "targets": feature},
+    )
+
+  folder = task_cache.cache_task(registered([]), tmp_path)
+  assert task_cache.cache_task(registered([_same]), tmp_path) == folder
+  with pytest.raises(ValueError, match="was cached from other data: delete"):
+    task_cache.cache_task(registered([change]), tmp_path)
+
+
+def test_a_file_of_the_same_name_size_and_time_is_another(tmp_path):
+  path = tmp_path / "text"
+  for data in (b"some text" * 9, bytes(10_000_000)):
+    path.write_bytes(data)
+    before, time = checksums.stamp(path), path.stat().st_mtime_ns
+    assert checksums.stamp(path) == before
+    path.write_bytes(b"x" * len(data))
+    os.utime(path, ns=(time, time))
+    checksums._sampled.cache_clear()  # As in another process.
+    after = checksums.stamp(path)
+    assert after[:2] == before[:2] and after != before
 
 
 def test_a_finished_store_needs_no_lock(corpus, tmp_path, monkeypatch):

@@ -22,6 +22,7 @@ from basemt_jax import (
   files,
   heating,
   locking,
+  optimizer,
   plain_data,
   routing,
   sampling,
@@ -243,6 +244,13 @@ def test_a_damaged_checkpoint_is_named_with_the_newest_whole_one(copy, damage):
   assert (copy / "model" / "damaged_checkpoint_4").is_dir()
 
 
+def test_a_file_in_place_of_a_checkpoint_is_named(copy):
+  shutil.rmtree(copy / "model" / "checkpoint_4")
+  (copy / "model" / "checkpoint_4").write_text("")
+  with pytest.raises(ValueError, match=r"it is no directory; the newest.*2"):
+    with_checkpoints(copy / "model", lambda c: c.step_of("latest"))
+
+
 def with_checkpoints(directory, function, read_only=True):
   opened = checkpointing.Checkpoints(directory, read_only=read_only)
   try:
@@ -286,6 +294,10 @@ def test_training_goes_on_from_the_newest_whole_checkpoint(copy):
     ({"data_seed": 1}, "data_seed was 0 and is 1"),
     ({"batch_size": 16}, "batch_size was 8 and is 16"),
     (
+      {"settings": toy.settings(4, optimizer=optimizer.adafactor)},
+      r"optimizer.name was '.*\.adamw' and is '.*\.adafactor'",
+    ),
+    (
       {"settings": toy.settings(4, z_loss=0.0)},
       "settings.z_loss was 0.0001 and is 0.0",
     ),
@@ -303,19 +315,63 @@ def test_what_may_not_change_is_refused_and_nothing_is_touched(
 
 def test_what_may_change_is_told_in_a_line(copy):
   network = dataclasses.replace(toy.DENSE, dropout_rate=0.25)
-  settings = toy.settings(6, eval_every=2, save_every=2, log_every=1)
-  run = a_run(copy / "model", str(copy / "store"), network, settings=settings)
+  settings = toy.settings(
+    6,
+    eval_every=2,
+    save_every=2,
+    log_every=1,
+    learning_rate=optimizer.inverse_square_root(2e-2, 4),
+    optimizer=functools.partial(optimizer.adamw, weight_decay=0.1),
+  )
+  run = a_run(
+    copy / "model",
+    str(copy / "store"),
+    network,
+    settings=settings,
+    bleu_every=50,
+  )
+  # As if it had been trained on more.
+  known = description.read(run.model_dir)
+  known = dataclasses.replace(known, devices={**known.devices, "number": 9})
+  description.write(run.model_dir, known, load(run.model_dir).pieces)
   told = train(run)
   (line,) = [x for x in told if x.startswith("changed since")]
   for text in (
     "network.dropout_rate was 0.0 and is 0.25",
     "settings.train_steps was 4 and is 6",
     "settings.log_every was 2 and is 1",
+    "the learning rate at step 1 was 0.0025 and is 0.005",
+    "optimizer.arguments.weight_decay was 0.0 and is 0.1",
+    "devices.number was 9 and is 8",
+    "reporting.bleu_every was 0 and is 50",
   ):
     assert text in line
   # What is in the directory now is what was trained.
   known = description.read(copy / "model")
   assert known.settings["train_steps"] == 6
+
+
+def test_a_field_that_was_not_there_yet_had_its_default(original):
+  """What an earlier version wrote goes on working when the package grows."""
+  now = description.read(original / "model")
+  values = json.loads(json.dumps(now.to_json()))
+  for name in ("learning_rate", "devices", "reporting"):
+    del values[name]
+  del values["optimizer"]["arguments"]["weight_decay"]
+  for name in ("placement", "attention", "router", "mlp_activations", "remat"):
+    del values["network"]["fields"][name]
+  del values["settings"]["patience"], values["settings"]["z_loss"]
+  stats = values["header"]["splits"]["train"]["en-de"]
+  del stats["sample"]
+  stats["of_an_earlier_version"] = 5
+  old = description.Description.from_json(values)
+  description.check_network(old, now.network, "m")
+  assert description.differences(old, now) == ([], [])
+  none = dataclasses.replace(old, optimizer=None)
+  assert description.differences(none, now) == ([], [])
+  other = {**now.network["fields"], "placement": "insert"}
+  with pytest.raises(ValueError, match="placement was 'replace' and is 'ins"):
+    description.check_network(old, {**now.network, "fields": other}, "m")
 
 
 def test_a_second_writer_is_told_who_the_first_is(copy):

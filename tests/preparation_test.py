@@ -485,7 +485,7 @@ def test_a_full_disk_is_told_and_survived(raw, prepared, tmp_path, monkeypatch):
     return open("/dev/full" if mode == "wb" else path, mode)
 
   monkeypatch.setattr(preparation, "open", full, raising=False)
-  message = rf"the disk of {tmp_path} is full: make room"
+  message = rf"{tmp_path} cannot be written, its disk is full: make room"
   with pytest.raises(ValueError, match=message):
     preparation.prepare(raw, tmp_path, NAMES, SMALL, processes=0)
   monkeypatch.undo()

@@ -739,3 +739,51 @@ def test_closed_prefetcher_leaves_no_thread():
   assert threading.active_count() == before
   with pytest.raises(ValueError, match="depth must be above 0"):
     prefetch.Prefetcher(iter([]), depth=0)
+
+
+def long_pairs_store(directory, long_pairs, limit=8, **options):
+  """A store of pairs of 3 to 10 tokens, in rows of `limit` tokens."""
+  layout = packing.RowLayout(limit, limit)
+  writer = row_store.RowStoreWriter(
+    directory, "train", "de-en", layout, long_pairs=long_pairs, **options
+  )
+  lengths = [2 + i % 8 for i in range(40)]
+  sides = [
+    packing.Ragged.of([[10 + i] * n + [1] for i, n in enumerate(order)])
+    for order in (lengths, lengths[::-1])
+  ]
+  start = writer.stats.read
+  writer.add(*(side.split(start)[1] for side in sides))
+  longest = map(max, zip(*(side.lengths for side in sides), strict=True))
+  fits = [i for i, length in enumerate(longest) if length <= limit]
+  return writer, fits
+
+
+def test_long_pairs_are_cut_dropped_or_refused(tmp_path):
+  writer, fits = long_pairs_store(tmp_path / "cut", "cut")
+  stats = writer.finish()
+  assert (stats.pairs, stats.dropped) == (40, 0)
+  assert stats.truncated == 40 - len(fits) > 0
+  writer, fits = long_pairs_store(tmp_path / "drop", "drop", chunk_pairs=16)
+  stats = writer.finish()
+  assert (stats.pairs, stats.truncated) == (len(fits), 0)
+  assert stats.read == 40
+  rows = np.fromfile(tmp_path / "drop/train/de-en.rows", "<u2").reshape(-1, 32)
+  assert set(rows[:, :16].ravel()) - {0, 1} == {10 + i for i in fits}
+  writer, _ = long_pairs_store(tmp_path / "refuse", "refuse")
+  with pytest.raises(ValueError, match=r"de-en: \d+ of 40 pairs .* LONG_PAIRS"):
+    writer.finish()
+  writer, _ = long_pairs_store(tmp_path / "none", "drop", limit=2)
+  with pytest.raises(ValueError, match="40 of 40 pairs"):
+    writer.finish()
+
+
+def test_dropping_goes_on_where_it_was_interrupted(tmp_path):
+  whole, _ = long_pairs_store(tmp_path / "a", "drop", chunk_pairs=16)
+  stats = whole.finish()
+  # Two chunks are on the disk; the rest is lost with the writer.
+  long_pairs_store(tmp_path / "b", "drop", chunk_pairs=16)
+  again, _ = long_pairs_store(tmp_path / "b", "drop", chunk_pairs=16)
+  assert again.finish() == stats
+  a, b = (tmp_path / name / "train/de-en.rows" for name in "ab")
+  assert a.read_bytes() == b.read_bytes()

@@ -8,6 +8,7 @@ import scipy.optimize
 from hypothesis import strategies as st
 
 from basemt_jax import heating, sampling
+from basemt_jax.data import languages
 
 NAMES = ["en-cs", "en-de", "en-gu", "gu-en"]
 PAIRS = np.array([90_000, 9_000, 900, 600])
@@ -113,6 +114,20 @@ def test_directions_join(joins, starts):
   for step, rates in enumerate(plan.rates(np.arange(12))):
     weights = np.sqrt(PAIRS) * ROWS / PAIRS * (step >= np.array(starts))
     np.testing.assert_allclose(rates, weights / weights.sum())
+
+
+def test_names_of_joins_and_sizes_are_in_any_spelling():
+  strategy = sampling.Strategy(
+    heating.constant(1),
+    {"eng_Latn-pt-BR": 5, "deu": 3},
+    sizes={"en-pt-br": 7, "de-en": 1},
+  )
+  names, counts = ["deu_Latn-en", "en-pt_BR"], [4, 4]
+  with pytest.raises(ValueError, match="all directions join after step 0"):
+    strategy.plan(names, counts, counts, 2, languages.meant)
+  late = dataclasses.replace(strategy, joins={"eng_Latn-pt-BR": 5})
+  plan = late.plan(names, counts, counts, 2, languages.meant)
+  assert plan.starts.tolist() == [0, 5] and plan.sizes.tolist() == [1, 7]
 
 
 # -------------------------------------------------------------------- cap

@@ -7,7 +7,6 @@ import dataclasses
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import threading
@@ -53,8 +52,8 @@ class Backwards:
     return trained.choose_tag(tags, to, source)
 
   def translator(self, search):
-    def translate(sources, progress=None):
-      del progress
+    def translate(sources, *others):
+      del others
       self.calls.append((search.beam_size, len(sources)))
       assert self.may_go.wait(20)
       time.sleep(self.seconds)
@@ -351,25 +350,34 @@ def test_the_command_ends_when_told_having_answered(models):
     [
       *(sys.executable, "-m", "basemt_jax.cli", "serve", "--port=0"),
       f"--model_dir={models}/exported",
+      "--gin.translation.SearchOptions.batch_size=4",
+      "--gin.translation.SearchOptions.max_target_length=60",
     ],
     stdout=subprocess.PIPE,
     text=True,
-    env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    env={
+      **os.environ,
+      "PYTHONPATH": os.pathsep.join(sys.path),
+      "OMP_NUM_THREADS": "1",
+    },
   )
   with process, concurrent.futures.ThreadPoolExecutor(16) as clients:
-    line = process.stdout.readline()
-    assert line.startswith(f"serving {models}/exported on http://127.0.0.1:")
-    address = line.split()[-1]
-    question = {"text": ["a long text " * 9] * 64, "target": "de"}
-    asked = [
-      clients.submit(ask, address, "/translate", question) for _ in range(16)
-    ]
-    while not json.loads(ask(address, "/health").value)["waiting"]:
-      time.sleep(0.005)
-    process.send_signal(signal.SIGTERM)
-    answers = [texts_of(a.result()) for a in asked]
-    assert process.wait(20) == 0
-  assert [len(texts) for texts in answers] == [64] * 16
+    try:
+      line = process.stdout.readline()
+      assert line.startswith(f"serving {models}/exported on http://127.0.0.1:")
+      address = line.split()[-1]
+      question = {"text": ["a long text " * 9] * 4, "target": "de"}
+      asked = [
+        clients.submit(ask, address, "/translate", question) for _ in range(16)
+      ]
+      while not json.loads(ask(address, "/health").value)["waiting"]:
+        assert not all(a.done() for a in asked)
+      process.terminate()
+      answers = [texts_of(a.result()) for a in asked]
+      assert process.wait(20) == 0
+    finally:
+      process.kill()
+  assert [len(texts) for texts in answers] == [4] * 16
   assert len({tuple(texts) for texts in answers}) == 1
 
 

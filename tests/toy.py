@@ -147,8 +147,11 @@ def write_store(directory, splits=("train", "validation", "test")):
   for split in splits:
     stats[split] = {}
     for name in DIRECTIONS:
-      records = texts(split, name)
       writer = row_store.RowStoreWriter(directory, split, name, LAYOUT)
+      stats[split][name] = writer.stats
+      if writer.stats.finished:
+        continue
+      records = texts(split, name)[writer.stats.pairs :]
       writer.add(
         *(
           packing.Ragged.of([[*bytes_.encode(r[side]), 1] for r in records])

@@ -57,6 +57,14 @@ def test_from_seqio_is_the_same_vocabulary(source):
   assert Vocabulary.load("bytes") != Vocabulary.load(cldr.MODEL_PATH)
 
 
+def test_tasks_of_users_find_it_at_the_front():
+  import basemt_jax
+
+  assert basemt_jax.vocabulary is vocabulary
+  with pytest.raises(AttributeError, match="has no attribute 'vocab'"):
+    basemt_jax.vocab  # noqa: B018
+
+
 def test_byte_vocabulary_with_extra_ids():
   ours = Vocabulary.from_seqio(seqio.ByteVocabulary(extra_ids=10))
   assert ours.vocab_size == 269 and ours.seqio().extra_ids == 10

@@ -3,6 +3,7 @@
 import argparse
 import sys
 
+from basemt_jax import files
 from basemt_jax.commands import configuration, console, flags
 
 SUMMARY = "Build a run's packed rows ahead of training."
@@ -10,6 +11,7 @@ SUMMARY = "Build a run's packed rows ahead of training."
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
   """The flags of this command."""
+  flags.modules(parser)
   parser.add_argument(
     "--seqio_dir",
     metavar="DIR",
@@ -28,7 +30,9 @@ def run(options: argparse.Namespace) -> None:
       run.mixture_or_task_name,
       options.seqio_dir,
       console.every_few_seconds(
-        lambda name, done: print(f"{name}: {done:,} examples", file=sys.stderr)
+        lambda name, done: print(
+          files.printable(f"{name}: {done:,} examples"), file=sys.stderr
+        )
       ),
     )
     print(f"{options.seqio_dir}: {len(folders)} tasks")

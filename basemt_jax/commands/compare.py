@@ -4,7 +4,8 @@ import argparse
 import dataclasses
 import pathlib
 
-from basemt_jax.commands import configuration
+from basemt_jax import files
+from basemt_jax.commands import configuration, flags
 
 SUMMARY = "Compare runs: settings, scores and their significance, curves."
 
@@ -23,8 +24,12 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     default=1000,
     help="of the paired bootstrap; default 1000",
   )
-  parser.add_argument("--html", metavar="FILE", help="write a page with plots")
-  parser.add_argument("--json", metavar="FILE", help="write the numbers")
+  parser.add_argument(
+    "--html", metavar="FILE", type=flags.path, help="write a page with plots"
+  )
+  parser.add_argument(
+    "--json", metavar="FILE", type=flags.path, help="write the numbers"
+  )
 
 
 def run(options: argparse.Namespace) -> None:
@@ -39,6 +44,8 @@ def run(options: argparse.Namespace) -> None:
     raise configuration.UsageError(
       f"--samples {options.samples}: the bootstrap needs 1 sample at least"
     )
+  for path in filter(None, (options.json, options.html)):
+    files.check_writable(path)
   runs = compare.compare([*map(pathlib.Path, options.runs)], options.samples)
   section = compare.section(runs)
   page.print_sections([section])

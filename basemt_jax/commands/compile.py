@@ -3,10 +3,10 @@
 import argparse
 import dataclasses
 import os
-import pathlib
 import sys
 from typing import Any
 
+from basemt_jax import files
 from basemt_jax.commands import configuration, flags
 
 SUMMARY = (
@@ -16,6 +16,7 @@ SUMMARY = (
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
   """The flags of this command."""
+  flags.modules(parser)
   parser.add_argument(
     "--topology",
     metavar="NAME",
@@ -49,6 +50,8 @@ def run(options: argparse.Namespace) -> int:
   """Compiles the step on the meshes asked for; 1 if it does not fit, else 0."""
   import json
 
+  if options.json:
+    files.check_writable(options.json)
   if options.topology:
     # Whatever accelerator this host has. Before JAX is loaded.
     os.environ["JAX_PLATFORMS"] = "cpu"
@@ -96,9 +99,8 @@ def run(options: argparse.Namespace) -> int:
   for table in [*compared, *compile_report.tables_of(report)]:
     tables.show(table, console)
   if options.json:
-    pathlib.Path(options.json).write_text(
-      json.dumps(compile_report.to_json(report), indent=1) + "\n",
-      encoding="utf-8",
+    files.write_atomically(
+      options.json, json.dumps(compile_report.to_json(report), indent=1) + "\n"
     )
   return 0 if report.memory.fits else 1
 

@@ -21,6 +21,7 @@ from typing import Any
 
 from basemt_jax import files as files_lib
 from basemt_jax.commands import checks
+from basemt_jax.commands import saved as saved_lib
 
 PACKAGE = pathlib.Path(__file__).parent.parent
 CONFIG_FILE = "config.gin"
@@ -73,7 +74,19 @@ def _checked(run: Any) -> Any:
     for name in ("model_dir", "store_dir", "cache_dir")
     if (value := getattr(run, name)) is not None
   }
-  return dataclasses.replace(run, **paths)
+  optimizer = _with_bindings(run.settings.optimizer)
+  settings = dataclasses.replace(run.settings, optimizer=optimizer)
+  return dataclasses.replace(run, settings=settings, **paths)
+
+
+def _with_bindings(function: Callable[..., Any]) -> Callable[..., Any]:
+  """The function with what gin binds, for those who do not know gin."""
+  import gin
+
+  try:
+    return functools.partial(function, **gin.get_bindings(function))
+  except ValueError:  # It is not gin's.
+    return function
 
 
 # What may be set for a model that is used as it was trained, by the fields of
@@ -136,22 +149,14 @@ def _parse(
   from basemt_jax import run
   from basemt_jax.data import mixtures  # noqa: F401  What it says of imports.
 
+  named = getattr(options, "module", [])
+  import_modules(named)
   files = list(options.gin_file)
   if options.model_dir:
     macros = {"MODEL_DIR": options.model_dir, **macros}
-  if not files:
-    if not options.model_dir:
-      raise UsageError(
-        "nothing is configured: give --gin_file=gin/recipes/NAME.gin, or "
-        "--model_dir of a run, which holds its configuration"
-      )
-    saved = pathlib.Path(options.model_dir) / CONFIG_FILE
-    if not saved.exists():
-      raise UsageError(
-        f"{options.model_dir} is not the directory of a run: it holds no "
-        f"{CONFIG_FILE}; give another, or --gin_file"
-      )
-    files = [str(saved)]
+  is_saved = not files
+  if is_saved:
+    files = [_saved_file(options)]
   for path in (
     "",
     *filter(None, options.gin_search_paths.split(",")),
@@ -164,19 +169,26 @@ def _parse(
   logging.disable(logging.ERROR)
   try:
     paths = [_find(f, options) for f in files]
-    with (
-      files_lib.native_output_hidden()
-    ):  # Imports tasks, perhaps TensorFlow too.
+    if is_saved:
+      saved_lib.check_imports(files[0], named)
+    with files_lib.native_output_hidden():  # Of what the tasks import.
       gin.parse_config_files_and_bindings(
         paths,
         [*_as_gin(options.bindings), *bindings],
         finalize_config=False,
         skip_unknown=False,
       )
+      if is_saved:
+        saved_lib.check_references(files[0], named)
       checks.check([b.partition("=")[0].strip() for b in options.bindings])
       gin.finalize()
   except Exception as error:  # Modules that it imports raise anything.
-    raise UsageError(f"configuration: {_what_is_wrong(error)}") from error
+    # gin tells the line, and not the file.
+    of_text = isinstance(error, (SyntaxError, UnicodeDecodeError))
+    where = f"{', '.join(files)}: " if of_text else ""
+    raise UsageError(
+      f"configuration: {where}{_what_is_wrong(error)}"
+    ) from error
   finally:
     logging.disable(logging.NOTSET)
   try:
@@ -186,6 +198,22 @@ def _parse(
       f"{', '.join(files)} binds nothing of run.Run; include "
       "'gin/runs/train.gin'"
     ) from error
+
+
+def _saved_file(options: argparse.Namespace) -> str:
+  """The configuration in the model directory, where no other is given."""
+  if not options.model_dir:
+    raise UsageError(
+      "nothing is configured: give --gin_file=gin/recipes/NAME.gin, or "
+      "--model_dir of a run, which holds its configuration"
+    )
+  saved = pathlib.Path(options.model_dir) / CONFIG_FILE
+  if not saved.exists():
+    raise UsageError(
+      f"{options.model_dir} is not the directory of a run: it holds no "
+      f"{CONFIG_FILE}; give another, or --gin_file"
+    )
+  return str(saved)
 
 
 # Bytes of compiled programs that are kept between runs; the least recently used
@@ -342,6 +370,8 @@ def one_sentence(error: Exception) -> str:
   text = str(error).strip() or type(error).__name__
   if isinstance(error, OSError) and error.filename and error.strerror:
     text = f"{error.filename}: {error.strerror}"
+  # One that gin or another error has taken in.
+  text = re.sub(r"\[Errno \d+\] ([^:\n]+): '([^'\n]+)'", r"\2: \1", text)
   # gin repeats the whole configuration there.
   text = text.split(" in config string:")[0]
   lines = [line.strip() for line in text.splitlines() if line.strip()]

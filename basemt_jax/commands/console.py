@@ -9,13 +9,15 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from basemt_jax import files
+
 
 def standard() -> Any:
   """A `run.Console` that speaks on standard error."""
   from basemt_jax import run
 
   def say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    print(files.printable(text), file=sys.stderr, flush=True)
 
   def progress(p: Any, temperature: float) -> None:
     minutes, seconds = divmod(round(p.seconds_left), 60)

@@ -106,6 +106,8 @@ def print_evaluation(run: Any, result: Any, writer: Any = None) -> None:
   print()
   for line in scores.sample_lines(result.translations, 4):
     print(line)
+  if result.not_written:  # They have been shown all the same.
+    raise result.not_written
   targets = [
     languages.Direction.parse(r.direction).target for r in result.results
   ]

@@ -6,10 +6,8 @@ import shlex
 from basemt_jax.commands import configuration, console, flags
 
 SUMMARY = "Write a trained model for CTranslate2, or as safetensors."
-QUANTIZATIONS = (
-  *("float32", "float16", "bfloat16", "int16"),
-  *("int8", "int8_float32", "int8_float16", "int8_bfloat16"),
-)
+# CTranslate2 makes bfloat16 only where PyTorch is.
+QUANTIZATIONS = ("float32", "float16", "int16", "int8", "int8_float16")
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:

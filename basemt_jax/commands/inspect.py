@@ -190,6 +190,7 @@ def _store_there_is(run: Any) -> Any:
     run.mixture_or_task_name,
     run.task_feature_lengths,
     run.cache_dir or row_store.default_cache_dir(),
+    long_pairs=run.long_pairs,
   )
   if not (directory / "store.json").exists():
     return None
@@ -222,7 +223,9 @@ def _inspect_data(options: argparse.Namespace, run: Any, mixture: Any) -> Any:
     done += 1
     say(f"looked at {name}, {done} directions done")
 
-  say = console.every_few_seconds(lambda text: print(text, file=sys.stderr))
+  say = console.every_few_seconds(
+    lambda text: print(files.printable(text), file=sys.stderr)
+  )
   return text_report.inspect_data(
     mixture,
     text_report.Options(

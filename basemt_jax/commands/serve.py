@@ -26,6 +26,11 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
   parser.add_argument(
     "--max_waiting", type=int, metavar="N", help="texts that wait, of all"
   )
+  group = parser.add_argument_group("of an export for CTranslate2")
+  group.add_argument(
+    "--device", choices=("auto", "cpu", "cuda"), default="auto"
+  )
+  group.add_argument("--threads", type=int, default=0, metavar="N")
 
 
 def run(options: argparse.Namespace) -> None:
@@ -54,12 +59,13 @@ def run(options: argparse.Namespace) -> None:
     service.warm_up(model)
     server = service.server(service.application(model, limits))
     host, port = socket.getsockname()[:2]
-    print(f"serving {run.model_dir} on http://{host}:{port}", flush=True)
+    place = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    print(f"serving {run.model_dir} on http://{place}", flush=True)
     if options.host not in _LOOPBACK:
       print("anybody who reaches this address can use it", flush=True)
-    # The server ends, and then raises the signal again: it was no accident.
+    # The server has its own way to end, and then raises the signal again.
     for number in (signal.SIGINT, signal.SIGTERM):
-      signal.signal(number, lambda *_: None)
+      signal.signal(number, lambda *_: setattr(server, "should_exit", True))
     server.run(sockets=[socket])
 
 
@@ -69,5 +75,5 @@ def load(run: Any, options: argparse.Namespace) -> Any:
   from basemt_jax.exports import ctranslate
 
   if (pathlib.Path(run.model_dir) / ctranslate.MODEL_FILE).exists():
-    return ctranslate.load(run)
+    return ctranslate.load(run, options.device, options.threads)
   return trained.load(run, console.standard(), options.checkpoint)

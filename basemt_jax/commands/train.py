@@ -16,6 +16,7 @@ SUMMARY = "Train, or go on, and evaluate."
 def add_flags(parser: argparse.ArgumentParser) -> None:
   """The flags of this command."""
   flags.several_processes(parser)
+  flags.modules(parser)
 
 
 def run(options: argparse.Namespace) -> int:

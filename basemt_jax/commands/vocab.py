@@ -2,6 +2,7 @@
 
 import argparse
 
+from basemt_jax import files
 from basemt_jax.commands import configuration, flags
 
 SUMMARY = "Train a SentencePiece vocabulary."
@@ -29,6 +30,7 @@ def run(options: argparse.Namespace) -> None:
   """Trains a vocabulary on a mixture's text; prints its size."""
   from basemt_jax.data import mixtures, vocabulary
 
+  files.check_writable(options.output)
   configuration.import_modules(options.module)
   mixture = options.mixture
   if mixture is None:

@@ -38,7 +38,7 @@ from typing import Any
 
 import numpy as np
 
-from basemt_jax import files
+from basemt_jax import checksums, files
 from basemt_jax.corpora import cleaning, planning, raw_text
 from basemt_jax.data import parallel_text
 
@@ -132,11 +132,13 @@ def begun(
     try:
       yield work, None
     except OSError as error:
-      if error.errno not in files.DISK_FULL:
+      is_full = error.errno in files.DISK_FULL
+      if not is_full and error.filename:
         raise
+      why = "its disk is full" if is_full else error.strerror
       raise ValueError(
-        f"the disk of {out} is full: make room and run the same command again, "
-        "which goes on from here"
+        f"{out} cannot be written, {why}: make room and run the same command "
+        "again, which goes on from here"
       ) from error
 
 
@@ -180,9 +182,10 @@ def _identity(
     },
     "decisions": {split: list(x) for split, x in sorted(names.decided.items())},
     "files": [
-      [str(path.relative_to(raw)), path.stat().st_size]
+      [str(path.relative_to(raw)), size, checksum]
       for path in sorted(raw.rglob("*"))
       if path.is_file()
+      for size, _, checksum in [checksums.stamp(path)]
     ],
   }
 
@@ -487,8 +490,9 @@ def finish(
       for shard in range(job.shards)
     }
     report["train_files"] |= {
-      name: {"pairs": found["kept"], "bytes": (out / name).stat().st_size}
+      name: {"pairs": found["kept"], "bytes": size, "checksum": checksum}
       for name, found in shards.items()
+      for size, _, checksum in [checksums.stamp(out / name)]
     }
     report["pairs"]["-".join(job.pair)] = _summary(
       _outcomes(job, work), shards.values()

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from basemt_jax import sampling
-from basemt_jax.data import packing, permutation, row_store
+from basemt_jax.data import languages, packing, permutation, row_store
 
 
 def eval_batches(
@@ -166,7 +166,11 @@ class TrainBatches:
         f"{store.directory}: leave its task out of the mixture"
       )
     self.plan = strategy.plan(
-      self.directions, store.pairs(split), self._rows, batch_size
+      self.directions,
+      store.pairs(split),
+      self._rows,
+      batch_size,
+      languages.meant,
     )
     # Planned together: enough rows to make numpy's overhead small. A chunk of
     # steps begins at a multiple of its length wherever a run begins, so that

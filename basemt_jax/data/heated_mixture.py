@@ -16,7 +16,7 @@ import seqio
 import tensorflow as tf
 
 from basemt_jax import heating, sampling
-from basemt_jax.data import mixtures
+from basemt_jax.data import languages, mixtures
 
 # Examples drawn at a time.
 _BLOCK = 1024
@@ -93,7 +93,9 @@ class HeatedMixture(seqio.Mixture):
       sample_fn=functools.partial(self._sample, "train", 0, 1),
     )
     pairs = [self.sizes[task.name] for task in self.tasks]
-    self.plan = strategy.plan(self.directions, pairs, pairs, examples_per_step)
+    self.plan = strategy.plan(
+      self.directions, pairs, pairs, examples_per_step, languages.meant
+    )
 
   def get_dataset(self, *args: Any, **kwargs: Any) -> tf.data.Dataset:
     """As `seqio.Mixture.get_dataset`, with the rates of the strategy."""

@@ -14,7 +14,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import langcodes
@@ -167,11 +167,13 @@ def _parsed(spelled: str) -> Language | None:
   if not match:
     return None
   script, region = match["script"] or "", match["region"] or ""
-  if not all(langcodes.tag_is_valid(f"und-{x}") for x in (script, region) if x):
-    return None
   variants = re.split("[-_]", match["variants"].lower())[1:]
-  parts = [match["language"].lower(), script.title(), region.upper(), *variants]
-  return Language("_".join(filter(None, parts)))
+  parts = filter(None, (script, region, *variants))
+  if not all(langcodes.tag_is_valid(f"und-{part}") for part in parts):
+    return None
+  code = match["language"].lower()
+  spelled_so = (code, script.title(), region.upper(), *variants)
+  return Language("_".join(filter(None, spelled_so)))
 
 
 @functools.cache
@@ -263,6 +265,26 @@ def _matching(wanted: Language, known: tuple[str, ...]) -> tuple[str, ...]:
   return ()
 
 
+def meant(name: str, directions: Sequence[str]) -> list[str]:
+  """Which directions a name means: one, or all from or to a language.
+
+  Args:
+    name: of a direction or a language, however spelled.
+    directions: their names.
+  """
+  if name in directions:
+    return [name]
+  parsed = {d: likely[0] for d in directions if (likely := _directions(d)[0])}
+  sides = [{*side} for side in zip(*parsed.values(), strict=True)]
+  for wanted in _directions(name)[1] if sides else ():
+    sources, targets = map(matching, wanted, sides)
+    found = [d for d, (a, b) in parsed.items() if a in sources and b in targets]
+    if found:
+      return found
+  spoken = {*matching(name, {x for side in sides for x in side})}
+  return [d for d, own in parsed.items() if spoken & {*own}]
+
+
 # ------------------------------------------------------------------ writing
 
 # Letters by how their words are told apart. Scripts of South-East Asia (Thai,
@@ -272,7 +294,8 @@ _LETTERS = {
   "Hani": regex.compile(r"[\p{sc=Hani}\p{sc=Bopo}]"),
   "Kore": regex.compile(r"\p{sc=Hang}"),
   "unspaced": regex.compile(
-    r"[\p{LB=SA}\p{sc=Tibt}\p{sc=Yiii}\p{sc=Java}\p{sc=Bali}]"
+    r"[\p{LB=SA}\p{sc=Tibt}\p{sc=Yiii}\p{sc=Java}\p{sc=Bali}\p{sc=Bugi}"
+    r"\p{sc=Tang}\p{sc=Nshu}]"
   ),
   "all": regex.compile(r"\p{L}"),
 }
@@ -280,7 +303,13 @@ _LETTERS = {
 _WRITINGS = {
   **dict.fromkeys(("Hans", "Hant", "Hani"), "Hani"),
   **{"Jpan": "Jpan", "Kore": "Kore", "Hang": "Kore"},
-  **dict.fromkeys(("Thai", "Laoo", "Khmr", "Mymr", "Tibt"), "unspaced"),
+  **dict.fromkeys(
+    (
+      *("Thai", "Laoo", "Khmr", "Mymr", "Lana", "Tale", "Talu", "Tavt", "Ahom"),
+      *("Tibt", "Yiii", "Java", "Bali", "Bugi", "Tang", "Nshu"),
+    ),
+    "unspaced",
+  ),
 }
 # Text that is looked at, in characters.
 _SAMPLE = 100_000

@@ -9,11 +9,14 @@ does; both sides of a pair lie in the same row.
 import dataclasses
 import itertools
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 
 EOS_ID = 1
+# What becomes of training pairs of which a side is longer than its feature
+# length: cut to it, left out, or an error that tells how many there are.
+LongPairs = Literal["cut", "drop", "refuse"]
 
 Batch = dict[str, np.ndarray]
 

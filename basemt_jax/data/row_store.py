@@ -20,14 +20,11 @@ from typing import Any
 import numpy as np
 
 from basemt_jax import checksums, files
-from basemt_jax.data import packing, permutation
+from basemt_jax.data import packing, pair_sample, permutation
 
 HEADER = "store.json"
 FORMAT = "basemt_jax row store"
 VERSION = 1
-
-# The pairs whose digests tell later whether a task still gives the same.
-SAMPLE_BLOCK, SAMPLE_BLOCKS = 256, 64
 
 PathLike = str | os.PathLike[str]
 
@@ -45,17 +42,19 @@ class RowStats:
   """What is recorded of one direction in one split.
 
   Attributes:
-    pairs: sentence pairs.
+    pairs: sentence pairs in the rows.
     rows: packed rows.
     source_tokens: tokens on the source side, EOS included.
     target_tokens: tokens on the target side, EOS included.
-    truncated: pairs of which a side was longer than its feature length.
+    truncated: pairs of which a side was longer than its feature length, and
+      was cut.
+    dropped: such pairs that were left out.
     padding: share of the rows' token positions that hold padding.
     text_bytes: size of the file of raw texts.
     crc32: checksum of the rows.
     finished: all pairs are in.
-    first_pairs: digests of the first blocks of `SAMPLE_BLOCK` pairs as they
-      were tokenised, at most `SAMPLE_BLOCKS`; the last may be shorter.
+    sample: digests of a sample of the pairs as they were tokenised and cut;
+      see `pair_sample`.
   """
 
   pairs: int = 0
@@ -63,11 +62,23 @@ class RowStats:
   source_tokens: int = 0
   target_tokens: int = 0
   truncated: int = 0
+  dropped: int = 0
   padding: float = 0.0
   text_bytes: int = 0
   crc32: int = 0
   finished: bool = False
-  first_pairs: list[str] = dataclasses.field(default_factory=list)
+  sample: list[str] = dataclasses.field(default_factory=list)
+
+  @property
+  def read(self) -> int:
+    """Pairs that were read."""
+    return self.pairs + self.dropped
+
+  @classmethod
+  def of_json(cls, values: Mapping[str, Any]) -> "RowStats":
+    """What was recorded; what another version recorded besides is left out."""
+    known = {field.name for field in dataclasses.fields(cls)}
+    return cls(**{k: v for k, v in values.items() if k in known})
 
 
 class RowStoreWriter:
@@ -75,12 +86,12 @@ class RowStoreWriter:
 
   Pairs are packed in chunks. After each chunk a progress record says how many
   pairs are safely on disk; what an interruption left behind it is dropped, the
-  source is read from `stats.pairs` on, and the files come out byte for byte
+  source is read from `stats.read` on, and the files come out byte for byte
   as if nothing had happened.
 
   Attributes:
     stats: what is on disk so far; the source is to be read from pair
-      `stats.pairs` on.
+      `stats.read` on.
   """
 
   def __init__(
@@ -92,6 +103,7 @@ class RowStoreWriter:
     *,
     shuffle: bool = False,
     eos: bool = True,
+    long_pairs: packing.LongPairs = "cut",
     chunk_pairs: int = 1 << 16,
     open_rows: int = 32,
   ):
@@ -105,6 +117,7 @@ class RowStoreWriter:
       shuffle: pairs are permuted within their chunk, so that neighbours in a
         sorted corpus do not share a row.
       eos: sequences that are too long are cut to end in EOS.
+      long_pairs: what becomes of them; only pairs without texts are dropped.
       chunk_pairs: pairs packed and recorded together.
       open_rows: see `packing.RowLayout.pack`.
     """
@@ -117,6 +130,7 @@ class RowStoreWriter:
     self._layout = layout
     self._shuffle = shuffle
     self._eos = eos
+    self._long_pairs = long_pairs
     self._chunk_pairs = chunk_pairs
     self._open_rows = open_rows
     self._inputs = self._targets = packing.Ragged.of([])
@@ -126,7 +140,7 @@ class RowStoreWriter:
   def _recover(self) -> RowStats:
     """Reads the progress record and cuts the files back to it."""
     try:
-      stats = RowStats(**json.loads(self._record_path.read_text("utf-8")))
+      stats = RowStats.of_json(json.loads(self._record_path.read_text("utf-8")))
       with open(self._rows_path, "r+b") as rows:
         rows.truncate(stats.rows * self._layout.row_bytes)
       # A finished direction without texts has no file for them.
@@ -164,7 +178,7 @@ class RowStoreWriter:
       )
     empty = (inputs.lengths == 0) | (targets.lengths == 0)
     if empty.any():
-      pair = self.stats.pairs + len(self._inputs.lengths) + int(empty.argmax())
+      pair = self.stats.read + len(self._inputs.lengths) + int(empty.argmax())
       raise ValueError(
         f"{self._name}: pair {pair} has a side without tokens; remove it, or "
         "set add_eos on the task's features"
@@ -176,14 +190,31 @@ class RowStoreWriter:
       self._flush(self._chunk_pairs)
 
   def finish(self) -> RowStats:
-    """Writes the pairs that are left and marks the direction as finished."""
+    """Writes the pairs that are left and marks the direction as finished.
+
+    Raises:
+      ValueError: long pairs are refused and there are some, or none is left.
+    """
     if len(self._inputs.lengths):
       self._flush(len(self._inputs.lengths))
+    self._check_long()
     self.stats.finished = True
     if not self._texts_path.stat().st_size:
       self._texts_path.unlink()
     _write_json(self._record_path, dataclasses.asdict(self.stats))
     return self.stats
+
+  def _check_long(self) -> None:
+    stats = self.stats
+    refused = self._long_pairs == "refuse" and stats.truncated
+    if refused or (stats.dropped and not stats.pairs):
+      count = stats.truncated or stats.dropped
+      raise ValueError(
+        f"{self._name}: {count:,} of {stats.read:,} pairs "
+        f"({count / stats.read:.1%}) are longer than the {self._layout.inputs} "
+        f"and {self._layout.targets} tokens of TASK_FEATURE_LENGTHS: make "
+        "these larger, or LONG_PAIRS 'cut' or 'drop'"
+      )
 
   def _flush(self, count: int) -> None:
     inputs, self._inputs = self._inputs.split(count)
@@ -191,12 +222,25 @@ class RowStoreWriter:
     texts, self._texts = self._texts[:count], self._texts[count:]
     inputs, cut_inputs = inputs.truncate(self._layout.inputs, self._eos)
     targets, cut_targets = targets.truncate(self._layout.targets, self._eos)
-    self._note_first_pairs(inputs, targets)
+    first = self.stats.read
+    chosen = pair_sample.positions(first, first + count) - first
+    add_to_sample(
+      self.stats.sample,
+      first,
+      first + count,
+      inputs.take(chosen),
+      targets.take(chosen),
+    )
+    cut = cut_inputs | cut_targets
+    dropped = 0
+    if self._long_pairs == "drop" and not texts:
+      dropped = int(np.count_nonzero(cut))
+      kept = np.flatnonzero(~cut)
+      inputs, targets, cut = inputs.take(kept), targets.take(kept), cut[kept]
+    count -= dropped
     if self._shuffle:
       size = np.full(count, count)
-      key = np.full(
-        count, permutation.key_of("chunk", self._name, self.stats.pairs)
-      )
+      key = np.full(count, permutation.key_of("chunk", self._name, first))
       order = permutation.permuted(np.arange(count), size, key)
       inputs, targets = inputs.take(order), targets.take(order)
     packed = self._layout.pack(inputs, targets, self._open_rows).tobytes()
@@ -210,38 +254,42 @@ class RowStoreWriter:
     stats.rows += len(packed) // self._layout.row_bytes
     stats.source_tokens += len(inputs.values)
     stats.target_tokens += len(targets.values)
-    stats.truncated += int(np.count_nonzero(cut_inputs | cut_targets))
+    stats.truncated += int(np.count_nonzero(cut))
+    stats.dropped += dropped
     stats.text_bytes += len(lines)
     stats.crc32 = zlib.crc32(packed, stats.crc32)
     positions = stats.rows * (self._layout.inputs + self._layout.targets)
     filled = stats.source_tokens + stats.target_tokens
-    stats.padding = round(1 - filled / positions, 4)
+    stats.padding = round(1 - filled / max(1, positions), 4)
     # The record comes last: it only ever speaks of what is on disk.
     _write_json(self._record_path, dataclasses.asdict(stats))
 
-  def _note_first_pairs(
-    self, inputs: packing.Ragged, targets: packing.Ragged
-  ) -> None:
-    """Adds digests of the blocks of a chunk, as long as there is room."""
-    noted = self.stats.first_pairs
-    room = SAMPLE_BLOCKS - len(noted)
-    # After a chunk that no block divides no more can be told apart.
-    if self.stats.pairs == len(noted) * SAMPLE_BLOCK and room > 0:
-      noted.extend(block_digests(inputs, targets, room))
 
+def add_to_sample(
+  digests: list[str],
+  start: int,
+  stop: int,
+  inputs: packing.Ragged,
+  targets: packing.Ragged,
+) -> None:
+  """Adds the pairs of the sample among those at `start` to `stop`.
 
-def block_digests(
-  inputs: packing.Ragged, targets: packing.Ragged, count: int
-) -> list[str]:
-  """Digests of the first `count` blocks of tokenised pairs, cut to length."""
-  found: list[str] = []
-  while len(inputs.lengths) and len(found) < count:
-    first_inputs, inputs = inputs.split(SAMPLE_BLOCK)
-    first_targets, targets = targets.split(SAMPLE_BLOCK)
-    parts = (*first_inputs, *first_targets)
-    data = b"".join(x.astype("<i8").tobytes() for x in parts)
-    found.append(checksums.bytes_checksum(data)[:16])
-  return found
+  Args:
+    digests: of a split; see `pair_sample`.
+    start: position of the first pair.
+    stop: position after the last, or beyond where the split ends before it.
+    inputs: source ids, cut to length, of those in the sample.
+    targets: target ids of the same.
+  """
+  sides = [
+    np.split(side.values.astype("<i4"), np.cumsum(side.lengths))[:-1]
+    for side in (inputs, targets)
+  ]
+  places = pair_sample.positions(start, stop)
+  for place, source, target in zip(places.tolist(), *sides, strict=False):
+    # The length keeps the sides apart.
+    data = len(source).to_bytes(4, "little") + source.tobytes()
+    pair_sample.add(digests, place, data + target.tobytes())
 
 
 def _append(path: pathlib.Path, data: bytes) -> None:
@@ -358,7 +406,7 @@ class Header:
       self.vocabulary_kind: str = self._vocabulary["kind"]
       self._vocabulary["file"]
       self._stats = {
-        split: {name: RowStats(**s) for name, s in stats.items()}
+        split: {name: RowStats.of_json(s) for name, s in stats.items()}
         for split, stats in values["splits"].items()
       }
     except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -445,8 +493,8 @@ class RowStore(Header):
     found = checksums.damage(self.directory) if verify else []
     if found:
       raise ValueError(
-        f"the row store in {directory} is damaged: {'; '.join(found)}; delete "
-        "the directory, and it is built again"
+        f"the row store in {directory} is damaged: {checksums.told(found)}; "
+        "delete the directory, and it is built again"
       )
 
   def _check_size(self, split: str, name: str, stats: RowStats) -> None:

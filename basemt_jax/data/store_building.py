@@ -21,12 +21,13 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
-from basemt_jax import files
+from basemt_jax import checksums, files
 from basemt_jax.data import (
   declared,
   languages,
   mixtures,
   packing,
+  pair_sample,
   row_store,
   vocabulary,
 )
@@ -56,6 +57,7 @@ def ensure_store(
   cache_dir: row_store.PathLike,
   *,
   splits: Sequence[str] = SPLITS,
+  long_pairs: packing.LongPairs = "cut",
   progress: Progress | None = None,
   verify: bool = True,
 ) -> row_store.RowStore:
@@ -67,6 +69,7 @@ def ensure_store(
     cache_dir: the store's folder in it is named after the mixture and the
       fingerprint, so that changed data gets a store of its own.
     splits: to build.
+    long_pairs: see `build_store`.
     progress: see `build_store`.
     verify: compare the files of a store that is there with their checksums.
 
@@ -76,8 +79,11 @@ def ensure_store(
   return build_store(
     mixture,
     task_feature_lengths,
-    store_directory(mixture, task_feature_lengths, cache_dir, splits),
+    store_directory(
+      mixture, task_feature_lengths, cache_dir, splits, long_pairs
+    ),
     splits=splits,
+    long_pairs=long_pairs,
     progress=progress,
     verify=verify,
   )
@@ -88,10 +94,11 @@ def store_directory(
   task_feature_lengths: Mapping[str, int],
   cache_dir: row_store.PathLike,
   splits: Sequence[str] = SPLITS,
+  long_pairs: packing.LongPairs = "cut",
 ) -> pathlib.Path:
   """Where `ensure_store` keeps a mixture's store, built or not."""
   found = mixtures.get_mixture(mixture)
-  parts = fingerprint(found, task_feature_lengths, splits)
+  parts = fingerprint(found, task_feature_lengths, splits, long_pairs)
   digest = _digest(json.dumps(parts, sort_keys=True).encode())
   name = re.sub(r"[^\w.-]", "-", found.name)
   return pathlib.Path(cache_dir) / f"{name}-{digest}"
@@ -103,6 +110,7 @@ def build_store(
   directory: row_store.PathLike,
   *,
   splits: Sequence[str] = SPLITS,
+  long_pairs: packing.LongPairs = "cut",
   progress: Progress | None = None,
   overwrite: bool = False,
   verify: bool = False,
@@ -116,11 +124,13 @@ def build_store(
 
   Args:
     mixture: a registered name, or a mixture or task.
-    task_feature_lengths: 'inputs' and 'targets'. Longer sequences are cut
-      (with EOS as their last token) and counted.
+    task_feature_lengths: 'inputs' and 'targets'.
     directory: of the store.
     splits: to build; a task may lack some. 'validation' is read from a task's
       split 'dev' when it has no other. Raw texts are kept of all but 'train'.
+    long_pairs: whether training pairs with a longer side are cut (with EOS as
+      the last token) and counted, left out and counted, or refused. Of other
+      splits they are cut: their texts are whole.
     progress: called after every block with split, direction, pairs that are
       done, and pairs in all (None when not known).
     overwrite: replace a store that was built from something else.
@@ -134,7 +144,7 @@ def build_store(
       one direction, or a store there that was built from something else.
   """
   tasks = mixtures.tasks_by_direction(mixture)
-  parts = fingerprint(mixture, task_feature_lengths, splits)
+  parts = fingerprint(mixture, task_feature_lengths, splits, long_pairs)
   pieces = _vocabulary(mixtures.get_mixture(mixture))
   layout = packing.RowLayout.of(task_feature_lengths, pieces.vocab_size)
   directory = pathlib.Path(directory)
@@ -144,6 +154,7 @@ def build_store(
     return store
   directory.mkdir(parents=True, exist_ok=True)
   with files.locked(directory):
+    files.remove_left_behind(directory)
     store = _finished(directory, parts, verify)
     if store and not _gives_the_same(tasks, store):
       _log.warning(
@@ -174,7 +185,7 @@ def build_store(
     for split in splits:
       stats[split] = {
         direction: _build_direction(
-          task, split, direction, directory, layout, progress
+          task, split, direction, directory, layout, long_pairs, progress
         )
         for direction, task in tasks.items()
         if mixtures.task_split(task, split)
@@ -211,8 +222,8 @@ def _check_stale(
     _remove_rows(directory)
 
 
-# Seconds in which a store is compared with its tasks, about.
-_CHECK_SECONDS = 1.0
+# Seconds in which a store is compared with its tasks, about, and at most.
+_CHECK_SECONDS, _MOST_SECONDS = 1.0, 2.0
 
 
 def _gives_the_same(
@@ -221,47 +232,59 @@ def _gives_the_same(
   """Whether tasks still give the pairs that were packed.
 
   Names, sizes and times of files do not tell of a changed preprocessor, or of
-  what a function reads. So the first pairs are tokenised again: of one
-  direction of every split at least, of the others in a random order (the same
-  for a store every time), as far as a second goes.
+  what a function reads. So the sample of every split (`pair_sample`) is
+  tokenised again, in an order that is the same for a store every time: a block
+  of it at least, and as far as a second goes, which all of them share.
   """
-  order = np.random.default_rng(len(tasks)).permutation(len(tasks))
-  names = [list(tasks)[i] for i in order]
-  end = time.monotonic() + _CHECK_SECONDS
-  for rank, name in enumerate(names):
-    for split in store.splits:
-      if rank and time.monotonic() > end:
-        return True
-      source_split = mixtures.task_split(tasks[name], split)
-      noted = store.stats(split, name).first_pairs
-      if not source_split or not noted:
-        continue
-      found, is_all = _first_pairs(tasks[name], source_split, store.layout, end)
-      if found != (noted if is_all else noted[: len(found)]):
-        return False
+  splits = [
+    (tasks[name], own, store.stats(split, name).sample)
+    for split in store.splits
+    for name in tasks
+    if (own := mixtures.task_split(tasks[name], split))
+  ]
+  splits = [each for each in splits if each[2]]  # Of this version.
+  order = np.random.default_rng(len(splits)).permutation(len(splits))
+  start = time.monotonic()
+  for rank, i in enumerate(order):
+    now = time.monotonic()
+    if now > start + _MOST_SECONDS:
+      break
+    # What a small split leaves goes to those after it.
+    left = max(0.0, start + _CHECK_SECONDS - now)
+    end = now + left / (len(splits) - rank)
+    task, own, noted = splits[i]
+    if not _has_sample(task, own, noted, store.layout, end):
+      return False
   return True
 
 
-def _first_pairs(
-  task: Any, split: str, layout: packing.RowLayout, end: float
-) -> tuple[list[str], bool]:
-  """As `RowStats.first_pairs`, until `end`; and whether these are all."""
+def _has_sample(
+  task: Any,
+  split: str,
+  noted: list[str],
+  layout: packing.RowLayout,
+  end: float,
+) -> bool:
+  """Whether a split has the sample that was noted, as far as read by `end`."""
   features = task.output_features
   eos = features["inputs"].add_eos and features["targets"].add_eos
   found: list[str] = []
-  # Blocks as the writer has them, from blocks as they are read.
-  per_read = _BLOCK // row_store.SAMPLE_BLOCK
-  for inputs, targets, _ in read_task(task, split, layout):
-    found += row_store.block_digests(
+  position = 0
+  for inputs, targets, _ in read_task(task, split, layout, sampled=True):
+    row_store.add_to_sample(
+      found,
+      position,
+      position + _BLOCK,
       inputs.truncate(layout.inputs, eos)[0],
       targets.truncate(layout.targets, eos)[0],
-      per_read,
     )
-    if len(found) >= row_store.SAMPLE_BLOCKS:
-      break
-    if time.monotonic() > end:
-      return found, False
-  return found[: row_store.SAMPLE_BLOCKS], True
+    position += _BLOCK
+    whole = pair_sample.block_of(position)
+    if found[:whole] != noted[:whole]:
+      return False
+    if time.monotonic() > end and whole:
+      return True
+  return found == noted
 
 
 def _build_direction(
@@ -270,6 +293,7 @@ def _build_direction(
   direction: str,
   directory: pathlib.Path,
   layout: packing.RowLayout,
+  long_pairs: packing.LongPairs,
   progress: Progress | None,
 ) -> row_store.RowStats:
   """Writes one direction of one split, from where it was left."""
@@ -281,13 +305,14 @@ def _build_direction(
     direction,
     layout,
     shuffle=train,
+    long_pairs=long_pairs if train else "cut",
     eos=features["inputs"].add_eos and features["targets"].add_eos,
   )
   if writer.stats.finished:
     return writer.stats
   source_split = str(mixtures.task_split(task, split))
   total = task.num_input_examples(source_split)
-  done = writer.stats.pairs
+  done = writer.stats.read
   for block in read_task(task, source_split, layout, done, texts=not train):
     writer.add(*block)
     done += len(block[0].lengths)
@@ -307,6 +332,7 @@ def read_task(
   layout: packing.RowLayout,
   skip: int = 0,
   texts: bool = False,
+  sampled: bool = False,
 ) -> Iterator[_Block]:
   """Tokenised pairs of a task in its own order, a block at a time.
 
@@ -320,12 +346,13 @@ def read_task(
     layout: sequences come whole, or at least with a token more than fits.
     skip: pairs to leave out at the beginning.
     texts: give the texts, too.
+    sampled: give of each block only the pairs of the sample, without texts.
 
   Yields:
     Ids of both sides, and per pair `source`, `target` and `tagged_source`.
   """
   if isinstance(task, declared.Task):
-    return _read_texts(task, split, skip, texts)
+    return _read_texts(task, split, skip, texts, sampled)
   import seqio
 
   steps = [
@@ -340,8 +367,17 @@ def read_task(
   ]
   is_plain = any(steps[-len(tail) :] == tail for tail in plain)
   if is_plain and _has_our_vocabulary(task):
-    return _read_texts(task, split, skip, texts)
-  return _read_tokens(task, split, layout, skip, texts)
+    return _read_texts(task, split, skip, texts, sampled)
+  blocks = _read_tokens(task, split, layout, skip, texts)
+  return _only_sample(blocks) if sampled else blocks
+
+
+def _only_sample(blocks: Iterator[_Block]) -> Iterator[_Block]:
+  start = 0
+  for inputs, targets, _ in blocks:
+    places = pair_sample.positions(start, start + len(inputs.lengths)) - start
+    yield inputs.take(places), targets.take(places), []
+    start += _BLOCK
 
 
 def _has_our_vocabulary(task: Any) -> bool:
@@ -355,14 +391,19 @@ def _has_our_vocabulary(task: Any) -> bool:
 
 
 def _read_texts(
-  task: Any, split: str, skip: int, texts: bool
+  task: Any, split: str, skip: int, texts: bool, sampled: bool
 ) -> Iterator[_Block]:
-  """Reads a task's texts and tokenises them here."""
+  """Reads a task's texts and tokenises them here; arguments as `read_task`."""
   features = [task.output_features[name] for name in ("inputs", "targets")]
   pieces = vocabulary.Vocabulary.from_seqio(features[0].vocabulary)
   pairs = itertools.islice(vocabulary.raw_pairs(task, split), skip, None)
+  start = 0
   while block := list(itertools.islice(pairs, _BLOCK)):
-    sources, targets = zip(*block, strict=True)
+    if sampled:
+      places = pair_sample.positions(start, start + len(block)) - start
+      block = [block[i] for i in places]
+      start += _BLOCK
+    sources, targets = zip(*block, strict=True) if block else ((), ())
     ids = [pieces.encode_batch(side) for side in (sources, targets)]
     for side, feature in zip(ids, features, strict=True):
       if feature.add_eos:
@@ -471,6 +512,7 @@ def fingerprint(
   mixture: mixtures.MixtureOrTask,
   task_feature_lengths: Mapping[str, int],
   splits: Sequence[str] = SPLITS,
+  long_pairs: packing.LongPairs = "cut",
 ) -> dict[str, str]:
   """What a store depends on, one digest per part; computed without reading.
 
@@ -490,6 +532,8 @@ def fingerprint(
       name: task_feature_lengths.get(name) for name in ("inputs", "targets")
     },
     "splits": list(splits),
+    # What is the default is not said, nor was it before there was a choice.
+    **({} if long_pairs == "cut" else {"long pairs": long_pairs}),
     "split sizes": {
       d: [task.num_input_examples(s) for s in known[d]]
       for d, task in tasks.items()
@@ -509,12 +553,11 @@ def fingerprint(
 
 
 def _source_stamp(source: Any, split: str) -> list[Any]:
-  """Sizes and times of a source's files, and its own fingerprint."""
+  """Stamps of a source's files, and its own fingerprint."""
   stamp: list[Any] = [str(getattr(source, "fingerprint", ""))]
   for shard in source.list_shards(split):
     if os.path.isfile(shard):
-      status = os.stat(shard)
-      stamp.append([str(shard), status.st_size, status.st_mtime_ns])
+      stamp.append([str(shard), *checksums.stamp(shard)])
   return stamp
 
 

@@ -8,19 +8,20 @@ packed rows instead, see `store_building.ensure_store`.)
 
 import json
 import pathlib
+import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import seqio
 import tensorflow as tf
 
-from basemt_jax import checksums
-from basemt_jax.data import mixtures, row_store, store_building
+from basemt_jax import files
+from basemt_jax.data import mixtures, pair_sample, row_store, store_building
 
-# Examples of every split that tell whether a task still gives the same.
-_FIRST = 64
-_FILES = ("{split}.tfrecord-00000-of-00001", "stats.{split}.json")
+_RECORDS = "{split}.tfrecord-00000-of-00001"
+# Seconds in which a cached split is compared with its task.
+_CHECK_SECONDS = 1.0
 
 
 def cache_mixture(
@@ -62,31 +63,68 @@ def cache_task(
   folder.mkdir(parents=True, exist_ok=True)
   lengths = {"inputs": 0, "targets": 0}  # Whole sequences are cached.
   made_of = store_building.fingerprint(task, lengths)
-  made_of["first examples"] = _first_examples(task)
   note = folder / "made_of.json"
-  if note.exists() and json.loads(note.read_text()) != made_of:
+  infos = {split: folder / f"info.{split}.json" for split in task.splits}
+  is_same = not note.exists() or _read_json(note) == made_of
+  if not is_same or not all(
+    _has_sample(task, split, _read_json(_sample_file(folder, split)))
+    for split, info in infos.items()
+    if info.exists()
+  ):
     raise ValueError(
       f"{folder} was cached from other data: delete it, or choose another "
       "folder"
     )
-  note.write_text(json.dumps(made_of, indent=1) + "\n")
-  for split in task.splits:
-    info = folder / f"info.{split}.json"
+  files.write_atomically(note, files.json_text(made_of))
+  for split, info in infos.items():
     if not info.exists():  # Written last.
-      features = _write_split(task, split, folder, progress)
-      info.write_text(json.dumps(features, indent=1) + "\n")
-  (folder / "COMPLETED").write_text("")
+      try:
+        features = _write_split(task, split, folder, progress)
+      except (
+        tf.errors.ResourceExhaustedError,
+        tf.errors.PermissionDeniedError,
+      ) as error:
+        raise ValueError(
+          f"the cache of {task.name} cannot be written: {error.message}"
+        ) from error
+      files.write_atomically(info, files.json_text(features))
+  files.write_atomically(folder / "COMPLETED", "")
   return folder
 
 
-def _first_examples(task: seqio.Task) -> str:
-  """Checksum of all splits' first examples, whatever the files are called."""
-  found = [
-    seqio.dict_to_tfexample(example).SerializeToString(deterministic=True)
-    for split in task.splits
-    for example in _examples(task, split).take(_FIRST).as_numpy_iterator()
-  ]
-  return checksums.bytes_checksum(b"".join(found))
+def _sample_file(folder: pathlib.Path, split: str) -> pathlib.Path:
+  return folder / f"sample.{split}.json"
+
+
+def _read_json(path: pathlib.Path) -> Any:
+  try:
+    return json.loads(path.read_text("utf-8"))
+  except (OSError, ValueError) as error:
+    raise ValueError(
+      f"{path} cannot be read ({error}): delete the folder, and it is cached "
+      "again"
+    ) from error
+
+
+def _has_sample(task: seqio.Task, split: str, noted: list[str]) -> bool:
+  """Whether a task still gives what was cached, as far as a second goes."""
+  found: list[str] = []
+  end = time.monotonic() + _CHECK_SECONDS
+  examples = _examples(task, split).as_numpy_iterator()
+  for position, example in enumerate(examples):
+    whole = pair_sample.block_of(position)
+    if whole and time.monotonic() > end:
+      return found[:whole] == noted[:whole]
+    _add(found, position, example)
+  return found == noted
+
+
+def _add(digests: list[str], position: int, example: Mapping[str, Any]) -> None:
+  """Adds an example to the digests, if it is in the sample."""
+  if len(pair_sample.positions(position, position + 1)):
+    record = seqio.dict_to_tfexample(example)
+    data = record.SerializeToString(deterministic=True)
+    pair_sample.add(digests, position, data)
 
 
 def _examples(task: seqio.Task, split: str) -> tf.data.Dataset:
@@ -102,11 +140,13 @@ def _write_split(
 ) -> dict[str, Any]:
   """Writes examples and statistics; returns what is in an example."""
   dataset = _examples(task, split)
-  records, stats = (folder / name.format(split=split) for name in _FILES)
+  records = folder / _RECORDS.format(split=split)
   counts: Counter[str] = Counter()
   longest: dict[str, int] = {}
+  sample: list[str] = []
   with tf.io.TFRecordWriter(str(records)) as writer:
     for example in dataset.prefetch(tf.data.AUTOTUNE).as_numpy_iterator():
+      _add(sample, counts["examples"], example)
       writer.write(seqio.dict_to_tfexample(example).SerializeToString())
       counts["examples"] += 1
       for name in task.output_features:
@@ -115,7 +155,9 @@ def _write_split(
         longest[key] = max(longest.get(key, 0), len(example[name]))
       if counts["examples"] % 1000 == 0:
         progress(f"{task.name} {split}", counts["examples"])
-  stats.write_text(json.dumps(counts | longest, indent=1) + "\n")
+  statistics = files.json_text(counts | longest)
+  files.write_atomically(folder / f"stats.{split}.json", statistics)
+  files.write_atomically(_sample_file(folder, split), files.json_text(sample))
   return {
     "num_shards": 1,
     "features": {

@@ -18,6 +18,7 @@ import os
 import pathlib
 import re
 import tempfile
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -33,6 +34,7 @@ BYTES = "bytes"
 PAD_ID, EOS_ID, UNK_ID = 0, 1, 2
 _NUM_SPECIAL, _NUM_BYTES = 3, 256
 _CHUNK = 1000
+_TELL_SECONDS = 5.0
 # No-break, em, thin, ideographic, ... spaces, and line ends.
 _SPACES = (
   "\t\n\r\x0b\x0c\x85\xa0\u1680\u2000\u2001\u2002\u2003\u2004\u2005\u2006"
@@ -274,7 +276,7 @@ def train_sentencepiece(
       f"vocab_size is {vocab_size}, but the bytes, special tokens and"
       f" {len(tags)} tags alone take {least - 1}: ask for more"
     )
-  counted = _Counted(text for text in texts if text.strip())
+  counted = _Counted((text for text in texts if text.strip()), vocab_size)
   options = {
     "model_type": "unigram",
     "vocab_size": vocab_size,
@@ -291,7 +293,7 @@ def train_sentencepiece(
     "max_sentence_length": max_text_bytes,
     # Sums are taken per thread: a fixed number makes them reproducible.
     "num_threads": 4,
-    "minloglevel": 1,
+    "minloglevel": 2,  # Progress and warnings are told here.
   }
   try:
     model = _train(counted, options)
@@ -343,18 +345,32 @@ def _train(texts: Iterator[str], options: dict[str, Any]) -> bytes:
 
 
 class _Counted:
-  """An iterator that knows how much was taken from it."""
+  """An iterator that knows, and tells, how much was taken from it."""
 
-  def __init__(self, values: Iterator[str]):
+  def __init__(self, values: Iterator[str], pieces: int):
     self.count = 0
-    self._values = values
+    self._values, self._pieces = values, pieces
+    self._told, self._ended = time.monotonic(), False
 
   def __iter__(self) -> Iterator[str]:
     return self
 
   def __next__(self) -> str:
-    value = next(self._values)
+    try:
+      value = next(self._values)
+    except StopIteration:
+      if not self._ended:  # SentencePiece asks again.
+        _log.info(
+          "vocabulary: fitting %s pieces to %s sentences",
+          f"{self._pieces:,}",
+          f"{self.count:,}",
+        )
+      self._ended = True
+      raise
     self.count += 1
+    if time.monotonic() > self._told + _TELL_SECONDS:
+      self._told = time.monotonic()
+      _log.info("vocabulary: read %s sentences", f"{self.count:,}")
     return value
 
 

@@ -250,20 +250,27 @@ class Exported:
     return trained.choose_tag(self.description.tags, to, source)
 
 
-def load(run: run_lib.Run, threads: int = 0) -> Exported:
+def load(run: run_lib.Run, device: str = "auto", threads: int = 0) -> Exported:
   """The export in a run's directory.
 
   Args:
     run: As `run.described` gives it for that directory.
+    device: 'cpu', 'cuda' or 'auto'.
     threads: Of a batch on a CPU; 0: CTranslate2's choice.
 
   Raises:
-    ValueError: See `directories.read`.
+    ValueError: See `directories.read`; or CTranslate2 cannot load it.
   """
   known, pieces = directories.read(run.model_dir, MODEL_FILE)
-  engine = library().Translator(
-    str(run.model_dir), device="auto", intra_threads=threads
-  )
+  ctranslate2 = library()
+  try:
+    engine = ctranslate2.Translator(
+      str(run.model_dir), device=device, intra_threads=threads
+    )
+  except (RuntimeError, ValueError) as error:
+    raise ValueError(
+      f"CTranslate2 cannot load {run.model_dir}: {error}"
+    ) from error
   return Exported(run, known, pieces, engine)
 
 
@@ -292,8 +299,20 @@ class Translator:
     self,
     sources: Sequence[Sequence[int]],
     progress: Callable[[int, int], None] | None = None,
+    prefixes: Sequence[Sequence[int]] | None = None,
+    numbers: Sequence[int] | None = None,
   ) -> list[list[translation.Hypothesis]]:
-    """See `translation.Translator.translate`."""
+    """See `translation.Translator.translate`.
+
+    Raises:
+      ValueError: There are prefixes.
+    """
+    del numbers  # Nothing is drawn.
+    if prefixes and any(prefixes):
+      raise ValueError(
+        "an export for CTranslate2 cannot begin translations as told: use the "
+        "model directory it was made of"
+      )
     longest = self._options.max_source_length - 1
     read = [
       [*itertools.takewhile(lambda i: i != decoding.EOS_ID, ids)][:longest]

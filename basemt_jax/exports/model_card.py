@@ -55,7 +55,7 @@ def text(
   """
   check_licence(licence)
   known = model.description
-  split, scores = _scores(pathlib.Path(model.run.model_dir), model.step)
+  scores = _scores(model)
   results = [r for r in scores.get("directions", ()) if r["bleu"] is not None]
   config = model.program.model.config
   template = importlib.resources.files("basemt_jax.exports") / "card.md"
@@ -67,7 +67,7 @@ def text(
     languages=_languages(known.directions),
     directions=_directions(model, results),
     results=results,
-    split=split,
+    split=scores.get("test_set"),
     beam=scores.get("search", {}).get("beam_size", 1),
     signatures=sorted(
       {r[f"{score}_signature"] for r in results for score in ("bleu", "chrf")}
@@ -85,13 +85,31 @@ def text(
   )
 
 
-def _scores(directory: pathlib.Path, step: int) -> tuple[str, dict[str, Any]]:
-  """The split and the scores of a checkpoint; of test text, if there is any."""
-  for split in ("test", "validation"):
-    path = directory / "evaluation" / f"{split}_{step}" / "scores.json"
-    if path.is_file():
-      return split, json.loads(path.read_text("utf-8"))
-  return "", {}
+def _scores(model: trained.Trained) -> dict[str, Any]:
+  """What `evaluate` wrote of the checkpoint; {} if it did not.
+
+  Of several evaluations the one of the model's own test text counts before one
+  of dev text, that before other test sets; then the one with the widest beam.
+  """
+  splits = ("validation", "test")
+  folder = pathlib.Path(model.run.model_dir) / "evaluation"
+  found = [
+    json.loads(path.read_text("utf-8"))
+    for path in sorted(folder.glob("*/scores.json"))
+  ]
+  weights = "averaged" if model.is_averaged else "last"
+  return max(
+    (
+      s
+      for s in found
+      if (s.get("step"), s.get("weights")) == (model.step, weights)
+    ),
+    key=lambda s: (
+      splits.index(s["test_set"]) if s["test_set"] in splits else -1,
+      s["search"]["beam_size"],
+    ),
+    default={},
+  )
 
 
 def _languages(directions: Sequence[str]) -> list[str]:

@@ -180,7 +180,9 @@ def forecast(
     bands: training pairs that make a direction high or mid resource.
     max_epochs: more are worth a warning.
   """
-  plan = strategy.plan(sizes.directions, sizes.pairs, sizes.rows, batch_size)
+  plan = strategy.plan(
+    sizes.directions, sizes.pairs, sizes.rows, batch_size, languages.meant
+  )
   fine = np.unique(np.linspace(0, train_steps, _FINE + 1).astype(int))
   shown = np.unique(np.linspace(0, train_steps - 1, _SHOWN).astype(int))
   drawn = plan.expected_rows(fine)

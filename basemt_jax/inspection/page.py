@@ -82,9 +82,11 @@ def print_sections(
   for section in sections:
     console.print(rich.text.Text(f"\n{section.title}", style="bold"))
     for line in section.summary:
-      console.print(line)
+      console.print(files.printable(line))
     for warning in section.warnings:
-      console.print(rich.text.Text(f"! {warning}", style="yellow"))
+      console.print(
+        rich.text.Text(f"! {files.printable(warning)}", style="yellow")
+      )
     for table in section.tables:
       if table.rows:
         tables.show(table, console)

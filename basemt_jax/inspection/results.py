@@ -25,7 +25,7 @@ def read_metrics(path: pathlib.Path) -> dict[str, Series]:
   lines: list[tuple[int, dict[str, Any]]] = []
   if not path.exists():
     return {}
-  for text in path.read_text(encoding="utf-8").split("\n"):
+  for text in path.read_text("utf-8", errors="replace").split("\n"):
     try:
       values = json.loads(text)
       step = int(values.pop("step"))
@@ -98,8 +98,20 @@ def evaluations(
 
 
 def _read(path: pathlib.Path) -> Evaluated | None:
-  """One evaluation; None for a file that is not one."""
-  contents = json.loads(path.read_text(encoding="utf-8"))
+  """One evaluation; None for a file that is not one.
+
+  Raises:
+    ValueError: it is damaged.
+  """
+  try:
+    return _evaluated(path, json.loads(path.read_text(encoding="utf-8")))
+  except (ValueError, KeyError, TypeError, AttributeError) as error:
+    raise ValueError(
+      f"{path} is damaged ({error}); evaluate again, or delete it"
+    ) from error
+
+
+def _evaluated(path: pathlib.Path, contents: Any) -> Evaluated | None:
   split, _, number = path.parent.name.partition("_")
   split = contents.get("test_set", contents.get("split", split))
   number = contents.get("step", number)

@@ -222,7 +222,9 @@ def _directions(
 ) -> list[DirectionRun]:
   """Planned against drawn, and how each direction fared."""
   pairs, rows = store.pairs("train"), store.rows("train")
-  plan = run.strategy.plan(store.directions, pairs, rows, run.batch_size)
+  plan = run.strategy.plan(
+    store.directions, pairs, rows, run.batch_size, languages.meant
+  )
   planned = plan.expected_rows(np.array([step]))[0]
   counters = (position.get("data") or {}).get("counters") or {}
   evaluated = results.evaluations(pathlib.Path(run.model_dir), step)

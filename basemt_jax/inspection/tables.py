@@ -16,6 +16,8 @@ import rich.console
 import rich.table
 import rich.text
 
+from basemt_jax import files
+
 _GAP = 2  # Between columns.
 _MIN_TEXT = 24  # Columns of text are not folded to less.
 
@@ -83,12 +85,13 @@ class Table:
     return [c if isinstance(c, str) else c.name for c in self.columns]
 
   def cells(self, row: Sequence[Any]) -> list[str]:
-    """A row as it is shown."""
+    """A row as it is shown, with nothing that a terminal would obey."""
     forms = [str if isinstance(c, str) else c.text for c in self.columns]
-    return [
+    texts = (
       value if isinstance(value, str) else "-" if value is None else form(value)
       for form, value in zip(forms, row, strict=True)
-    ]
+    )
+    return [files.printable(text) for text in texts]
 
   @property
   def is_text(self) -> list[bool]:

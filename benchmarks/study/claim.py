@@ -15,29 +15,39 @@ from benchmarks.study import reading, tables
 SET = "recipe"
 BASELINES = ("base", "base_static_5")
 
-# Systems of the claim; each name is that of its logs. All have a weight decay
-# of 0.3, averaged weights and groups of 64 rows.
-SYSTEMS = (
-  "dense",
-  "dense_static_5",
-  "base",
-  "base_static_5",
-  "heated",
-  "recommended",
-)
+# Systems of the claim and the names of their logs. All have a weight decay of
+# 0.3, averaged weights and groups of 64 rows.
+MUON = {
+  "base": "base_muon",
+  "base_static_5": "base_static_5_muon",
+  "back_at_70": "back_at_70_muon",
+  "recommended": "recommended",
+}
+ADAMW = {
+  "dense": "dense",
+  "dense_static_5": "dense_static_5",
+  "base": "base",
+  "base_static_5": "base_static_5",
+  "back_at_70": "back_at_70",
+  "recommended": "slowly_back",
+}
+# Milliseconds of a step, alone on an H100; the runs shared theirs by twos.
+#   python benchmarks/training_step.py --width 384 --experts 16 --length 64
+#     --vocabulary 8000 --shapes 6x256 --repeats 20 --optimizer NAME
+STEP_MS = {
+  "adamw": {"dense": 16.73, "BalancedRouter": 19.07},
+  "muon": {"dense": 17.40, "BalancedRouter": 22.71},
+}
 
 
 @functools.cache
 def all_runs(name_of_set: str = SET) -> dict[str, reading.Finished]:
   """Every run of a set of `several.py`, by the name of its log."""
-  found = reading.read_set(reading.LOGS / f"{name_of_set}.jsonl.xz")
-  times = reading.step_times(found)
   named = {}
-  for one in found:
+  for one in reading.read_set(reading.LOGS / f"{name_of_set}.jsonl.xz"):
     name = f"{one.header['name']}_{one.seed}"
     own = scores(name_of_set).get(name, {})
-    one = dataclasses.replace(one, scores=own)
-    named[name] = reading.with_seconds(one, times)
+    named[name] = dataclasses.replace(one, scores=own)
   return named
 
 
@@ -60,54 +70,76 @@ def scores(
 
 
 @functools.cache
-def runs() -> dict[str, list[reading.Finished]]:
+def runs(descent: str = "muon") -> dict[str, list[reading.Finished]]:
   """Runs of the claim by system; whole ones only."""
+  names = {"muon": MUON, "adamw": ADAMW}[descent]
   found = {
     system: [
-      one
+      reading.with_seconds(one, STEP_MS[descent])
       for one in all_runs().values()
-      if one.header["name"] == system
+      if one.header["name"] == name
       and one.steps[-1] == one.header["size"]["train_steps"]
     ]
-    for system in SYSTEMS
+    for system, name in names.items()
   }
   return {k: v for k, v in found.items() if v}
 
 
+def both() -> dict[str, list[reading.Finished]]:
+  """All runs of the claim, by system and optimizer."""
+  return {
+    **{f"{system}, AdamW": own for system, own in runs("adamw").items()},
+    **runs(),
+  }
+
+
+def beside(system: str) -> dict[str, list[reading.Finished]]:
+  """The recipe beside systems that have all but its optimizer and schedule."""
+  return {**runs("adamw"), system: runs()[system]}
+
+
 def significance(other: str) -> dict[str, dict[str, int]]:
-  """Directions of each band that are better, worse and alike, by system."""
+  """Directions of each band that are better, worse and alike, by system.
+
+  Those with Muon, against one with Muon.
+  """
   bands = runs()[reading.BASELINE][0].bands
-  found: dict[str, dict[str, int]] = {}
+  systems = {name: system for system, name in MUON.items()}
+  found: dict[str, dict[str, int]] = {system: {} for system in MUON}
   for record in _score_records(SET):
-    if record.get("against") == other and record["beam"] == 1:
-      system = record["run"]
-      if system in SYSTEMS:
-        counts = found.setdefault(system, {})
-        key = f"{bands[record['test']]} {record['outcome']}"
-        counts[key] = counts.get(key, 0) + 1
-  return {system: found[system] for system in SYSTEMS if system in found}
+    if record.get("against") == MUON[other] and record["run"] in systems:
+      counts = found[systems[record["run"]]]
+      key = f"{bands[record['test']]} {record['outcome']}"
+      counts[key] = counts.get(key, 0) + 1
+  return {system: counts for system, counts in found.items() if counts}
 
 
 def summary() -> dict[str, Any]:
-  """What README and docs quote, by system and band."""
+  """What README and docs quote, by optimizer, system and band."""
   return {
-    system: {
-      "seeds": [one.seed for one in own],
-      **{band: _summary(system, own, band) for band in reading.BANDS},
+    descent: {
+      system: {
+        "seeds": [one.seed for one in own],
+        **{
+          band: _summary(runs(descent), system, band) for band in reading.BANDS
+        },
+      }
+      for system, own in runs(descent).items()
     }
-    for system, own in runs().items()
+    for descent in STEP_MS
   }
 
 
 def _summary(
-  system: str, own: Sequence[reading.Finished], band: str
+  found_runs: reading.Runs, system: str, band: str
 ) -> dict[str, Any]:
+  own = found_runs[system]
   found: dict[str, Any] = {
     "dev_loss": _spread([float(one.loss(band).min()) for one in own])
   }
   for baseline in BASELINES:
     for axis in ("steps", "seconds"):
-      factors = reading.convergence(runs(), system, band, axis, baseline)
+      factors = reading.convergence(found_runs, system, band, axis, baseline)
       if factors:
         found[f"times_fewer_{axis}_than_{baseline}"] = _spread(factors)
   tested = [one for one in own if one.has_scores(1)]
@@ -224,17 +256,26 @@ def with_plain_baselines() -> dict[str, list[reading.Finished]]:
 
 TABLES: Mapping[str, Any] = {
   "claim updates": lambda: tables.factors(runs(), "steps"),
-  "claim seconds": lambda: tables.factors(runs(), "seconds"),
   "claim updates, fixed 5": lambda: tables.factors(
     runs(), "steps", "base_static_5"
+  ),
+  "AdamW updates": lambda: tables.factors(runs("adamw"), "steps"),
+  "AdamW updates, fixed 5": lambda: tables.factors(
+    runs("adamw"), "steps", "base_static_5"
+  ),
+  "recipe beside AdamW, updates": lambda: tables.factors(
+    beside("recommended"), "steps"
+  ),
+  "recipe beside AdamW, seconds": lambda: tables.factors(
+    beside("recommended"), "seconds"
   ),
   "plain updates": lambda: tables.factors(with_plain_baselines(), "steps"),
   "plain updates, fixed 5": lambda: tables.factors(
     with_plain_baselines(), "steps", "base_static_5"
   ),
-  "claim losses": lambda: tables.losses(runs()),
-  "claim BLEU": lambda: tables.scores(runs(), 1, 0),
-  "claim chrF++": lambda: tables.scores(runs(), 1, 1),
+  "claim losses": lambda: tables.losses(both()),
+  "claim BLEU": lambda: tables.scores(both(), 1, 0),
+  "claim chrF++": lambda: tables.scores(both(), 1, 1),
   "claim significance": lambda: tables.significance(significance("base")),
   "claim significance, fixed 5": lambda: tables.significance(
     significance("base_static_5")

@@ -101,8 +101,9 @@ def main() -> None:
   plots = options.out / "docs" / "plots"
   plots.mkdir(exist_ok=True)
   figures.plot_experts(runs_of("earlier"), plots / "experts.svg")
-  figures.plot_losses(claim.runs(), "steps", plots / "claim.svg")
-  figures.plot_losses(claim.runs(), "seconds", plots / "cost.svg")
+  shown = {"base, AdamW": claim.runs("adamw")["base"], **claim.runs()}
+  figures.plot_losses(shown, "steps", plots / "claim.svg")
+  figures.plot_losses(shown, "seconds", plots / "cost.svg")
   summary = options.out / SUMMARY
   summary.parent.mkdir(parents=True, exist_ok=True)
   summary.write_text(json.dumps(claim.summary(), indent=1) + "\n")

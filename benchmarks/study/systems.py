@@ -103,11 +103,7 @@ SYSTEMS: dict[str, System] = {
     router=routing.BalancedRouter(prices_at_test=False), placement="insert"
   ),
   "recommended": System(
-    schedule="there_and_back",
-    top=3.0,
-    end=1.0,
-    heating_share=0.2,
-    end_share=0.7,
+    schedule="there_and_back", top=3.0, end=1.5, heating_share=0.2
   ),
   "dense_heated": System("dense", schedule="linear", **_DENSE),
 }
@@ -164,7 +160,9 @@ class Size:
 # What recipes set besides the system; elsewhere it is as in all systems.
 SIZES = {
   "base_published": Size(rows_per_group=4),
-  "recommended": Size(rows_per_group=64, weight_decay=0.3, average_decay=0.999),
+  "recommended": Size(
+    rows_per_group=64, descent="muon", weight_decay=0.3, average_decay=0.999
+  ),
 }
 
 
