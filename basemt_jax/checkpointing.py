@@ -263,6 +263,11 @@ class Checkpoints:
     """Steps of all complete checkpoints, ascending."""
     return sorted(self._manager.all_steps())
 
+  def dev_losses(self) -> dict[int, float]:
+    """Dev loss by step, of the checkpoints for which it was measured."""
+    found = {step: self._manager.metrics(step) for step in self.steps()}
+    return {step: m["dev_loss"] for step, m in found.items() if m}
+
   @contextlib.contextmanager
   def _writing(self) -> Iterator[None]:
     """Says in one sentence why a checkpoint could not be written."""
@@ -376,12 +381,16 @@ class Checkpoints:
 
   def shapes(self, step: int) -> dict[str, tuple[int, ...]]:
     """Path ('target/encoder/...') and shape of every stored array."""
+    return {path: leaf.shape for path, leaf in self.stored(step).items()}
+
+  def stored(self, step: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """Path ('target/encoder/...'), shape and type of every stored array."""
     self._check(step)
     try:
       metadata = self._manager.item_metadata(step)["state"]
       tree = getattr(metadata, "tree", metadata)
       return {
-        path: tuple(leaf.shape)
+        path: jax.ShapeDtypeStruct(tuple(leaf.shape), leaf.dtype)
         for path, leaf in traverse_util.flatten_dict(tree, sep="/").items()
       }
     except Exception as error:  # Whatever Orbax makes of broken files.

@@ -1,4 +1,4 @@
-"""Greedy and beam search over a `tokens_to_logits` callable.
+"""Greedy and beam search, and sampling, over a `tokens_to_logits` callable.
 
 Axes: B batch (source sentences), K beams, N sequences decoded side by side
 (N = B * K, the beams of one source are neighbours), Li source length, L longest
@@ -15,14 +15,18 @@ with K rows per source (`repeat_for_beams`), and it is never moved.
 A hypothesis is a sequence of tokens that ends with EOS (id 1); padding (id 0)
 also starts the decoder and is never produced. Where a sequence has reached its
 longest length EOS is forced, at the log-probability the model gives it, so that
-every hypothesis is a complete one and all scores compare.
+every hypothesis is a complete one and all scores compare. Where a source has a
+prefix, its tokens are forced likewise, and the search goes on after them.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+
+from basemt_jax import ranges
 
 Array = jax.Array
 Tree = Any
@@ -62,12 +66,34 @@ def repeat_for_beams(tree: Tree, beam_size: int) -> Tree:
   return jax.tree.map(lambda x: jnp.repeat(x, beam_size, axis=0), tree)
 
 
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+  """How `sample` draws tokens: of all, or of the most probable ones.
+
+  Attributes:
+    temperature: Log-probabilities are divided by it: below 1 likely tokens
+      become likelier still.
+    top_k: Only so many of the most probable tokens (Fan et al.,
+      arXiv:1805.04833); 0: all.
+    top_p: Only the fewest most probable tokens that have this probability
+      together, after temperature and top_k (Holtzman et al.,
+      arXiv:1904.09751); 1: all.
+    seed: Of all draws.
+  """
+
+  temperature: ranges.Positive = 1.0
+  top_k: ranges.Steps = 0
+  top_p: ranges.Share = 1.0
+  seed: ranges.Seed = 0
+
+
 def greedy_search(
   tokens_to_logits: TokensToLogits,
   cache: Tree,
   limits: Array,
   max_length: int,
   alpha: float | Array = 0.0,
+  prefixes: Array | None = None,
 ) -> Hypotheses:
   """Takes the most probable token at every step, until all sequences end.
 
@@ -78,12 +104,120 @@ def greedy_search(
       1 to max_length.
     max_length: L, static.
     alpha: Exponent of the length penalty in the scores; it chooses nothing.
+    prefixes: [B, L] int32, what each hypothesis has to begin with, shorter
+      than its limit and padded with 0; None: nothing.
 
   Returns:
     Hypotheses with K = 1; equal to `beam_search` with beam_size 1.
   """
+
+  def most_probable(choices: Array, step: Array) -> Array:
+    del step
+    return jnp.argmax(choices, axis=-1)
+
+  ids, scores = _one_by_one(
+    *(tokens_to_logits, cache, limits, max_length, alpha, prefixes),
+    most_probable,
+  )
+  return Hypotheses(ids[:, None], scores[:, None])
+
+
+def sample(
+  tokens_to_logits: TokensToLogits,
+  cache: Tree,
+  limits: Array,
+  max_length: int,
+  sampling: Sampling,
+  numbers: Array,
+  num_samples: int = 1,
+  alpha: float | Array = 0.0,
+  prefixes: Array | None = None,
+) -> Hypotheses:
+  """Draws hypotheses independently, token by token.
+
+  What is drawn for a source depends on the seed, the source's number and its
+  logits: not on the batch, nor on the devices.
+
+  Args:
+    tokens_to_logits: See the module; N = B * num_samples.
+    cache: The first step's cache, of N rows (`repeat_for_beams`).
+    limits: [B], see `greedy_search`.
+    max_length: L, static.
+    sampling: How to draw.
+    numbers: [B] int32, of the sources.
+    num_samples: K.
+    alpha: Exponent of the length penalty in the scores.
+    prefixes: [B, L], see `greedy_search`.
+
+  Returns:
+    Hypotheses in the order in which they were drawn; some may be equal. Scores
+    are of the model's own probabilities, whatever the temperature.
+  """
+  seed = jax.random.key(sampling.seed)
+  keys = jax.vmap(
+    lambda number: jax.vmap(
+      lambda k: jax.random.fold_in(jax.random.fold_in(seed, number), k)
+    )(jnp.arange(num_samples))
+  )(numbers).reshape(-1)
+
+  def drawn(choices: Array, step: Array) -> Array:
+    now = jax.vmap(lambda key: jax.random.fold_in(key, step))(keys)
+    return _draw(choices / sampling.temperature, now, sampling)
+
+  if prefixes is not None:
+    prefixes = jnp.repeat(prefixes, num_samples, axis=0)
+  ids, scores = _one_by_one(
+    *(tokens_to_logits, cache, jnp.repeat(limits, num_samples), max_length),
+    *(alpha, prefixes, drawn),
+  )
+  shape = (limits.shape[0], num_samples)
+  return Hypotheses(ids.reshape(*shape, -1), scores.reshape(shape))
+
+
+def _draw(logits: Array, keys: Array, sampling: Sampling) -> Array:
+  """A token of each row of logits [N, V], by the row's key; int [N]."""
+  size = logits.shape[-1]
+  tokens = None
+  if sampling.top_k or sampling.top_p < 1:
+    width = min(sampling.top_k or size, size)
+    logits, tokens = jax.lax.top_k(logits, width)
+    shares = jax.nn.softmax(logits, axis=-1)
+    before = jnp.cumsum(shares, axis=-1) - shares
+    # The most probable one stays, whatever the rounding.
+    kept = (before < sampling.top_p).at[:, 0].set(True)
+    logits = jnp.where(kept, logits, -jnp.inf)
+  chosen = jax.vmap(jax.random.categorical)(keys, logits)
+  if tokens is None:
+    return chosen
+  return jnp.take_along_axis(tokens, chosen[:, None], axis=-1)[:, 0]
+
+
+def _one_by_one(
+  tokens_to_logits: TokensToLogits,
+  cache: Tree,
+  limits: Array,
+  max_length: int,
+  alpha: float | Array,
+  prefixes: Array | None,
+  choose: Callable[[Array, Array], Array],
+) -> tuple[Array, Array]:
+  """Extends N sequences by a token each until all have ended.
+
+  Args:
+    tokens_to_logits: See `greedy_search`, as the next five, with N for B.
+    cache: Of N rows.
+    limits: [N].
+    max_length: L.
+    alpha: Of the scores.
+    prefixes: [N, L] or None.
+    choose: Log-probabilities [N, V], -inf where a token may not follow, and
+      the step to tokens [N].
+
+  Returns:
+    Ids [N, L] int32 and scores [N] float32.
+  """
   limits = jnp.clip(limits, 1, max_length)
-  batch = limits.shape[0]
+  count = limits.shape[0]
 
   def unfinished(state):
     step, _, _, _, done = state
@@ -92,19 +226,18 @@ def greedy_search(
   def advance(state):
     step, ids, log_probs, cache, done = state
     logits, cache = tokens_to_logits(_last_tokens(ids, step), cache)
-    choices = _token_log_probs(logits, step, limits)
-    token = jnp.argmax(choices, axis=-1).astype(jnp.int32)
+    choices = _token_log_probs(logits, step, limits, prefixes)
+    token = choose(choices, step).astype(jnp.int32)
     gain = jnp.take_along_axis(choices, token[:, None], axis=-1)[:, 0]
     ids = ids.at[:, step].set(jnp.where(done, PAD_ID, token))
     log_probs = jnp.where(done, log_probs, log_probs + gain)
     return step + 1, ids, log_probs, cache, done | (token == EOS_ID)
 
-  ids = jnp.zeros((batch, max_length), jnp.int32)
-  start = (0, ids, jnp.zeros(batch), cache, jnp.zeros(batch, bool))
+  ids = jnp.zeros((count, max_length), jnp.int32)
+  start = (0, ids, jnp.zeros(count), cache, jnp.zeros(count, bool))
   _, ids, log_probs, _, _ = jax.lax.while_loop(unfinished, advance, start)
   lengths = (ids != PAD_ID).sum(axis=-1)
-  scores = log_probs / length_penalty(lengths, alpha)
-  return Hypotheses(ids[:, None], scores[:, None])
+  return ids, log_probs / length_penalty(lengths, alpha)
 
 
 class _Beams(NamedTuple):
@@ -135,6 +268,7 @@ def beam_search(
   beam_size: int,
   alpha: float | Array = 0.6,
   num_return: int | None = None,
+  prefixes: Array | None = None,
 ) -> Hypotheses:
   """Beam search with length normalisation and exact early stopping.
 
@@ -160,6 +294,7 @@ def beam_search(
       scores by the mean log-probability of a token.
     num_return: Hypotheses to return, by default beam_size. They are the first
       of those that a larger number would return; fewer can stop earlier.
+    prefixes: [B, L], see `greedy_search`.
 
   Returns:
     Hypotheses with num_return in place of K: distinct, best first.
@@ -177,12 +312,20 @@ def beam_search(
   limits = jnp.clip(limits, 1, max_length)
   batch = limits.shape[0]
   _check_cache(cache, batch, beam_size)
+  row_limits = jnp.repeat(limits, beam_size)
+  if prefixes is not None:
+    prefixes = jnp.repeat(prefixes, beam_size, axis=0)
 
   def unfinished(beams: _Beams) -> Array:
     return (beams.step < max_length) & ~beams.done.all()
 
   def advance(beams: _Beams) -> _Beams:
-    return _advance(beams, tokens_to_logits, limits, alpha, num_return)
+    ids = beams.live_ids.reshape(-1, max_length)
+    logits, cache = tokens_to_logits(_last_tokens(ids, beams.step), beams.cache)
+    choices = _token_log_probs(logits, beams.step, row_limits, prefixes)
+    return _advance(
+      beams._replace(cache=cache), choices, limits, alpha, num_return
+    )
 
   ids = jnp.zeros((batch, beam_size, max_length), jnp.int32)
   nothing = jnp.full((batch, beam_size), -jnp.inf)
@@ -201,17 +344,17 @@ def beam_search(
 
 def _advance(
   beams: _Beams,
-  tokens_to_logits: TokensToLogits,
+  choices: Array,
   limits: Array,
   alpha: float | Array,
   num_return: int,
 ) -> _Beams:
-  """One step of `beam_search`, whose arguments these are."""
-  step = beams.step
-  _, beam_size, max_length = beams.live_ids.shape
-  last = _last_tokens(beams.live_ids.reshape(-1, max_length), step)
-  logits, cache = tokens_to_logits(last, beams.cache)
-  choices = _token_log_probs(logits, step, jnp.repeat(limits, beam_size))
+  """One step of `beam_search`, whose arguments these are.
+
+  `choices` [N, V] are log-probabilities of the next tokens; the cache already
+  holds the last ones.
+  """
+  step, beam_size = beams.step, beams.live_ids.shape[1]
   beam, token, log_probs = _best_extensions(choices, beams.live_log_probs)
   ids = jnp.take_along_axis(beams.live_ids, beam[:, :, None], axis=1)
   ids = ids.at[:, :, step].set(token)
@@ -233,7 +376,7 @@ def _advance(
     live_ids=jnp.take_along_axis(ids, kept[:, :, None], axis=1),
     live_log_probs=live_log_probs,
     ended=ended,
-    cache=_take_beams(cache, jnp.take_along_axis(beam, kept, axis=1)),
+    cache=_take_beams(beams.cache, jnp.take_along_axis(beam, kept, axis=1)),
     done=done,
   )
 
@@ -244,13 +387,21 @@ def _last_tokens(ids: Array, step: Array | int) -> Array:
   return jnp.where(step == 0, PAD_ID, before)
 
 
-def _token_log_probs(logits: Array, step: Array | int, limits: Array) -> Array:
+def _token_log_probs(
+  logits: Array,
+  step: Array | int,
+  limits: Array,
+  prefixes: Array | None = None,
+) -> Array:
   """Log-probabilities [N, V] of tokens that may follow, -inf for others."""
   log_probs = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
   token = jnp.arange(logits.shape[-1])[None]
   allowed = (token != PAD_ID) & (
     (token == EOS_ID) | (step + 1 < limits)[:, None]
   )
+  if prefixes is not None:
+    forced = jax.lax.dynamic_slice_in_dim(prefixes, step, 1, 1)
+    allowed = jnp.where(forced == PAD_ID, allowed, token == forced)
   return jnp.where(allowed, log_probs, -jnp.inf)
 
 

@@ -201,6 +201,22 @@ def bootstrap_scores(
   return found
 
 
+def closest(hypotheses: Sequence[str], reference: str, language: str) -> int:
+  """Place of the hypothesis with the best sentence BLEU, the first of equals.
+
+  BLEU of a sentence has the orders that it is long enough for.
+  """
+  reference = normalisation.normalise(reference)
+  bleu = metrics.BLEU(
+    tokenize=sacrebleu_tokenizer(language, [reference]), effective_order=True
+  )
+  scores = [
+    bleu.sentence_score(text, [reference]).score
+    for text in _one_text(hypotheses)
+  ]
+  return scores.index(max(scores))
+
+
 def _metrics(
   language: str, references: Sequence[str]
 ) -> tuple[metrics.BLEU, metrics.CHRF]:
@@ -269,6 +285,7 @@ class DirectionResult:
     chrf: chrF++, 0 to 100.
     bleu_signature: sacreBLEU's, or ''.
     chrf_signature: sacreBLEU's, or ''.
+    metrics: Means over the sentences, of a metric command's metrics by name.
   """
 
   direction: str
@@ -280,6 +297,7 @@ class DirectionResult:
   chrf: float | None = None
   bleu_signature: str = ""
   chrf_signature: str = ""
+  metrics: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
 
 class Vocabulary(Protocol):
@@ -298,6 +316,8 @@ def translate_texts(
   texts: Sequence[str],
   tag: Callable[[str], str] = str,
   progress: Callable[[int, int], None] | None = None,
+  prefixes: Sequence[str] = (),
+  first: int = 0,
 ) -> list[list[tuple[float, str]]]:
   """Translates lines of text.
 
@@ -308,6 +328,8 @@ def translate_texts(
     tag: Puts around a line what asks for the language wanted; nothing unless
       given.
     progress: See `Translator.translate`.
+    prefixes: What the translation of each begins with, whole words.
+    first: Number of the first line, of all that are translated with a seed.
 
   Returns:
     For each line its hypotheses as (score, one line of text), best first.
@@ -320,7 +342,12 @@ def translate_texts(
 
   return [
     [(found.score, text_of(found)) for found in nbest]
-    for nbest in translator.translate(ids, progress)
+    for nbest in translator.translate(
+      ids,
+      progress,
+      [vocabulary.encode(normalisation.normalise(p)) for p in prefixes],
+      range(first, first + len(texts)),
+    )
   ]
 
 
@@ -416,6 +443,7 @@ class Mean:
     loss: Nats per target token.
     bleu: 0 to 100.
     chrf: chrF++, 0 to 100.
+    metrics: Of a metric command, by name.
   """
 
   name: str
@@ -423,6 +451,7 @@ class Mean:
   loss: float | None
   bleu: float | None
   chrf: float | None
+  metrics: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
 
 def summarise(
@@ -449,14 +478,22 @@ def summarise(
     Mean(
       name,
       len(group),
-      *(
-        _mean([getattr(r, value) for r in group])
-        for value in ("loss", "bleu", "chrf")
-      ),
+      _mean([r.loss for r in group]),
+      _mean([r.bleu for r in group]),
+      _mean([r.chrf for r in group]),
+      _mean_metrics(group),
     )
     for name, group in groups.items()
     if group
   ]
+
+
+def _mean_metrics(results: Sequence[DirectionResult]) -> dict[str, float]:
+  names = dict.fromkeys(name for r in results for name in r.metrics)
+  found = {
+    name: _mean([r.metrics.get(name) for r in results]) for name in names
+  }
+  return {name: mean for name, mean in found.items() if mean is not None}
 
 
 def scalars(

@@ -29,6 +29,8 @@ Text = Annotated[str, at.MinLen(1)]
 Temperatures = Annotated[Sequence[Temperature], at.MinLen(1)]
 Sizes = Annotated[Mapping[str, Annotated[int, at.Ge(0)]], at.MinLen(1)]
 
+Weights = Mapping[str, NotNegative]
+
 
 def of_inputs_and_targets(lengths: Mapping[str, int]) -> bool:
   """Whether both sides have a length, and nothing else has."""

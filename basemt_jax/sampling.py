@@ -7,9 +7,10 @@ join, and how often any direction may be seen. A `Plan` is a strategy for given
 data: rates that are a pure function of the step, so that all draws of a run
 can be expected before it starts. At step k direction i is drawn with
 
-  p_i(k) proportional to c_i n_i^(1 / T(k)) from step s_i on, 0 before,
+  p_i(k) proportional to w_i c_i n_i^(1 / T(k)) from step s_i on, 0 before,
 
-where c_i = 1 unless the cap on epochs bites. Every strategy that is compared in
+where the weights w_i are 1 unless given, and c_i = 1 unless the cap on epochs
+bites. Every strategy that is compared in
 the literature is a choice of these: a constant T; T that rises (heating) or
 falls (cooling); languages that join at steps s_i; and UniMax (Chung et al.,
 arXiv:2304.09151), which is the cap on uniform sampling.
@@ -18,6 +19,7 @@ arXiv:2304.09151), which is the cap on uniform sampling.
 import dataclasses
 import hashlib
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
@@ -45,15 +47,18 @@ class Strategy:
   Attributes:
     temperature: Step -> temperature T.
     joins: The first step of late directions. A key is a direction ('en-gu'), a
-      language ('gu': all directions from or to it), in any spelling, or a
-      number n (all directions of fewer than n training pairs); the latest step
-      of all that match counts.
+      language ('gu': all directions from or to it), in any spelling, a label
+      ('bt': all directions of text with it, such as 'en_x_bt-gu'), 'authentic'
+      (all without any), or a number n (all directions of fewer than n training
+      pairs); the latest step of all that match counts.
     max_epochs: The most often that any direction is expected to be gone
       through. A direction that would be seen more often is drawn less, by one
       factor at all steps; the others take over in their proportions.
     steps: Of the run, which `max_epochs` is about.
     sizes: Training pairs n_i by direction, such as a benchmark publishes them;
       None: as many as there are.
+    weights: How much more often directions are drawn than that, w_i; keys as
+      those of `joins`, but for numbers. The product of all that match counts.
 
   Example: a run of 100 steps that is heated from 1 to 5, and what it will draw
   of the rows of two directions at its first and its last step.
@@ -72,9 +77,13 @@ class Strategy:
   max_epochs: ranges.Positive | None = None
   steps: ranges.Count | None = None
   sizes: ranges.Sizes | None = None
+  weights: ranges.Weights = dataclasses.field(default_factory=dict)
 
   def __post_init__(self):
     """Refuses what no data could make sense of."""
+    for name, weight in self.weights.items():
+      if not 0 <= weight < math.inf:
+        raise ValueError(f"the weight of {name!r} must be from 0, got {weight}")
     if not callable(self.temperature):
       raise ValueError(
         "Strategy.temperature must be a schedule such as heating.constant(5),"
@@ -104,6 +113,8 @@ class Strategy:
       text = repr(sorted(self.sizes.items())).encode()
       stamp = hashlib.blake2b(text, digest_size=4).hexdigest()
       parts.append(f"given sizes {stamp}")
+    if self.weights:
+      parts.append(f"weighted by {dict(self.weights)}")
     return ", ".join(parts)
 
   def plan(
@@ -137,6 +148,7 @@ def unimax(
   max_epochs: ranges.Positive | None = None,
   joins: Mapping[str | int, ranges.Steps] | None = None,
   sizes: ranges.Sizes | None = None,
+  weights: ranges.Weights | None = None,
 ) -> Strategy:
   """UniMax: as uniform as no more than `max_epochs` of any direction allow.
 
@@ -145,9 +157,12 @@ def unimax(
     max_epochs: of any direction; None: 4.
     joins: see `Strategy`.
     sizes: see `Strategy`; 0 leaves a direction out.
+    weights: see `Strategy`.
   """
   epochs = 4.0 if max_epochs is None else max_epochs
-  return Strategy(heating.constant(math.inf), joins or {}, epochs, steps, sizes)
+  return Strategy(
+    heating.constant(math.inf), joins or {}, epochs, steps, sizes, weights or {}
+  )
 
 
 class Plan:
@@ -161,7 +176,7 @@ class Plan:
     sizes: float [N], the n_i of the rates.
     batch_size: Rows of a global batch.
     starts: int [N], the first step of each direction.
-    multipliers: float [N], c_i: below 1 where the cap bites.
+    multipliers: float [N], w_i c_i; c_i is below 1 where the cap bites.
   """
 
   def __init__(
@@ -200,7 +215,13 @@ class Plan:
       # What has no rows cannot be drawn, whatever is published.
       self.sizes = np.asarray(given, np.float64) * (self.rows > 0)
     self.starts = _starts(strategy.joins, self.directions, self.sizes, meant)
-    self.multipliers = np.ones(len(self.directions))
+    self.multipliers = _weights(strategy.weights, self.directions, meant)
+    if not ((self.starts == 0) & (self.sizes * self.multipliers > 0)).any():
+      raise ValueError(
+        "all directions join after step 0 or have weight 0, so there is "
+        "nothing to begin with: leave some out of "
+        f"joins={dict(strategy.joins)} or weights={dict(strategy.weights)}"
+      )
     if strategy.max_epochs is not None:
       self.multipliers = self._capped()
 
@@ -255,7 +276,7 @@ class Plan:
     """
     strategy = self.strategy
     assert strategy.max_epochs is not None and strategy.steps is not None
-    limits = strategy.max_epochs * self.rows
+    limits = strategy.max_epochs * self.rows * (self.multipliers > 0)
     for end in [*np.unique(self.starts)[1:].tolist(), strategy.steps]:
       end = min(end, strategy.steps)
       allowed, drawn = limits[self.starts < end].sum(), self.batch_size * end
@@ -266,19 +287,19 @@ class Plan:
           f"{drawn:,.0f}: allow more epochs, take fewer steps, or let more "
           "directions join earlier"
         )
-    has_rows = self.rows > 0
+    has_rows = self.rows * self.multipliers > 0
     weights, counts = self._distinct_rates(strategy.steps)
     logs = np.log(
       weights, where=weights > 0, out=np.full(weights.shape, -np.inf)
     )
-    multipliers = np.ones(len(limits))
     found = _cap(logs[:, has_rows], counts * self.batch_size, limits[has_rows])
     if found is None:
       raise ValueError(
         f"{strategy.max_epochs:g} epochs are hardly enough for "
         f"{strategy.steps} steps: allow a little more"
       )
-    multipliers[has_rows] = found
+    multipliers = self.multipliers.copy()
+    multipliers[has_rows] *= found
     return multipliers
 
   def _distinct_rates(self, steps: int) -> tuple[np.ndarray, np.ndarray]:
@@ -300,12 +321,20 @@ class Plan:
     mean = np.bincount(group.reshape(-1), cold) / counts
     with np.errstate(divide="ignore"):
       rates = heating.row_rates(self.pairs, self.rows, 1 / mean, self.sizes)
-    rates = rates * (first[:, None] >= self.starts)
+    rates = rates * self.multipliers * (first[:, None] >= self.starts)
     return rates, counts.astype(np.float64)
 
 
 def _spelled_so(name: str, directions: Sequence[str]) -> Sequence[str]:
-  return [d for d in directions if name in (d, *d.split("-"))]
+  """Directions with a name, a language or a label that is spelled so."""
+  if name in directions:
+    return [name]
+  return [
+    direction
+    for direction in directions
+    if name in re.sub(r"_x_\w+", "", direction).split("-")
+    or name in (re.findall(r"_x_(\w+)", direction) or ["authentic"])
+  ]
 
 
 def _starts(
@@ -318,21 +347,39 @@ def _starts(
   starts = np.zeros(len(directions), np.int64)
   for key, step in joins.items():
     if isinstance(key, str):
-      match = np.isin(directions, meant(key, directions))
-      if not match.any():
-        raise ValueError(
-          f"{key!r}, which is to join at step {step}, is neither a direction "
-          f"nor a language of {', '.join(directions)}"
-        )
+      match = _matching(key, directions, f"is to join at step {step}", meant)
     else:
       match = sizes < key
     starts = np.where(match, np.maximum(starts, step), starts)
-  if not ((starts == 0) & (sizes > 0)).any():
-    raise ValueError(
-      "all directions join after step 0, so there is nothing to begin with: "
-      f"leave some out of joins={dict(joins)}"
-    )
   return starts
+
+
+def _weights(
+  weights: Mapping[str, float], directions: Sequence[str], meant: Meant
+) -> np.ndarray:
+  """Weights of the directions; float64 [N]."""
+  found = np.ones(len(directions))
+  for key, weight in weights.items():
+    match = _matching(key, directions, f"is to have weight {weight:g}", meant)
+    found = np.where(match, found * weight, found)
+  return found
+
+
+def _matching(
+  key: str, directions: Sequence[str], what: str, meant: Meant
+) -> np.ndarray:
+  """Which directions a direction's, a language's or a label's name means.
+
+  Raises:
+    ValueError: None of them.
+  """
+  match = np.isin(directions, meant(key, directions))
+  if not match.any():
+    raise ValueError(
+      f"{key!r}, which {what}, is neither a direction nor a language nor a "
+      f"label of {', '.join(directions)}"
+    )
+  return match
 
 
 def _cap(

@@ -24,11 +24,13 @@ from basemt_jax import (
   files,
   layers,
   losses,
+  metric_command,
   metrics,
   partitioning,
   phases,
   plain_data,
   processes,
+  scoring,
   steps,
   translation,
 )
@@ -99,6 +101,13 @@ class Trained:
       search or self.run.search,
     )
 
+  def scorer(self) -> scoring.Scorer:
+    """Scores pairs with this model."""
+    mesh = self.program.mesh
+    return scoring.Scorer(
+      self.program.model, self.variables, self.run.search, _sharding(mesh)
+    )
+
   def tag(self, to: str, source: str | None = None) -> source_tags.SourceTag:
     """What sources had around them in training for a language to be given.
 
@@ -152,7 +161,9 @@ def choose_tag(
 ) -> source_tags.SourceTag:
   """The tag that asks for a language; see `Trained.tag`."""
   directions = {name: languages.Direction.parse(name) for name in tags}
-  targets = sorted({d.target for d in directions.values()})
+  found = {d.target for d in directions.values()}
+  # Into what a teacher wrote a model translates as into the language itself.
+  targets = sorted(t for t in found if not t.label or t.authentic not in found)
   meant = languages.matching(to, targets)
   if len(meant) > 1:
     raise UnknownTagError(
@@ -171,16 +182,19 @@ def choose_tag(
       f"the model was not trained to translate from {source} into it, but from "
       f"{', '.join(sorted(into.values()))}"
     )
+  # What a model wrote is read with a tag of its own, which no text of a
+  # person has.
+  names = [n for n in names if not directions[n].source.label] or names
   unknown = [name for name in names if tags[name] is None]
   if unknown:
     raise UnknownTagError(_not_alike(unknown[0]))
-  found = {tag for name in names if (tag := tags[name]) is not None}
-  if len(found) > 1:
+  chosen = {tag for name in names if (tag := tags[name]) is not None}
+  if len(chosen) > 1:
     raise UnknownTagError(
       "how it is asked for depends on the language of the text; say which it "
       f"is: {', '.join(sorted(into.values()))} (--from)"
     )
-  return found.pop()
+  return chosen.pop()
 
 
 def load(
@@ -278,12 +292,11 @@ def translator(
   search: translation.SearchOptions,
 ) -> translation.Translator:
   """A translator whose batches are spread over a mesh of several devices."""
-  return translation.Translator(
-    model,
-    variables,
-    search,
-    partitioning.batch_sharding(mesh) if mesh.size > 1 else None,
-  )
+  return translation.Translator(model, variables, search, _sharding(mesh))
+
+
+def _sharding(mesh: jax.sharding.Mesh) -> jax.sharding.NamedSharding | None:
+  return partitioning.batch_sharding(mesh) if mesh.size > 1 else None
 
 
 # ------------------------------------------------------------- evaluation
@@ -297,6 +310,8 @@ def direction_texts(
   train_pairs = store.pairs("train")
   for name, pairs in zip(store.directions, train_pairs, strict=True):
     records = store.texts(split, name)[:limit]
+    if not records and languages.Direction.parse(name).label:
+      continue  # Only there to train on.
     texts.append(
       evaluation.DirectionTexts(
         name,
@@ -360,6 +375,7 @@ def evaluate(
   console: run_lib.Console,
   which: str | int = "latest",
   split: str | None = None,
+  command: str | None = None,
 ) -> Evaluation:
   """Loss, BLEU and chrF++ on the model's own data.
 
@@ -368,6 +384,7 @@ def evaluate(
     console: Takes progress.
     which: See `load`.
     split: 'test' or 'validation'; None: 'test' if the data has one.
+    command: Of a metric; see `evaluate_texts`.
 
   Raises:
     NoPairsError: The split has no pairs.
@@ -397,6 +414,7 @@ def evaluate(
     split,
     direction_texts(store, split),
     metrics.of_directions(measured, "loss"),
+    command,
   )
 
 
@@ -406,6 +424,7 @@ def evaluate_texts(
   test_set: str,
   texts: Sequence[evaluation.DirectionTexts],
   losses: Mapping[str, float] | None = None,
+  command: str | None = None,
 ) -> Evaluation:
   """BLEU and chrF++ of any text; written to the model directory.
 
@@ -418,6 +437,7 @@ def evaluate_texts(
     test_set: Its name.
     texts: By direction, tagged.
     losses: Of directions, where they are known.
+    command: Scores the translations too; see `metric_command.with_metrics`.
   """
   run, search = trained.run, translator.options
   results, translations = evaluation.evaluate(
@@ -428,6 +448,8 @@ def evaluate_texts(
     run.bands,
     trained.console.translating,
   )
+  if command:
+    results = metric_command.with_metrics(command, results, translations)
   name = f"{test_set}_{trained.step}_{evaluation.search_slug(search)}"
   directory = pathlib.Path(run.model_dir) / "evaluation" / name
   about = {

@@ -63,6 +63,7 @@ class SearchOptions:
     smallest_bucket: Sources are padded to this length or the next of its
       doublings. The search is compiled once for each that occurs; one that a
       single batch of a call would need shares the next longer one's program.
+    sampling: Draw num_return translations of each source, rather than search.
   """
 
   beam_size: ranges.Count = 1
@@ -74,15 +75,21 @@ class SearchOptions:
   length_ratio: ranges.NotNegative = 3.0
   length_offset: ranges.Steps = 16
   smallest_bucket: ranges.Count = 16
+  sampling: decoding.Sampling | None = None
 
   def __post_init__(self):
     """Checks the numbers against each other."""
-    if not 1 <= self.num_return <= self.beam_size:
+    if not self.sampling and not 1 <= self.num_return <= self.beam_size:
       raise ValueError(
         f"num_return must be from 1 to beam_size, got num_return"
         f" {self.num_return} with beam_size {self.beam_size}: ask for fewer"
         " hypotheses or a larger beam"
       )
+
+  @property
+  def sequences(self) -> int:
+    """Sequences that are decoded side by side for each source, K."""
+    return self.num_return if self.sampling else self.beam_size
 
   def bucket(self, length: int) -> int:
     """The length that a source of `length` tokens is padded to."""
@@ -108,6 +115,14 @@ class Hypothesis(NamedTuple):
 
   score: float
   ids: tuple[int, ...]
+
+
+class _Sentence(NamedTuple):
+  """A source, its number, and what its translation begins with."""
+
+  ids: tuple[int, ...]
+  number: int
+  prefix: tuple[int, ...]
 
 
 class Translator:
@@ -166,6 +181,9 @@ class Translator:
     self,
     sources: Sequence[Sequence[int]],
     progress: Callable[[int, int], None] | None = None,
+    prefixes: Sequence[Sequence[int]] | None = None,
+    numbers: Sequence[int] | None = None,
+    whole_batches: bool = False,
   ) -> list[list[Hypothesis]]:
     """Translates sources, whatever their number, lengths and order.
 
@@ -173,20 +191,39 @@ class Translator:
       sources: Token ids of each, with or without EOS at the end. A source
         without any other token translates to the empty hypothesis.
       progress: Called with (sources done, all sources) after every batch.
+      prefixes: What the translation of each begins with; its tokens come on
+        top of the longest hypothesis.
+      numbers: Of the sources, which decide what is sampled; by default their
+        places in the list.
+      whole_batches: Give few sources as many rows as many have, so that their
+        number does not show in the rounding of their scores.
 
     Returns:
       For each source, in the order given, up to num_return hypotheses, best
-      first.
+      first; samples as they were drawn.
+
+    Raises:
+      ValueError: Scores that are not finite, or a prefix that is too long.
     """
-    read = [_strip(source) for source in sources]
-    self._warn_of_long(read)
+    read = [
+      _Sentence(_strip(source), number, _strip(prefix))
+      for source, number, prefix in zip(
+        sources,
+        range(len(sources)) if numbers is None else numbers,
+        prefixes or [()] * len(sources),
+        strict=True,
+      )
+    ]
+    self._warn_of_long([sentence.ids for sentence in read])
+    self._check_prefixes(read)
     order = sorted(
-      (i for i, ids in enumerate(read) if ids), key=lambda i: len(read[i])
+      (i for i, sentence in enumerate(read) if sentence.ids),
+      key=lambda i: len(read[i].ids),
     )
     results = [[Hypothesis(0.0, ())] for _ in read]
-    size = self._rows(len(order))
+    size = self._rows(len(order), whole_batches)
     batches = [order[i : i + size] for i in range(0, len(order), size)]
-    lengths = self._lengths([len(read[batch[-1]]) + 1 for batch in batches])
+    lengths = self._lengths([len(read[b[-1]].ids) + 1 for b in batches])
     done = 0
     for batch, length in zip(batches, lengths, strict=True):
       found = self._translate_batch([read[i] for i in batch], size, length)
@@ -197,13 +234,15 @@ class Translator:
         progress(done, len(order))
     return results
 
-  def _rows(self, count: int) -> int:
+  def _rows(self, count: int, whole_batches: bool) -> int:
     """Rows of the batches that translate so many sources.
 
     A few do not need a whole batch, but each size is a program of its own.
     """
     most = self.options.batch_size
     fits = next((n for n in _FEW if count <= n < most), most)
+    if whole_batches:
+      fits = most
     return math.ceil(fits / self._ways) * self._ways
 
   def _lengths(self, longest: Sequence[int]) -> list[int]:
@@ -218,30 +257,51 @@ class Translator:
         lengths[i] = lengths[i + 1]
     return lengths
 
-  def _translate_batch(
-    self, sources: Sequence[Sequence[int]], rows: int, length: int
-  ) -> Iterator[list[Hypothesis]]:
+  def _batch(
+    self, sentences: Sequence["_Sentence"], rows: int, length: int
+  ) -> tuple[int, dict[str, Any]]:
+    """The longest hypothesis, and arrays of so many rows for `search`."""
     options = self.options
-    cut = [list(ids[: options.max_source_length - 1]) for ids in sources]
+    cut = [list(x.ids[: options.max_source_length - 1]) for x in sentences]
+    longest_prefix = max(len(sentence.prefix) for sentence in sentences)
+    longest = options.limit(length)
+    if longest_prefix:
+      longest += max(longest_prefix, options.bucket(longest_prefix))
+      longest = min(longest, options.max_target_length)
     # Rows without a source end at their first token and are not returned.
-    tokens: Any = np.zeros((rows, length), np.int32)
-    limits: Any = np.ones(rows, np.int32)
-    for row, ids in enumerate(cut):
-      tokens[row, : len(ids) + 1] = [*ids, decoding.EOS_ID]
-      limits[row] = options.limit(len(ids) + 1)
+    batch: dict[str, Any] = {
+      "tokens": np.zeros((rows, length), np.int32),
+      "limits": np.ones(rows, np.int32),
+    }
+    if options.sampling:
+      batch["numbers"] = np.zeros(rows, np.int32)
+      batch["numbers"][: len(cut)] = [s.number for s in sentences]
+    if longest_prefix:
+      batch["prefixes"] = np.zeros((rows, longest), np.int32)
+    for row, (ids, sentence) in enumerate(zip(cut, sentences, strict=True)):
+      batch["tokens"][row, : len(ids) + 1] = [*ids, decoding.EOS_ID]
+      prefix = sentence.prefix
+      limit = options.limit(len(ids) + 1) + len(prefix)
+      batch["limits"][row] = min(limit, options.max_target_length)
+      if prefix:
+        batch["prefixes"][row, : len(prefix)] = prefix
+    return longest, batch
+
+  def _translate_batch(
+    self, sentences: Sequence["_Sentence"], rows: int, length: int
+  ) -> Iterator[list[Hypothesis]]:
+    longest, batch = self._batch(sentences, rows, length)
     if self._batch_sharding is not None:
-      tokens, limits = (
-        jax.make_array_from_callback(
+      batch = {
+        name: jax.make_array_from_callback(
           x.shape, self._batch_sharding, x.__getitem__
         )
-        for x in (tokens, limits)
-      )
+        for name, x in batch.items()
+      }
     found = jax.device_get(
-      self._jitted_search(
-        self.variables, tokens, limits, max_length=options.limit(length)
-      )
+      self._jitted_search(self.variables, **batch, max_length=longest)
     )
-    for row in range(len(cut)):
+    for row in range(len(sentences)):
       hypotheses = [
         Hypothesis(float(score), _strip(ids))
         for score, ids in zip(found.scores[row], found.ids[row], strict=True)
@@ -254,6 +314,16 @@ class Translator:
           "checkpoint"
         )
       yield hypotheses
+
+  def _check_prefixes(self, sentences: Sequence["_Sentence"]) -> None:
+    longest = self.options.max_target_length
+    for place, sentence in enumerate(sentences, start=1):
+      if len(sentence.prefix) >= longest:
+        raise ValueError(
+          f"the prefix of sentence {place} has {len(sentence.prefix)} tokens, "
+          f"and a translation at most {longest} with its end: give a shorter "
+          "prefix, or raise translation.SearchOptions.max_target_length"
+        )
 
   def _warn_of_long(self, sources: Sequence[Sequence[int]]) -> None:
     longest = self.options.max_source_length
@@ -274,6 +344,8 @@ def search(
   limits: Array,
   max_length: int,
   options: SearchOptions,
+  numbers: Array | None = None,
+  prefixes: Array | None = None,
 ) -> decoding.Hypotheses:
   """Translations of one batch; pure, so it can be compiled.
 
@@ -283,31 +355,38 @@ def search(
     tokens: Sources [B, Li] int32, with EOS, padded with 0.
     limits: [B] int32, the longest hypothesis of each.
     max_length: L, the longest of all; static.
-    options: How to search.
+    options: How to search, or to sample.
+    numbers: [B] int32, of the sources, for sampling; None: their places.
+    prefixes: [B, L] int32, see `decoding.greedy_search`, or None.
 
   Returns:
-    See `decoding.beam_search`.
+    See `decoding.beam_search` and `decoding.sample`.
   """
   memory = decoding.repeat_for_beams(
-    model.encode_tokens(variables, tokens), options.beam_size
+    model.encode_tokens(variables, tokens), options.sequences
   )
   cache = model.init_cache(variables, memory, max_length)
 
   def tokens_to_logits(tokens: Array, cache: Tree) -> tuple[Array, Tree]:
     return model.decode_step(variables, memory, cache, tokens)
 
-  if options.beam_size == 1:
-    return decoding.greedy_search(
-      tokens_to_logits, cache, limits, max_length, options.alpha
+  common: tuple[decoding.TokensToLogits, Tree, Array, int]
+  common = (tokens_to_logits, cache, limits, max_length)
+  if options.sampling:
+    if numbers is None:
+      numbers = jnp.arange(tokens.shape[0], dtype=jnp.int32)
+    return decoding.sample(
+      *common,
+      options.sampling,
+      numbers,
+      options.num_return,
+      options.alpha,
+      prefixes,
     )
+  if options.beam_size == 1:
+    return decoding.greedy_search(*common, options.alpha, prefixes)
   return decoding.beam_search(
-    tokens_to_logits,
-    cache,
-    limits,
-    max_length,
-    options.beam_size,
-    options.alpha,
-    options.num_return,
+    *common, options.beam_size, options.alpha, options.num_return, prefixes
   )
 
 

@@ -203,6 +203,10 @@ def add_direction(
     (tagged) and `targets_pretokenized`.
   """
   tag = languages.Language.parse(target).tag
+  if label := languages.Language.parse(source).label:
+    # Caswell et al., arXiv:1906.06442: a model that is told what its own kind
+    # wrote does not take it for how people write.
+    tag += f" <{label}>"
   pairs = PairSource(read, num_pairs, fingerprint, prefix=f"{tag} ")
   if not isinstance(vocabulary, vocabulary_lib.Vocabulary):
     return add_task(corpus, source, target, pairs, vocabulary)

@@ -15,7 +15,10 @@ is required. Languages are codes in any spelling, with script or region
 (`pt_BR`, `zh-Hans`, `deu_Latn`; see `data.languages`). Both directions of every
 pair of languages are made, whatever the order in the file's name; only when
 there are dev or test files of both orders is each of its own direction (as
-WMT's are since 2019).
+WMT's are since 2019). Text that a model wrote is named so, with a label of up
+to eight letters after its language: `en_x_bt-af.train.tsv` is Afrikaans and its
+back-translations. Such pairs are one direction of their own, in the order of
+the name, beside `en-af`.
 
 Text is normalised (`data.normalisation`). A line that cannot be used is counted
 and skipped: `Summary.warnings` tells how many, with the first of them, and
@@ -42,7 +45,7 @@ from typing import Any
 
 from basemt_jax import checksums
 from basemt_jax.corpora import preparation
-from basemt_jax.data import parallel_text, row_store
+from basemt_jax.data import languages, parallel_text, row_store
 from basemt_jax.data import vocabulary as vocabulary_lib
 from tasks import common, finding
 
@@ -294,7 +297,10 @@ def _add_tasks(
 ) -> list[Any]:
   """Registers both directions of every pair of languages."""
   tasks = []
-  directions = [d for key in summary.files for d in (key, key[::-1])]
+  directions: list[tuple[str, str]] = []
+  for key in summary.files:
+    direction = languages.Direction(*map(languages.Language.parse, key))
+    directions += [key] if direction.label else [key, key[::-1]]
   for source, target in dict.fromkeys(directions):
     sizes = summary.num_pairs((source, target))
     read = functools.partial(

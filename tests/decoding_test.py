@@ -4,6 +4,8 @@ The model under test is a random table of logits for every prefix of every
 source, so that a wrong prefix, cache row or source shows.
 """
 
+import collections
+import functools
 import itertools
 import math
 
@@ -363,6 +365,148 @@ def test_no_more_beams_than_hypotheses_exist():
   np.testing.assert_array_equal(np.isinf(found.scores), [[0, 1, 1]] * BATCH)
   np.testing.assert_array_equal(found.ids[:, 0], [[1, 0, 0, 0]] * BATCH)
   assert not np.any(found.ids[:, 1:])
+
+
+PREFIXES = ((), (2,), (3, 2))
+
+
+def padded(prefixes):
+  rows = np.zeros((len(prefixes), LENGTH), np.int32)
+  for row, prefix in zip(rows, prefixes, strict=True):
+    row[: len(prefix)] = prefix
+  return rows
+
+
+@hypothesis.given(
+  seed=st.integers(0, 10**6),
+  order=st.permutations(PREFIXES),
+  alpha=st.sampled_from([0.0, 0.6]),
+)
+@hypothesis.settings(deadline=None, max_examples=20)
+def test_forced_prefixes_leave_the_best_that_begin_so(seed, order, alpha):
+  tables, alpha = random_tables(seed), np.float32(alpha)
+  found = _prefixed(tables, padded(order), alpha, NUM_HYPOTHESES)
+  for source, prefix in enumerate(order):
+    expected = [
+      (score, ids)
+      for score, ids in enumerate_all(tables[source], LENGTH, alpha)
+      if ids[: len(prefix)] == prefix
+    ]
+    assert_same(as_lists(found, source), expected)
+  one = _prefixed(tables, padded(order), alpha, 1)
+  greedy = _prefixed(tables, padded(order), alpha, 0)
+  np.testing.assert_array_equal(one.ids, greedy.ids)
+  np.testing.assert_allclose(one.scores, greedy.scores, rtol=1e-6)
+
+
+@functools.partial(jax.jit, static_argnums=3)
+def _prefixed(tables, prefixes, alpha, beam_size):
+  model, limits = table_model(tables), full_limits()
+  cache = table_cache(BATCH, max(1, beam_size))
+  if not beam_size:
+    return decoding.greedy_search(model, cache, limits, LENGTH, alpha, prefixes)
+  return decoding.beam_search(
+    *(model, cache, limits, LENGTH, beam_size, alpha), prefixes=prefixes
+  )
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2, 4))
+def sampled(tables, sampling, num_samples, numbers, length=LENGTH, prefix=None):
+  batch = tables.shape[0]
+  return decoding.sample(
+    table_model(tables),
+    table_cache(batch, num_samples),
+    full_limits(batch),
+    length,
+    sampling,
+    numbers,
+    num_samples,
+    0.0,
+    prefix,
+  )
+
+
+def probabilities(table, sampling, limit=LENGTH):
+  """Of every hypothesis, by enumeration in float64."""
+  found = {}
+  for _, ids in enumerate_all(table, limit, 0.0):
+    total = 1.0
+    for i, token in enumerate(ids):
+      log_probs = token_log_probs(table, ids[:i])
+      log_probs[0] = -np.inf
+      if i + 1 == limit:
+        log_probs[2:] = -np.inf
+      weights = np.exp(log_probs / sampling.temperature)
+      best = np.argsort(-weights)[: sampling.top_k or VOCAB]
+      shares = weights[best] / weights[best].sum()
+      before = np.cumsum(shares) - shares
+      kept = dict(zip(best[before < sampling.top_p], shares, strict=False))
+      total *= kept.get(token, 0.0) / sum(kept.values())
+    found[ids] = total
+  return found
+
+
+@pytest.mark.parametrize(
+  "sampling",
+  [
+    decoding.Sampling(),
+    decoding.Sampling(temperature=0.5, seed=1),
+    decoding.Sampling(top_k=2, temperature=2.0),
+    decoding.Sampling(top_p=0.7, temperature=1.5, seed=3),
+    decoding.Sampling(top_k=2, top_p=0.6),
+  ],
+)
+def test_samples_are_as_frequent_as_they_are_probable(sampling):
+  # One source many times, each with a number of its own.
+  count, table = 2000, random_tables(5, batch=1, scale=1.0)
+  tables = np.repeat(table, count, axis=0)
+  found = sampled(tables, sampling, 2, np.arange(count, dtype=np.int32))
+  drawn = collections.Counter(
+    tuple(int(i) for i in ids[: list(ids).index(1) + 1])
+    for ids in np.asarray(found.ids).reshape(-1, LENGTH)
+  )
+  expected = probabilities(table[0], sampling)
+  assert sum(expected.values()) == pytest.approx(1)
+  for ids, share in expected.items():
+    deviation = math.sqrt(share * (1 - share) / (2 * count))
+    assert abs(drawn[ids] / (2 * count) - share) <= 5 * deviation
+
+
+@hypothesis.given(seed=st.integers(0, 1000), order=st.permutations(range(6)))
+@hypothesis.settings(deadline=None, max_examples=15)
+def test_what_is_sampled_depends_on_number_and_seed_alone(seed, order):
+  tables, order = random_tables(seed, batch=6), np.array(order, np.int32)
+  sampling = decoding.Sampling(top_p=0.9)
+  found = sampled(tables, sampling, 2, np.arange(6, dtype=np.int32))
+  other = sampled(tables[order], sampling, 2, order)
+  np.testing.assert_array_equal(found.ids[order], other.ids)
+  np.testing.assert_array_equal(found.scores[order], other.scores)
+  some = sampled(tables[order[:2]], sampling, 2, order[:2])
+  np.testing.assert_array_equal(some.ids, other.ids[:2])
+
+
+def test_samples_of_a_source_differ_and_so_do_seeds():
+  tables = np.zeros((1, VOCAB**LENGTH, VOCAB), np.float32)
+  tables[:, :, 1] = -9  # Hardly ever ends by itself.
+  number = np.zeros(1, np.int32)
+  one, other = (
+    np.asarray(sampled(tables, decoding.Sampling(seed=seed), 30, number).ids)
+    for seed in (0, 1)
+  )
+  assert len({tuple(ids) for ids in one[0]}) >= 6  # Of 8 likely ones.
+  assert (one != other).any()
+
+
+def test_samples_begin_with_the_prefix_and_have_the_models_score():
+  tables = random_tables(0)
+  sampling = decoding.Sampling(temperature=3.0)
+  numbers = np.arange(BATCH, dtype=np.int32)
+  found = sampled(tables, sampling, 4, numbers, LENGTH, padded(PREFIXES))
+  for source, prefix in enumerate(PREFIXES):
+    scores = {ids: s for s, ids in enumerate_all(tables[source], LENGTH, 0.0)}
+    for score, ids in as_lists(found, source):
+      assert ids[: len(prefix)] == prefix
+      assert score == pytest.approx(scores[ids], rel=1e-5)
 
 
 def test_errors():

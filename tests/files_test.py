@@ -265,6 +265,32 @@ def test_mixture_has_both_directions(tmp_path):
   assert examples(names[1], "validation") == [("<2de> Hello", "Hallo")]
 
 
+def test_what_a_model_wrote_is_one_direction_with_a_tag_of_its_own(tmp_path):
+  write(
+    tmp_path,
+    {
+      "en-de.train.tsv": "a\tA\n",
+      "en-de.test.tsv": "b\tB\n",
+      "en_x_bt-de.train.tsv": "c\tC\nd\tD\n",
+      "en-de_x_kd.train.tsv": "e\tE\n",
+    },
+  )
+  made = files.mixture(tmp_path, name="files.labels")
+  tasks = {task.name.split(".")[-1]: task for task in made.tasks}
+  assert sorted(tasks) == ["de_en", "en__de_x_kd", "en_de", "en_x_bt__de"]
+  texts = {
+    name: next(task.source.text_pairs("train")) for name, task in tasks.items()
+  }
+  assert texts == {
+    "en_de": ("<2de> a", "A"),
+    "de_en": ("<2en> A", "a"),
+    "en_x_bt__de": ("<2de> <bt> c", "C"),
+    "en__de_x_kd": ("<2de> e", "E"),
+  }
+  assert tasks["en_x_bt__de"].num_input_examples("train") == 2
+  assert made.warnings == []
+
+
 def test_column_order_may_differ_between_splits(tmp_path):
   write(tmp_path, {"en-de.train.tsv": GOOD, "de-en.test.tsv": "Ja\tYes\n"})
   mixture = files.mixture(tmp_path, name="files.turned")

@@ -127,6 +127,7 @@ def test_all_files_are_known_here():
     *(f"recipes/{name}" for name in (*SYSTEMS, *OTHER_SYSTEMS)),
     "recipes/quickstart",
     "recipes/files",
+    "recipes/student",
     "recipes/auto",
     *(f"recipes/{name}" for name in BENCHMARKS),
     "recipes/pod_v5e_256",
@@ -183,6 +184,19 @@ def test_files_recipe_takes_a_folder(tmp_path):
   )
   assert {t.name for t in run.mixture_or_task_name.tasks}
   assert config.feed_forward == "experts"
+
+
+def test_a_student_is_dense_and_reads_the_teacher_alone(tmp_path):
+  pytest.importorskip("seqio")
+  for name in ("en-de", "en-de_x_kd"):
+    (tmp_path / f"{name}.train.tsv").write_text("a b\tA B\nc d\tC D\n")
+  run, config = configured(
+    ["recipes/student"], f"DATA_DIR={tmp_path}", "VOCABULARY=bytes"
+  )
+  assert config.feed_forward == "dense" and not run.settings.dense_steps
+  names = ["de-en", "en-de", "en-de_x_kd"]
+  rates = run.strategy.plan(names, [2] * 3, [1] * 3, 8).rates([0, 99])
+  np.testing.assert_array_equal(rates, [[0, 0, 1]] * 2)
 
 
 def test_auto_recipe_chooses_by_text_and_time(tmp_path):

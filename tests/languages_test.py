@@ -244,6 +244,20 @@ def test_all_pairs_of_common_codes_are_read_in_one_way():
     assert Direction.parse(f"{a}_{b}") == (a, b)
 
 
+def test_what_a_model_wrote_is_told_apart():
+  direction = Direction.parse("EN-X-BT__pt-br")
+  assert str(direction) == "en_x_bt-pt_BR" and direction.label == "bt"
+  assert Direction.of_task(direction.task("files")) == direction
+  assert direction.source.authentic == "en" and direction.source.fits("en")
+  assert direction.source.standard == "en" and not direction.source.doubt
+  assert Direction.parse("en-de_x_kd").target.tag == "<2de>"
+  assert Direction.parse("en-de").label == ""
+  assert Language.parse("zh_Hant").labelled("kd") == "zh_Hant_x_kd"
+  assert languages.matching("en", ["en_x_bt", "en"]) == ["en"]
+  with pytest.raises(ValueError, match="en_x_far too long"):
+    Language.parse("en").labelled("far too long")
+
+
 @pytest.mark.parametrize(
   "name, expected",
   [
@@ -268,3 +282,11 @@ def test_a_name_means_directions_in_any_spelling(name, expected):
   directions.append("zh_Hant-deu_Latn")
   assert sorted(languages.meant(name, directions)) == sorted(expected)
   assert languages.meant(name, []) == []
+
+
+def test_labels_and_what_has_none_mean_directions_too():
+  directions = ["en-de", "en_x_bt-de", "en-fr_x_kd", "fr-en"]
+  assert languages.meant("bt", directions) == ["en_x_bt-de"]
+  assert languages.meant("authentic", directions) == ["en-de", "fr-en"]
+  assert languages.meant("fra", directions) == ["en-fr_x_kd", "fr-en"]
+  assert languages.meant("en-de", directions) == ["en-de"]

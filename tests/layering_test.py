@@ -25,7 +25,7 @@ LIGHT = {
     "processes",
   ),
   *("steps", "metrics", "prefetch", "trainer"),
-  *("decoding", "translation"),
+  *("decoding", "translation", "scoring"),
   *("files", "checksums", "locking", "plain_data", "ranges"),
 }
 # What a room may import besides itself and the rooms of `BELOW`. The rest of

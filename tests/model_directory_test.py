@@ -33,46 +33,11 @@ from basemt_jax import run as run_lib
 from basemt_jax.data import row_store, source_tags
 
 
-class Writer:
-  """Takes metrics."""
-
-  def write_scalars(self, step, scalars):
-    pass
-
-  def flush(self):
-    pass
-
-
-@dataclasses.dataclass(frozen=True)
-class OneDevice(run_lib.Run):
-  """A run on the first of the simulated devices."""
-
-  def mesh(self):
-    return toy.mesh()
-
-
-def a_run(model_dir, store, network=toy.DENSE, train_steps=4, **changes):
-  values = {
-    "settings": toy.settings(train_steps, eval_every=2, save_every=2),
-    "batch_size": 8,
-    "strategy": sampling.Strategy(heating.linear(1.0, 5.0, 4)),
-    "store_dir": store,
-    **changes,
-  }
-  return OneDevice(
-    str(model_dir),
-    "not looked at",
-    {"inputs": 32, "targets": 24},
-    functools.partial(dataclasses.replace, network),
-    **values,
-  )
-
-
 def train(run):
   """Trains; the lines that were told."""
   told = []
   console = dataclasses.replace(run_lib.SILENT, message=told.append)
-  assert training.train(run, Writer(), console) == "done"
+  assert training.train(run, toy.Writer(), console) == "done"
   return told
 
 
@@ -80,14 +45,14 @@ def load(directory, which="latest"):
   """What `trained.load` gives for a directory, on one device."""
   run = run_lib.described(directory)
   values = {f.name: getattr(run, f.name) for f in dataclasses.fields(run)}
-  return trained.load(OneDevice(**values), which=which)
+  return trained.load(toy.OneDevice(**values), which=which)
 
 
 @pytest.fixture(scope="module")
 def original(tmp_path_factory):
   directory = tmp_path_factory.mktemp("original")
   store = toy.write_store(directory / "store")
-  train(a_run(directory / "model", store))
+  train(toy.a_run(directory / "model", store))
   return directory
 
 
@@ -274,7 +239,7 @@ def test_training_goes_on_from_the_newest_whole_checkpoint(copy):
     key=lambda p: p.stat().st_size,
   )
   next(flips(largest, 3))
-  told = train(a_run(copy / "model", str(copy / "store")))
+  told = train(toy.a_run(copy / "model", str(copy / "store")))
   told = [line for line in told if "checkpoint_" in line]
   assert "holds other bytes than were written" in told[0]
   assert told[1] == "going on from checkpoint_2, dense phase"
@@ -307,7 +272,7 @@ def test_what_may_not_change_is_refused_and_nothing_is_touched(
   original, changes, text
 ):
   before = sorted(os.listdir(original / "model"))
-  run = a_run(original / "model", str(original / "store"), **changes)
+  run = toy.a_run(original / "model", str(original / "store"), **changes)
   with pytest.raises(ValueError, match=text):
     train(run)
   assert sorted(os.listdir(original / "model")) == before
@@ -323,7 +288,7 @@ def test_what_may_change_is_told_in_a_line(copy):
     learning_rate=optimizer.inverse_square_root(2e-2, 4),
     optimizer=functools.partial(optimizer.adamw, weight_decay=0.1),
   )
-  run = a_run(
+  run = toy.a_run(
     copy / "model",
     str(copy / "store"),
     network,
@@ -375,7 +340,7 @@ def test_a_field_that_was_not_there_yet_had_its_default(original):
 
 
 def test_a_second_writer_is_told_who_the_first_is(copy):
-  run = a_run(copy / "model", str(copy / "store"))
+  run = toy.a_run(copy / "model", str(copy / "store"))
   with locking.only_writer(run.model_dir, "the model directory"):
     with pytest.raises(ValueError, match=f"process {os.getpid()} on host .*"):
       train(run)
@@ -387,7 +352,7 @@ def test_a_second_writer_is_told_who_the_first_is(copy):
 
 
 def test_a_failed_start_leaves_nothing(tmp_path, original):
-  run = a_run(
+  run = toy.a_run(
     tmp_path / "runs" / "new",
     str(original / "store"),
     strategy=sampling.Strategy(heating.constant(1.0), joins={"xx": 5}),
@@ -441,6 +406,14 @@ def test_a_tag_is_chosen_by_direction():
   german, french = (source_tags.SourceTag(x) for x in ("de: ", "fr: "))
   tags = {"en-de": german, "en-fr": french, "de-fr": french, "fr-de": None}
   assert trained.choose_tag(tags, "fr") == french
+  # What a model wrote is not what anybody translates from, or into.
+  synthetic = {
+    "en_x_bt-fr": source_tags.SourceTag("<2fr> <bt> "),
+    "en-fr_x_kd": french,
+  }
+  assert trained.choose_tag({**tags, **synthetic}, "fr") == french
+  taught = {"en-fr_x_kd": french}
+  assert trained.choose_tag(taught, "fr") == french
   assert trained.choose_tag(tags, "de", "en") == german
   for to, source, text in (
     ("xx", None, "it knows de, fr"),
@@ -475,7 +448,7 @@ def test_a_description_makes_dataclasses_of_known_modules_only():
   router = routing.TopKRouter(2, 1.5)
   plain = plain_data.to_plain(router)
   assert plain_data.from_plain(plain) == router
-  run = a_run("x", None)
+  run = toy.a_run("x", None)
   for kind, text in (
     ("subprocess.Popen", "name it with --module subprocess"),
     ("os.system", "name it with --module os"),

@@ -384,12 +384,8 @@ def test_unknown_split_and_direction_are_named(store):
 @pytest.mark.parametrize("host_count", [1, 2])
 def test_eval_batches_hold_every_row_once(store, host_count):
   hosts = [
-    list(
-      batches_lib.eval_batches(
-        store, "train", 64, host_index=i, host_count=host_count
-      )
-    )
-    for i in range(host_count)
+    list(batches_lib.eval_batches(store, "train", 64, host_rows=rows))
+    for rows in np.split(np.arange(64), host_count)
   ]
   batches = [
     {k: np.concatenate([p[k] for p in parts]) for k in parts[0]}
@@ -450,8 +446,8 @@ def test_permutations_differ_and_are_uniform():
 def test_hosts_read_slices_of_the_same_global_batch(store, host_count):
   whole = _heated(store)
   hosts = [
-    _heated(store, host_index=i, host_count=host_count)
-    for i in range(host_count)
+    _heated(store, host_rows=rows)
+    for rows in np.split(np.arange(32), host_count)
   ]
   for _ in range(60):
     parts = [next(host) for host in hosts]
@@ -478,9 +474,7 @@ def test_run_in_parts_equals_run_in_one(store):
   for length in (1, 254, 3, 100, 242):
     # Every part on another number of hosts, the state through a file.
     hosts = 2 if length % 2 else 4
-    part = [
-      _heated(store, host_index=i, host_count=hosts) for i in range(hosts)
-    ]
+    part = [_heated(store, host_rows=r) for r in np.split(np.arange(32), hosts)]
     for host in part:
       host.restore(json.loads(json.dumps(state)))
     for _ in range(length):
@@ -678,19 +672,9 @@ def test_every_strategy_keeps_the_contract(store, name):
     start().restore(_heated(store).state())
 
 
-def test_new_schedule_can_be_asked_for(store):
-  state = _heated(store, start_step=10).state()
-  strategy = sampling.Strategy(heating.constant(3))
-  restored = batches_lib.TrainBatches(store, strategy, 32, 5)
-  restored.restore(state, new_schedule=True)
-  assert restored.step == 10 and restored.counters == state["counters"]
-
-
 @pytest.mark.parametrize(
   "options, message",
   [
-    ({"host_count": 3}, "32 rows cannot be divided over 3 hosts"),
-    ({"host_count": 2, "host_index": 2}, r"host_index must be in 0 \.\.\. 1"),
     ({"start_step": -1}, "must not be negative, got -1"),
     ({"split": "validation"}, "direction 'de-en' has no rows in split 'valid"),
   ],

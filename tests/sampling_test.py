@@ -36,6 +36,8 @@ def _strategies(steps):
     "unimax": sampling.unimax(steps, 3),
     "heating, capped": sampling.Strategy(heated, **cap),
     "joining, capped": sampling.Strategy(heated, {1000: steps // 2}, **cap),
+    "weights": sampling.Strategy(heated, weights={"gu": 3, "en-gu": 0.5}),
+    "weights, capped": sampling.Strategy(heated, weights={"gu": 9}, **cap),
     "published sizes": sampling.Strategy(
       heated, sizes=dict(zip(NAMES, [5, 9, 2, 4], strict=True))
     ),
@@ -131,6 +133,29 @@ def test_names_of_joins_and_sizes_are_in_any_spelling():
 
 
 # -------------------------------------------------------------------- cap
+
+
+def test_weights_multiply_rates_of_any_strategy():
+  names = ["de-en", "en-de", "en_x_bt-de", "en-de_x_kd"]
+  weights = {"authentic": 2.0, "bt": 0.5, "en-de": 3.0, "kd": 0.0}
+  factors = np.array([2.0, 6.0, 0.5, 0.0])
+  for make in (sampling.unimax, None):
+    strategy = sampling.Strategy(heating.linear(1, 5, 9), weights=weights)
+    plain = sampling.Strategy(heating.linear(1, 5, 9))
+    if make:
+      strategy, plain = make(9, 100, weights=weights), make(9, 100)
+    expected = _plan(plain, names).rates([0, 9]) * factors
+    np.testing.assert_allclose(
+      _plan(strategy, names).rates([0, 9]),
+      expected / expected.sum(axis=1, keepdims=True),
+    )
+  assert str(plain) != str(strategy)
+
+
+def test_a_label_joins_late():
+  strategy = sampling.Strategy(heating.constant(1), joins={"bt": 5})
+  rates = _plan(strategy, ["a-b", "b-a", "c_x_bt-a", "a-c"]).rates([4, 5])
+  assert (rates > 0).tolist() == [[True, True, False, True], [True] * 4]
 
 
 def _unimax(sizes, budget, epochs):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
-from basemt_jax import model, translation
+from basemt_jax import decoding, model, translation
 
 VOCAB = 20
 EOS = 1
@@ -228,6 +228,33 @@ def test_sharded_batch_translates_the_same():
 def test_no_more_hypotheses_than_beams():
   with pytest.raises(ValueError, match="num_return 3 with beam_size 2"):
     translation.SearchOptions(beam_size=2, num_return=3)
+
+
+def test_prefixes_come_on_top_of_the_limit():
+  translator = make(shift=1, length_ratio=1.0, length_offset=0)
+  prefix = [9] * 6
+  sources = [[5, 6], [5, 6, 7], []]
+  found = translator.translate(sources, prefixes=[prefix, [], prefix])
+  # The copier ends when it was led astray.
+  assert [nbest[0].ids for nbest in found] == [tuple(prefix), (6, 7, 8), ()]
+  long = make(max_target_length=7).translate([[5]], prefixes=[prefix])
+  assert long[0][0].ids == tuple(prefix)
+  with pytest.raises(ValueError, match="prefix of sentence 2 has 6 tokens"):
+    make(max_target_length=6).translate([[5], [5]], prefixes=[[2], prefix])
+
+
+@pytest.mark.parametrize("batch_size", [1, 5])
+def test_samples_do_not_depend_on_batches(batch_size):
+  sources = [[5, 6, 7], [8], [9, 10, 2, 3], [5, 6, 7], [8]]
+  sampling = decoding.Sampling(temperature=20.0, top_k=5, seed=3)
+  options = {"sampling": sampling, "num_return": 3}
+  found = make(**options).translate(sources)
+  assert found[0] != found[3] and len(found[0]) == 3
+  other = make(**options, batch_size=batch_size)
+  again = other.translate(sources[2:] + sources[:2], numbers=[2, 3, 4, 0, 1])
+  assert [[h.ids for h in nbest] for nbest in again] == [
+    [h.ids for h in nbest] for nbest in found[2:] + found[:2]
+  ]
 
 
 SOURCE_LENGTH, TARGET_LENGTH = 12, 8

@@ -16,6 +16,11 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
   flags.modules(parser)
   parser.add_argument("--split", default="test", help="test or validation")
   parser.add_argument(
+    "--metric_command",
+    metavar="COMMAND",
+    help="scores the translations too, such as COMET (docs/use.md)",
+  )
+  parser.add_argument(
     "test_sets",
     nargs="*",
     type=flags.path,
@@ -36,7 +41,11 @@ def run(options: argparse.Namespace) -> None:
   print_evaluation(
     run,
     trained.evaluate(
-      run, console.standard(), options.checkpoint, options.split
+      run,
+      console.standard(),
+      options.checkpoint,
+      options.split,
+      options.metric_command,
     ),
   )
 
@@ -61,7 +70,11 @@ def _evaluate_test_sets(run: Any, options: argparse.Namespace) -> None:
   for name, texts in found.items():
     print(f"{name}:\n")
     print_evaluation(
-      run, trained_lib.evaluate_texts(trained, translator, name, texts)
+      run,
+      trained_lib.evaluate_texts(
+        *(trained, translator, name, texts),
+        command=options.metric_command,
+      ),
     )
 
 
@@ -85,7 +98,9 @@ def with_search(run: Any, options: argparse.Namespace, n_best: int = 1) -> Any:
       "1 to as many hypotheses as its beam is large"
     )
   search = dataclasses.replace(
-    run.search, **{**changes, "beam_size": beam_size, "num_return": n_best}
+    run.search,
+    **{**changes, "beam_size": beam_size, "num_return": n_best},
+    sampling=_sampling(options),
   )
   try:
     checks.check_fields(search)
@@ -94,6 +109,30 @@ def with_search(run: Any, options: argparse.Namespace, n_best: int = 1) -> Any:
       str(error).replace("SearchOptions.", "--")
     ) from error
   return dataclasses.replace(run, search=search)
+
+
+def _sampling(options: argparse.Namespace) -> Any:
+  """How the flags ask to draw; None where they do not."""
+  from basemt_jax import decoding
+
+  names = ("temperature", "top_k", "top_p", "seed")
+  found = {name: getattr(options, name, None) for name in names}
+  given = {name: value for name, value in found.items() if value is not None}
+  if not getattr(options, "sample", False):
+    if given:
+      raise configuration.UsageError(
+        f"--{next(iter(given))} is about sampling: add --sample, or leave it "
+        "out"
+      )
+    return None
+  sampling = decoding.Sampling(**given)
+  try:
+    checks.check_fields(sampling)
+  except ValueError as error:
+    raise configuration.UsageError(
+      str(error).replace("Sampling.", "--")
+    ) from error
+  return sampling
 
 
 def print_evaluation(run: Any, result: Any, writer: Any = None) -> None:

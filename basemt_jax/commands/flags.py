@@ -101,3 +101,24 @@ def search(parser: argparse.ArgumentParser) -> None:
   """How to search for a translation."""
   parser.add_argument("--beam_size", type=int, help="1: greedy")
   parser.add_argument("--alpha", type=float, help="exponent of length penalty")
+
+
+def sampling(parser: argparse.ArgumentParser) -> None:
+  """How to draw translations instead of searching for the best."""
+  group = parser.add_argument_group("sampling, instead of beam search")
+  group.add_argument(
+    "--sample", action="store_true", help="draw translations by probability"
+  )
+  group.add_argument(
+    "--temperature", type=float, metavar="T", help="below 1: likelier tokens"
+  )
+  group.add_argument(
+    "--top_k", type=int, metavar="K", help="of the K likeliest tokens only"
+  )
+  group.add_argument(
+    "--top_p",
+    type=float,
+    metavar="P",
+    help="of the fewest tokens that have this probability together",
+  )
+  group.add_argument("--seed", type=int, metavar="N", help="of the draws")

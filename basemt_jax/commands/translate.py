@@ -61,6 +61,19 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     action="store_true",
     help="a JSON object for every line: its number, source and translations",
   )
+  prefix = parser.add_mutually_exclusive_group()
+  prefix.add_argument(
+    "--prefix",
+    default="",
+    metavar="TEXT",
+    help="whole words with which every translation begins",
+  )
+  prefix.add_argument(
+    "--prefix_column",
+    action="store_true",
+    help="lines are SOURCE<TAB>PREFIX, each with a prefix of its own",
+  )
+  flags.sampling(parser)
 
 
 def run(options: argparse.Namespace) -> None:
@@ -71,7 +84,7 @@ def run(options: argparse.Namespace) -> None:
   if options.output:
     files.check_writable(options.output)
   if options.input:
-    _check_text(options.input)
+    check_text(options.input)
   run = evaluate.with_search(
     configuration.trained(options), options, options.n_best
   )
@@ -84,8 +97,8 @@ def run(options: argparse.Namespace) -> None:
   most = _WINDOW * run.search.batch_size
   done = 0
   with (
-    _input(options.input) as lines,
-    _output(options.output) as write,
+    input_lines(options.input) as lines,
+    output_text(options.output) as write,
     console.counter("translated {:,} lines") as count,
   ):
     while True:
@@ -93,13 +106,28 @@ def run(options: argparse.Namespace) -> None:
       processes.check_same("the input", json.dumps(texts))
       if not texts:
         return
-      nbest = evaluation.translate_texts(translator, trained.pieces, texts, tag)
+      texts, prefixes = _prefixes(options, texts)
+      nbest = evaluation.translate_texts(
+        *(translator, trained.pieces, texts, tag),
+        prefixes=prefixes,
+        first=done,
+      )
       for number, (text, found) in enumerate(
         zip(texts, nbest, strict=True), done + 1
       ):
         write(_formatted(options, number, text, found))
       write("")
       count(done := done + len(texts))
+
+
+def _prefixes(
+  options: argparse.Namespace, lines: list[str]
+) -> tuple[list[str], list[str]]:
+  """Sources, and what each translation begins with."""
+  if not options.prefix_column:
+    return lines, [options.prefix] * len(lines)
+  cells = [line.partition("\t") for line in lines]
+  return [source for source, _, _ in cells], [prefix for _, _, prefix in cells]
 
 
 def _formatted(
@@ -187,15 +215,15 @@ def _is_ready(stream: BinaryIO) -> bool:
     return True
 
 
-def _check_text(path: str) -> None:
+def check_text(path: str) -> None:
   """Finds what is no text in a file before a model is loaded."""
-  with _input(path) as lines:
+  with input_lines(path) as lines:
     while os.path.isfile(path) and lines.read(_CHUNK):
       pass
 
 
 @contextlib.contextmanager
-def _input(path: str | None) -> Iterator[Lines]:
+def input_lines(path: str | None) -> Iterator[Lines]:
   """A file's lines, unpacked if its name says so, or standard input's."""
   from basemt_jax.data import parallel_text
 
@@ -207,7 +235,7 @@ def _input(path: str | None) -> Iterator[Lines]:
 
 
 @contextlib.contextmanager
-def _output(path: str | None) -> Iterator[Callable[[str], None]]:
+def output_text(path: str | None) -> Iterator[Callable[[str], None]]:
   """A function that writes text; '' has what was written go out."""
   from basemt_jax import files
 

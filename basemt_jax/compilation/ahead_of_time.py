@@ -391,7 +391,7 @@ def report(
     text = compiled.executable.as_text()
     exchanges = _exchanges(text, mesh, chip)
     costs = compiled.executable.cost_analysis() or {}
-    # XLA counts a loop's body once, and there the network is.
+    # XLA counts the body of the loop over microbatches once.
     parts = program.settings.microbatches
     flops, accessed = (
       costs[name] * parts if name in costs else None

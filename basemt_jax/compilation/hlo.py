@@ -216,17 +216,6 @@ def _op_name(i: _Instruction) -> str:
   return found[1] if found else ""
 
 
-def array_shapes(text: str) -> set[tuple[int, ...]]:
-  """Shapes of all arrays that a program names, inside of fusions too."""
-  computations, _ = _parse(text)
-  return {
-    tuple(_numbers(shape))
-    for body in computations.values()
-    for i in body
-    for _, shape in _ARRAY.findall(i.type)
-  }
-
-
 def memory_bytes(text: str) -> int:
   """Bytes that a program reads and writes in a device's main memory, at most.
 

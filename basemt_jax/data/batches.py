@@ -25,8 +25,6 @@ def eval_batches(
   batch_size: int,
   *,
   direction: str | None = None,
-  host_index: int = 0,
-  host_count: int = 1,
   host_rows: np.ndarray | None = None,
 ) -> Iterator[packing.Batch]:
   """All rows of a split once, in order, direction after direction.
@@ -36,27 +34,22 @@ def eval_batches(
     split: a split of it.
     batch_size: B, rows of a global batch.
     direction: only this one; None for all.
-    host_index: this host's slice of every batch, as in `TrainBatches`.
-    host_count: number of hosts; divides `batch_size`.
-    host_rows: instead of a slice, as in `TrainBatches`.
+    host_rows: as in `TrainBatches`.
 
   Yields:
     Batches; the last is filled up with empty rows, in which all is 0 but the
     direction, so that every batch has the same shape on every host.
 
   Raises:
-    ValueError: sizes that do not fit, or an unknown split or direction.
+    ValueError: an unknown split or direction.
   """
-  share: Any = host_rows
-  if share is None:
-    share = _host_slice(batch_size, host_index, host_count)
   counts = store.rows(split)
   if direction is not None:
     store.stats(split, direction)
     counts = counts * (np.array(store.directions) == direction)
   directions = np.repeat(np.arange(len(counts)), counts)
   rows = packing.ranks(counts)
-  yield from filled_up(store, split, directions, rows, batch_size, share)
+  yield from filled_up(store, split, directions, rows, batch_size, host_rows)
 
 
 def filled_up(
@@ -65,7 +58,7 @@ def filled_up(
   directions: np.ndarray,
   rows: np.ndarray,
   batch_size: int,
-  share: Any = slice(None),
+  host_rows: np.ndarray | None = None,
 ) -> Iterator[packing.Batch]:
   """Given rows in batches of one size; the last is filled up with empty rows.
 
@@ -75,8 +68,9 @@ def filled_up(
     directions: [M] int, indices into `store.directions`.
     rows: [M] int, numbers within the direction.
     batch_size: B, rows of a global batch.
-    share: which of a batch's rows are read here, a slice or indices.
+    host_rows: as in `TrainBatches`.
   """
+  share = slice(None) if host_rows is None else host_rows
   for start in range(0, len(rows), batch_size):
     at = np.arange(start, start + batch_size)[share]
     is_row = at < len(rows)
@@ -86,21 +80,6 @@ def filled_up(
       if name != "direction":
         value[~is_row] = 0
     yield batch
-
-
-def _host_slice(batch_size: int, host_index: int, host_count: int) -> slice:
-  """The rows of a global batch that a host reads."""
-  if batch_size <= 0 or host_count <= 0 or batch_size % host_count:
-    raise ValueError(
-      f"a global batch of {batch_size} rows cannot be divided over "
-      f"{host_count} hosts: choose a multiple of the number of hosts"
-    )
-  if not 0 <= host_index < host_count:
-    raise ValueError(
-      f"host_index must be in 0 ... {host_count - 1}, got {host_index}"
-    )
-  share = batch_size // host_count
-  return slice(host_index * share, (host_index + 1) * share)
 
 
 class TrainBatches:
@@ -123,11 +102,8 @@ class TrainBatches:
     batch_size: int,
     seed: int,
     *,
-    host_index: int = 0,
-    host_count: int = 1,
     host_rows: np.ndarray | None = None,
     start_step: int = 0,
-    counters: Mapping[str, int] | None = None,
     split: str = "train",
   ):
     """Starts at a step.
@@ -137,26 +113,20 @@ class TrainBatches:
       strategy: how directions are sampled.
       batch_size: B, rows of the global batch.
       seed: any integer.
-      host_index: this host reads rows host_index B / host_count ... of every
-        global batch.
-      host_count: number of hosts; divides `batch_size`.
-      host_rows: instead of a slice, the numbers of the rows that this host
-        reads, for hosts whose devices hold others (`partitioning.host_rows`).
+      host_rows: numbers of the rows of every global batch that this host reads
+        (`partitioning.host_rows`); None: all.
       start_step: the first batch is this step's.
-      counters: rows already drawn per direction; recomputed when left out.
       split: the split to draw from.
 
     Raises:
-      ValueError: a direction without rows, sizes that do not fit, or a
-        strategy that cannot be followed with this data.
+      ValueError: a direction without rows, or a strategy that cannot be
+        followed with this data.
     """
-    self._slice: Any = host_rows
-    if host_rows is None:
-      self._slice = _host_slice(batch_size, host_index, host_count)
+    self._host_rows = slice(None) if host_rows is None else host_rows
     if start_step < 0:
       raise ValueError(f"start_step must not be negative, got {start_step}")
     self._store, self._split = store, split
-    self.batch_size, self._seed, self.step = batch_size, int(seed), start_step
+    self.batch_size, self._seed = batch_size, int(seed)
     self.directions = store.directions
     self._rows = store.rows(split)
     if not self._rows.all():
@@ -180,12 +150,8 @@ class TrainBatches:
     self._keys = np.array(
       [permutation.key_of("rows", self._seed, name) for name in self.directions]
     )
-    self._plan_start = self._plan_end = start_step
-    if counters is None:
-      counters = self.position_at(start_step)
-    self._counters = np.array(
-      [counters[name] for name in self.directions], np.int64
-    )
+    self.step = self._plan_start = self._plan_end = start_step
+    self._counters = self._drawn_before(start_step)
 
   def __iter__(self) -> "TrainBatches":
     return self
@@ -196,8 +162,8 @@ class TrainBatches:
     at = self.step - self._plan_start
     batch = self._store.read_mixed(
       self._split,
-      self._plan_directions[at, self._slice],
-      self._plan_rows[at, self._slice],
+      self._plan_directions[at, self._host_rows],
+      self._plan_rows[at, self._host_rows],
     )
     self._counters = self._plan_counters[at]
     self.step += 1
@@ -254,21 +220,19 @@ class TrainBatches:
 
   def position_at(self, step: int) -> dict[str, int]:
     """Rows drawn from each direction before a step, computed from nothing."""
+    return self._by_name(self._drawn_before(step))
+
+  def _drawn_before(self, step: int) -> np.ndarray:
     counts = np.zeros(len(self.directions), np.int64)
     for start in range(0, step, self._chunk):
       directions = self._draw(start // self._chunk)[: step - start]
       counts += np.bincount(directions.reshape(-1), minlength=len(counts))
-    return self._by_name(counts)
+    return counts
 
   @property
   def counters(self) -> dict[str, int]:
     """Rows drawn from each direction before the current step."""
     return self._by_name(self._counters)
-
-  @property
-  def temperature(self) -> float:
-    """The temperature of the current step."""
-    return float(self.plan.temperatures([self.step])[0])
 
   def _identity(self) -> dict[str, Any]:
     """The settings that a saved position depends on."""
@@ -293,15 +257,11 @@ class TrainBatches:
       **self._identity(),
     }
 
-  def restore(
-    self, state: Mapping[str, Any], *, new_schedule: bool = False
-  ) -> None:
+  def restore(self, state: Mapping[str, Any]) -> None:
     """Goes to a position that `state` returned, on any number of hosts.
 
     Args:
       state: of a run with the same seed, batch size, rows and strategy.
-      new_schedule: go on from there even though the strategy is another; what
-        follows is then not what either strategy alone would have given.
 
     Raises:
       ValueError: naming everything that differs.
@@ -309,7 +269,7 @@ class TrainBatches:
     differences = [
       f"{name} was {state.get(name)!r} and is {value!r}"
       for name, value in self._identity().items()
-      if state.get(name) != value and not (name == "schedule" and new_schedule)
+      if state.get(name) != value
     ]
     differences += _row_differences(state.get("data", {}), self._data())
     if differences:
@@ -332,11 +292,8 @@ class TrainBatches:
 
   def seek(self, step: int) -> None:
     """Goes to a step, computing the position from nothing."""
-    counters = self.position_at(step)
     self.step = self._plan_start = self._plan_end = step
-    self._counters = np.array(
-      [counters[name] for name in self.directions], np.int64
-    )
+    self._counters = self._drawn_before(step)
 
   def _by_name(self, values: np.ndarray) -> dict[str, int]:
     return dict(zip(self.directions, values.tolist(), strict=True))

@@ -6,6 +6,10 @@ the case and with underscores: `pt_BR`, `zh_Hant`, `eng_Latn`. So the one hyphen
 of a *direction* is between its languages, `en-pt_BR`. Which languages are the
 same is another question, `Language.standard`: `eng_Latn` is `en`.
 
+Text that a model wrote is told apart by BCP-47's private use: `en_x_bt` is
+English from back-translation. It is English, but no person's, and pairs with it
+are a direction of their own, `en_x_bt-af`.
+
 Knowledge of codes is `langcodes`', that is IANA's registry and CLDR.
 """
 
@@ -28,7 +32,8 @@ _LANGUAGE = re.compile(
   r"(?P<language>[a-z]{2,3})"
   r"(?:[-_](?P<script>[a-z]{4}))?"
   r"(?:[-_](?P<region>[a-z]{2}|[0-9]{3}))?"
-  r"(?P<variants>(?:[-_](?:[a-z0-9]{5,8}|[0-9][a-z0-9]{3}))*)",
+  r"(?P<variants>(?:[-_](?:[a-z0-9]{5,8}|[0-9][a-z0-9]{3}))*)"
+  r"(?:[-_]x[-_](?P<label>[a-z0-9]{1,8}))?",
   re.IGNORECASE,
 )
 _TAG = re.compile(r"<2(?P<language>[^<>\s]+)>\s*")
@@ -58,8 +63,26 @@ class Language(str):
 
   @property
   def tag(self) -> str:
-    """What asks a model for this language: '<2de>'."""
-    return f"<2{self}>"
+    """What asks a model for this language: '<2de>', also for 'de_x_kd'."""
+    return f"<2{self.authentic}>"
+
+  @property
+  def label(self) -> str:
+    """What the text is made by: 'bt' of 'en_x_bt'; '' if it is authentic."""
+    return self.partition("_x_")[2]
+
+  @property
+  def authentic(self) -> Language:
+    """The language without its label: 'en' of 'en_x_bt'."""
+    return Language(self.partition("_x_")[0])
+
+  def labelled(self, label: str) -> Language:
+    """The language of text that a model wrote: 'en_x_bt' of 'en' and 'bt'.
+
+    Raises:
+      ValueError: the label is not one to eight letters and digits.
+    """
+    return Language.parse(f"{self.authentic}_x_{label}")
 
   @property
   def standard(self) -> str:
@@ -68,7 +91,7 @@ class Language(str):
     The main language of a macrolanguage is that: 'zh' of 'cmn'. A country's
     code that is no language's stands for its main language: 'zh' of 'cn'.
     """
-    return _known(self)[0]
+    return _known(self.authentic)[0]
 
   @property
   def base(self) -> str:
@@ -86,7 +109,7 @@ class Language(str):
   @property
   def doubt(self) -> str | None:
     """What is odd about the code, for a warning; None if it is a known one."""
-    return _known(self)[1]
+    return _known(self.authentic)[1]
 
   def fits(self, wanted: str | Language) -> bool:
     """Whether text in this language is text in the language `wanted`.
@@ -155,6 +178,11 @@ class Direction(NamedTuple):
     except ValueError as error:
       raise ValueError(f"task {task!r}: {error}") from None
 
+  @property
+  def label(self) -> str:
+    """The label of the side that a model wrote; '' if both are authentic."""
+    return self.source.label or self.target.label
+
   def task(self, corpus: str) -> str:
     """The name of its SeqIO task, which can hold no hyphen: 'cldr.en_de'."""
     joint = "__" if "_" in self.source + self.target else "_"
@@ -172,7 +200,8 @@ def _parsed(spelled: str) -> Language | None:
   if not all(langcodes.tag_is_valid(f"und-{part}") for part in parts):
     return None
   code = match["language"].lower()
-  spelled_so = (code, script.title(), region.upper(), *variants)
+  label = f"x_{match['label'].lower()}" if match["label"] else ""
+  spelled_so = (code, script.title(), region.upper(), *variants, label)
   return Language("_".join(filter(None, spelled_so)))
 
 
@@ -269,20 +298,25 @@ def meant(name: str, directions: Sequence[str]) -> list[str]:
   """Which directions a name means: one, or all from or to a language.
 
   Args:
-    name: of a direction or a language, however spelled.
+    name: of a direction or a language, however spelled; or a label such as
+      'bt', or 'authentic' for all directions without any.
     directions: their names.
   """
   if name in directions:
     return [name]
   parsed = {d: likely[0] for d in directions if (likely := _directions(d)[0])}
+  found = [d for d, own in parsed.items() if name == (own.label or "authentic")]
+  if found:
+    return found
   sides = [{*side} for side in zip(*parsed.values(), strict=True)]
   for wanted in _directions(name)[1] if sides else ():
     sources, targets = map(matching, wanted, sides)
     found = [d for d, (a, b) in parsed.items() if a in sources and b in targets]
     if found:
       return found
-  spoken = {*matching(name, {x for side in sides for x in side})}
-  return [d for d, own in parsed.items() if spoken & {*own}]
+  authentic = {d: {x.authentic for x in own} for d, own in parsed.items()}
+  spoken = {*matching(name, {x for own in authentic.values() for x in own})}
+  return [d for d, own in authentic.items() if spoken & own]
 
 
 # ------------------------------------------------------------------ writing

@@ -80,7 +80,7 @@ def lines(
       }
     ],
   }
-  layers = [line, points, *_rules(marks or {}, "quantitative")]
+  layers = [line, points, *_rules(marks or {})]
   return _chart(title, _HEIGHT, data=_data(series), layer=layers)
 
 
@@ -161,7 +161,7 @@ def heat(
     title,
     max(90, _ROW * len(series)),
     data=_data(series),
-    layer=[fields, *_rules(known, "ordinal")],
+    layer=[fields, *_rules(known, type="ordinal", sort=columns)],
   )
 
 
@@ -224,7 +224,7 @@ def rows(
         "tooltip": _tips(name="name", series="of", x=x),
       },
     },
-    *_rules(marks, "quantitative"),
+    *_rules(marks),
   ]
   if spread:
     around = [{"name": n, "from": -v, "to": v} for n, v in spread.items()]
@@ -300,15 +300,21 @@ def _tips(**titles: str) -> list[dict[str, Any]]:
   ]
 
 
-def _rules(marks: Mapping[str, Any], kind: str) -> list[dict[str, Any]]:
-  """Vertical lines that say what they mean when they are pointed at."""
+def _rules(marks: Mapping[str, Any], **along: Any) -> list[dict[str, Any]]:
+  """Vertical lines that say what they mean when they are pointed at.
+
+  Args:
+    marks: see `Marks`.
+    **along: of the horizontal axis, where it is not one of quantities.
+  """
   look = {"color": "var(--mark)", "strokeDash": [5, 3], "strokeWidth": 1.5}
   return [
     {
       "data": {"values": [{"what": name, "x": at}]},
       "mark": {"type": "rule", **look},
       "encoding": {
-        "x": {"field": "x", "type": kind},  # The axis keeps its title.
+        # Without a title: the axis keeps its own.
+        "x": {"field": "x", "type": "quantitative", **along},
         "tooltip": _tips(what="line", x="at"),
       },
     }

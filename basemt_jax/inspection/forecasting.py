@@ -105,7 +105,7 @@ class DirectionForecast:
     pairs: training pairs there are.
     dev_pairs: dev pairs there are.
     first_step: from which on it is sampled.
-    cap: factor on its rate that a cap on epochs asks for; 1: none.
+    factor: on its rate, that weights and a cap on epochs ask for; 1: none.
     rows: packed rows drawn in the whole run.
     source_tokens: drawn.
     target_tokens: drawn.
@@ -118,7 +118,7 @@ class DirectionForecast:
   pairs: int
   dev_pairs: int
   first_step: int
-  cap: float
+  factor: float
   rows: float
   source_tokens: float
   target_tokens: float
@@ -199,7 +199,7 @@ def forecast(
       pairs=int(sizes.pairs[i]),
       dev_pairs=int(sizes.dev_pairs[i]),
       first_step=int(plan.starts[i]),
-      cap=float(plan.multipliers[i]),
+      factor=float(plan.multipliers[i]),
       rows=float(total[i]),
       source_tokens=float(epochs[-1, i] * sizes.source_tokens[i]),
       target_tokens=float(epochs[-1, i] * sizes.target_tokens[i]),

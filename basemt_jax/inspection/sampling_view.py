@@ -103,12 +103,12 @@ def _draw_table(f: Forecast, title: str) -> Table:
       Column("source tokens", count, "source_tokens"),
       Column("target tokens", count, "target_tokens"),
       Column("epochs", fixed(2), "epochs"),
-      Column("held back", fixed(2), lambda d: d.cap if d.cap < 1 else None),
+      Column("factor", fixed(2), lambda d: d.factor if d.factor != 1 else None),
       *(Column(f"{k}x at", count, _step_of(k)) for k in _MILESTONES),
     ],
-    note="rate: share of the sentence pairs at the first and last step; held "
-    "back: factor on its rate from the cap on epochs; 2x at: the step when all "
-    "its text has been seen twice",
+    note="rate: share of the sentence pairs at the first and last step; "
+    "factor: on its rate, from weights and the cap on epochs; 2x at: the step "
+    "when all its text has been seen twice",
   )
 
 

@@ -21,10 +21,11 @@ def table(
     results: in the order to show.
     pivot: see `evaluation.summarise`.
   """
+  others = list(dict.fromkeys(name for r in results for name in r.metrics))
   means = []
   for mean in evaluation.summarise(results, pivot):
     resource = " resource" if mean.name in languages.BANDS else ""
-    scores = (getattr(mean, m.name) for m in SHOWN)
+    scores = _scores(mean, others)
     label = f"mean of {mean.name}{resource}"
     count = f"{mean.directions} direction{'s' * (mean.directions != 1)}"
     means.append([label, count, "", "", *scores])
@@ -36,19 +37,22 @@ def table(
       "band",
       tables.Column("test pairs", tables.count),
       *(tables.Column(m.label, m.text) for m in SHOWN),
+      *(tables.Column(name, lambda value: f"{value:.4g}") for name in others),
     ],
     [
-      [
-        r.direction,
-        r.train_pairs,
-        r.band,
-        r.test_pairs,
-        *(getattr(r, m.name) for m in SHOWN),
-      ]
+      [r.direction, r.train_pairs, r.band, r.test_pairs, *_scores(r, others)]
       for r in results
     ],
     foot=means,
   )
+
+
+def _scores(
+  row: evaluation.DirectionResult | evaluation.Mean, others: Sequence[str]
+) -> list[float | None]:
+  """The metrics of a row that are shown, then those of a metric command."""
+  shown = [getattr(row, metric.name) for metric in SHOWN]
+  return [*shown, *(row.metrics.get(name) for name in others)]
 
 
 def print_scores(
