@@ -297,10 +297,10 @@ def _add_tasks(
 ) -> list[Any]:
   """Registers both directions of every pair of languages."""
   tasks = []
-  directions = []
+  directions: list[tuple[str, str]] = []
   for key in summary.files:
-    both = (key, key[::-1])
-    directions += both[:1] if languages.Direction(*key).label else both
+    direction = languages.Direction(*map(languages.Language.parse, key))
+    directions += [key] if direction.label else [key, key[::-1]]
   for source, target in dict.fromkeys(directions):
     sizes = summary.num_pairs((source, target))
     read = functools.partial(

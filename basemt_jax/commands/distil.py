@@ -4,6 +4,7 @@ import argparse
 import pathlib
 from typing import Any
 
+from basemt_jax import files as files_lib
 from basemt_jax.commands import backtranslate, configuration, flags
 
 SUMMARY = "Translate training sources by a teacher, for a student to train on."
@@ -39,7 +40,7 @@ def run(options: argparse.Namespace) -> None:
   n_best = 1
   if options.best_by_bleu:
     n_best = options.beam_size or 5
-  with configuration.native_output_hidden():
+  with files_lib.native_output_hidden():
     from tasks import files
   from basemt_jax.data import languages
 
