@@ -106,6 +106,30 @@ def test_dense_losses_of_ten_steps_equal_one_device_s():
   np.testing.assert_allclose(losses((2, 4, 1)), expected, rtol=1e-5)
 
 
+def test_muon_over_experts_devices_steps_as_on_one():
+  settings = dataclasses.replace(
+    PLAIN,
+    optimizer=functools.partial(optimizer.muon, dtype="float32"),
+    learning_rate=lambda step: 3e-3,
+  )
+
+  def stepped(shape):
+    trained = program(toy.SPARSE, settings, shape)
+    state = trained.init()
+    before = jax.device_get(state.params)
+    rows = partitioning.put_batch(toy.batch(), trained.mesh)
+    state, _ = trained.train_step(state, None, rows)
+    after = jax.device_get(state.params)
+    return jax.tree.map(np.subtract, after, before)
+
+  expected, found = stepped((1, 1, 1)), stepped((2, 4, 1))
+  # Making a matrix orthogonal magnifies rounding where it is nearly singular.
+  for name, update in traverse_util.flatten_dict(expected, sep="/").items():
+    other = traverse_util.flatten_dict(found, sep="/")[name]
+    error = np.linalg.norm(other - update)
+    assert error <= 1e-3 * np.linalg.norm(update), name
+
+
 def test_a_metric_of_ones_own_is_added_up_by_direction():
   own = metrics.Metric(
     "even",
