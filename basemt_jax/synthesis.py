@@ -9,7 +9,8 @@ Text of persons is translated, a chunk at a time, into a TSV file that
 
 Whoever is killed goes on where the last whole chunk ended. A sentence is padded
 to the bucket of its own length, and every device has as many rows, so that
-neither chunks nor the number of devices show in the file.
+neither chunks nor the number of devices show in the file, where devices round
+alike.
 """
 
 import contextlib
