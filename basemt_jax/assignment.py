@@ -137,7 +137,7 @@ def balanced_assignment(
 
   Example:
     >>> scores = jnp.array([[3.0, 0.0], [2.0, 0.0], [1.0, 0.0], [0.0, 0.5]])
-    >>> balanced_assignment(scores).expert.tolist()
+    >>> jax.jit(balanced_assignment)(scores).expert.tolist()
     [0, 0, 1, 1]
   """
   num_tokens, num_experts = affinities.shape

@@ -82,9 +82,10 @@ class BaseLayer(nn.Module):
     >>> layer = BaseLayer(num_experts=4, mlp_dim=32)
     >>> h = jax.random.normal(jax.random.key(0), (2, 6, 8))
     >>> variables = layer.init(jax.random.key(1), h, train=True)
-    >>> out, updates = layer.apply(
-    ...   variables, h, train=True, mutable=["prices", "intermediates"]
-    ... )
+    >>> collections = ["prices", "intermediates"]
+    >>> out, updates = jax.jit(
+    ...   lambda *args: layer.apply(*args, train=True, mutable=collections)
+    ... )(variables, h)
     >>> out.shape
     (2, 6, 8)
     >>> expert, = updates["intermediates"]["expert"]

@@ -285,7 +285,7 @@ class DirectionResult:
     chrf: chrF++, 0 to 100.
     bleu_signature: sacreBLEU's, or ''.
     chrf_signature: sacreBLEU's, or ''.
-    metrics: Means over the sentences, of a metric command's metrics by name.
+    metrics: Others by name: the run's own, and a metric command's.
   """
 
   direction: str
@@ -417,6 +417,18 @@ def _result(
   return dataclasses.replace(result, **dataclasses.asdict(scores))
 
 
+def with_metric(
+  results: Sequence[DirectionResult], name: str, values: Mapping[str, float]
+) -> list[DirectionResult]:
+  """Results with another metric, where its value of the direction is known."""
+  return [
+    dataclasses.replace(r, metrics={**r.metrics, name: values[r.direction]})
+    if r.direction in values
+    else r
+    for r in results
+  ]
+
+
 def missing_tokenizers(results: Sequence[DirectionResult]) -> list[str]:
   """A sentence for each language that lacks the field's tokenizer here."""
   targets = {
@@ -443,7 +455,7 @@ class Mean:
     loss: Nats per target token.
     bleu: 0 to 100.
     chrf: chrF++, 0 to 100.
-    metrics: Of a metric command, by name.
+    metrics: Others by name.
   """
 
   name: str
@@ -501,7 +513,7 @@ def scalars(
   results: Sequence[DirectionResult],
   means: Sequence[Mean],
 ) -> dict[str, float]:
-  """BLEU and chrF++ of means and directions by a metric's full name.
+  """BLEU, chrF++ and others of means and directions by a metric's full name.
 
   Args:
     split: 'dev' or 'test'.
@@ -510,10 +522,14 @@ def scalars(
   """
   rows = [(m.name, m) for m in means] + [(r.direction, r) for r in results]
   return {
-    f"{split}/{name}/{of}": getattr(row, name)
-    for name in ("bleu", "chrf")
+    f"{split}/{name}/{of}": value
     for of, row in rows
-    if getattr(row, name) is not None
+    for name, value in {
+      "bleu": row.bleu,
+      "chrf": row.chrf,
+      **row.metrics,
+    }.items()
+    if value is not None
   }
 
 

@@ -58,6 +58,7 @@ def with_metrics(
       for name, values in found.items()
       if result.test_pairs
     }
+    means = {**result.metrics, **means}
     scored.append(dataclasses.replace(result, metrics=means))
   return scored
 

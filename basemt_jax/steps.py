@@ -166,10 +166,8 @@ def init_state(
   variables.pop("intermediates", None)
   params = variables.pop("params")
   axes = {k: variables.pop(k) for k in list(variables) if k.endswith("_axes")}
-  state = TrainState(
-    jnp.zeros((), jnp.int32), params, tx.init(params), variables
-  )
-  return state, axes
+  step = jnp.zeros((), jnp.int32)
+  return TrainState(step, params, tx.init(params), variables), axes
 
 
 def state_shardings(

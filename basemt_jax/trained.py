@@ -310,7 +310,7 @@ def direction_texts(
   train_pairs = store.pairs("train")
   for name, pairs in zip(store.directions, train_pairs, strict=True):
     records = store.texts(split, name)[:limit]
-    if not records and languages.Direction.parse(name).label:
+    if not records and languages.label_of(name):
       continue  # Only there to train on.
     texts.append(
       evaluation.DirectionTexts(
@@ -407,13 +407,14 @@ def evaluate(
     trained.variables,
     (partitioning.put_batch(batch, mesh) for batch in batches()),
     store.directions,
+    run.settings.metrics,
   )
   return evaluate_texts(
     trained,
     trained.translator(),
     split,
     direction_texts(store, split),
-    metrics.of_directions(measured, "loss"),
+    measured,
     command,
   )
 
@@ -423,7 +424,7 @@ def evaluate_texts(
   translator: translation.Translator,
   test_set: str,
   texts: Sequence[evaluation.DirectionTexts],
-  losses: Mapping[str, float] | None = None,
+  measured: Mapping[str, float] | None = None,
   command: str | None = None,
 ) -> Evaluation:
   """BLEU and chrF++ of any text; written to the model directory.
@@ -436,7 +437,8 @@ def evaluate_texts(
     translator: Of the model; the compiled searches belong to it.
     test_set: Its name.
     texts: By direction, tagged.
-    losses: Of directions, where they are known.
+    measured: Loss and the run's own metrics, where known; see
+      `losses.measured`.
     command: Scores the translations too; see `metric_command.with_metrics`.
   """
   run, search = trained.run, translator.options
@@ -444,10 +446,13 @@ def evaluate_texts(
     translator,
     trained.pieces,
     texts,
-    losses,
+    metrics.of_directions(measured or {}, "loss"),
     run.bands,
     trained.console.translating,
   )
+  for metric in run.settings.metrics:
+    own = metrics.of_directions(measured or {}, metric.name)
+    results = evaluation.with_metric(results, metric.name, own)
   if command:
     results = metric_command.with_metrics(command, results, translations)
   name = f"{test_set}_{trained.step}_{evaluation.search_slug(search)}"

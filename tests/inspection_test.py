@@ -23,6 +23,7 @@ from basemt_jax import (
   evaluation,
   heating,
   layers,
+  metrics,
   partitioning,
   sampling,
   training,
@@ -673,6 +674,19 @@ def test_a_run_that_was_converted(one_device, tmp_path):
   assert all(d.drawn_rows is not None for d in dense.directions)
   titles = [t.title for t in run_view.section(dense).tables]
   assert "Directions until step 2" in titles
+
+
+def test_metrics_without_their_configuration_go_by_their_names():
+  names = [
+    "dev/real/en-de",
+    "real/en-de",
+    "loss/en-de",
+    "loss/low",
+    "a/b/en-de",
+  ]
+  *own, found = run_report.known_metrics(metrics.METRICS, names, ["en-de"])
+  assert tuple(own) == metrics.METRICS
+  assert found == metrics.Metric("real", "real", is_main=True)
 
 
 def test_metrics_of_a_run_that_was_killed(tmp_path):

@@ -57,6 +57,19 @@ def test_table_holds_results_means_and_signatures():
   assert "chrF++: chrf-signature" in lines
 
 
+def test_a_metric_of_ones_own_is_in_table_and_scalars():
+  own = {"en-de": 0.25, "de-en": 0.75}
+  results = evaluation.with_metric(RESULTS, "real", own)
+  rows = [line.split() for line in written(results).splitlines()]
+  assert ["en-th", "2,000", "low", "1,234", "1.235", "-", "-", "-"] in rows
+  assert next(r for r in rows if r[:1] == ["en-de"])[-1] == "0.25"
+  means = evaluation.summarise(results)
+  found = evaluation.scalars("test", results, means)
+  assert found["test/real/en-de"] == 0.25 and found["test/real/high"] == 0.5
+  assert found["test/bleu/en-de"] == 31.25
+  assert "test/real/en-th" not in found and "test/bleu/en-th" not in found
+
+
 def test_json_round_trip(tmp_path):
   path = tmp_path / "new" / "results.json"
   broken = evaluation.DirectionResult("en-is", 5, "low", 3, float("nan"))

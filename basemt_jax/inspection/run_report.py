@@ -10,7 +10,7 @@ import contextlib
 import dataclasses
 import itertools
 import pathlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -173,7 +173,7 @@ def inspect_run(
     experts, gone = (), str(error)
   directions = _directions(run, header, step, position, series)
   bands = {d.name: d.band for d in directions}
-  known = run.settings.known_metrics
+  known = known_metrics(run.settings.known_metrics, series, bands)
   return RunReport(
     model_dir=str(run.model_dir),
     step=step,
@@ -255,6 +255,29 @@ def _directions(
       )
     )
   return sorted(directions, key=lambda d: (-d.pairs, d.name))
+
+
+def known_metrics(
+  own: Sequence[metrics.Metric], names: Iterable[str], directions: Iterable[str]
+) -> list[metrics.Metric]:
+  """The run's metrics, and others that it measured by direction.
+
+  A model directory has no code: what a metric of the user's is called is not
+  known without the configuration, and its name has to do.
+
+  Args:
+    own: those of the configuration.
+    names: full names that were measured.
+    directions: of the run.
+  """
+  known, directions = list(own), set(directions)
+  for full in names:
+    stem, _, of = full.rpartition("/")
+    split, _, rest = stem.partition("/")
+    name = rest if split in metrics.SPLITS else stem
+    if of in directions and "/" not in name and not metrics.parse(full, known):
+      known.append(metrics.Metric(name, name, is_main=True))
+  return known
 
 
 def _curve(
