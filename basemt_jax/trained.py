@@ -310,7 +310,7 @@ def direction_texts(
   train_pairs = store.pairs("train")
   for name, pairs in zip(store.directions, train_pairs, strict=True):
     records = store.texts(split, name)[:limit]
-    if not records and languages.Direction.parse(name).label:
+    if not records and languages.label_of(name):
       continue  # Only there to train on.
     texts.append(
       evaluation.DirectionTexts(

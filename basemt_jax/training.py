@@ -65,15 +65,9 @@ def train(
     own = run_lib.describe(run, store)
     check_continues(run, own, console.message)
     make_program = _once(phases.program)
-    config = run.config(store)
-    # The last phase's program, which the loop needs in the end.
-    last = make_program(
-      config, run.settings, _last_phase(config), mesh, len(store.directions)
-    )
-    for line in announcement.lines(run, store, last):
-      console.message(line)
+    _announce(run, store, mesh, make_program, console.message)
     loop = trainer.Trainer(
-      config,
+      run.config(store),
       run.settings,
       mesh,
       store.directions,
@@ -93,8 +87,21 @@ def train(
       return loop.run()
 
 
-def _last_phase(config: model_lib.TransformerConfig) -> str:
-  return "sparse" if config.feed_forward == "experts" else "dense"
+def _announce(
+  run: run_lib.Run,
+  store: row_store.RowStore,
+  mesh: jax.sharding.Mesh,
+  make_program: Callable[..., steps.Program],
+  message: Callable[[str], None],
+) -> None:
+  """Says what the run is; makes its last phase's program, needed in the end."""
+  config = run.config(store)
+  phase = "sparse" if config.feed_forward == "experts" else "dense"
+  program = make_program(
+    config, run.settings, phase, mesh, len(store.directions)
+  )
+  for line in announcement.lines(run, store, program):
+    message(line)
 
 
 def _once(

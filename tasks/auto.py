@@ -106,20 +106,16 @@ class Text:
   def of_folder(cls, data_dir: str) -> Text:
     """Reads a folder once, to count, and the first pairs of every file."""
     summary = files.scan(data_dir)
-    found = [
-      (splits["train"], summary.reports[splits["train"]].pairs)
-      for splits in summary.files.values()
-      if "train" in splits
-    ]
-    pairs: dict[str, int] = {}
-    for file, count in found:
-      first, second = file.languages
-      pairs |= {f"{first}-{second}": count, f"{second}-{first}": count}
+    pairs = {
+      "-".join(direction): summary.num_pairs(direction)["train"]
+      for direction in summary.directions
+    }
     sample = [
       pair
-      for file, _ in found
+      for splits in summary.files.values()
+      if "train" in splits
       for pair in itertools.islice(
-        files.read_pairs(file, summary.max_characters), _SAMPLE
+        files.read_pairs(splits["train"], summary.max_characters), _SAMPLE
       )
     ]
     letters = Counter(itertools.chain.from_iterable(a + b for a, b in sample))
@@ -176,9 +172,11 @@ def choose(text: Text, machine: Machine, minutes: float) -> Choice:
     machine: To learn it on.
     minutes: To take at most.
   """
-  most_pairs = sum(text.pairs.values()) / 2
+  both_ways = sum(text.pairs.values())
   vocab_size, per_piece = next(
-    v[1:] for v in _VOCABULARIES if most_pairs < v[0]
+    (pieces, characters)
+    for most, pieces, characters in _VOCABULARIES
+    if both_ways / 2 < most
   )
   # Bytes, special pieces, tags and characters need pieces of their own.
   vocab_size = max(vocab_size, 2 * (260 + len(text.pairs) + text.alphabet))
@@ -186,7 +184,7 @@ def choose(text: Text, machine: Machine, minutes: float) -> Choice:
   pair_tokens = text.characters * per_character + 4  # Tag and ends.
   length = _up(1.2 * text.longest * per_character + 3, 32)
   length = min(max(length, 64), 128 if machine.is_cpu else 256)
-  tokens = pair_tokens * sum(text.pairs.values())  # Of an epoch.
+  tokens = pair_tokens * both_ways  # Of an epoch.
   flops = machine.flops * 60 * minutes
   width, blocks, parameters = _network(vocab_size, flops, tokens)
   # A token is of one side, and passes through that side of the network.
@@ -211,7 +209,7 @@ def choose(text: Text, machine: Machine, minutes: float) -> Choice:
     dtype="float32" if machine.is_cpu else "bfloat16",
     weight_decay=0.0 if machine.is_cpu else 0.3,
     average_decay=0.0 if machine.is_cpu else 0.999,
-    dropout_rate=0.0 if epochs < 5 else 0.1 if epochs < 20 else 0.2,
+    dropout_rate=0.0 if epochs < 8 else 0.1 if epochs < 20 else 0.2,
     batch_size=batch_size,
     train_steps=int(steps),
     warmup_steps=int(min(4000, steps // 10)),

@@ -91,6 +91,16 @@ class Summary:
       )
     return found
 
+  @property
+  def directions(self) -> list[tuple[str, str]]:
+    """Both of every pair of languages; one of those that a model wrote."""
+    found: dict[tuple[str, str], None] = {}
+    for key in self.files:
+      found[key] = None
+      if not languages.Direction.parse("-".join(key)).label:
+        found[key[::-1]] = None
+    return list(found)
+
   def direction(self, source: str, target: str) -> dict[str, finding.SplitFile]:
     """The files of a direction, by split: of its order, else of the other."""
     found = self.files.get((target, source), {})
@@ -295,13 +305,9 @@ def _add_tasks(
   vocabulary: vocabulary_lib.Vocabulary,
   stamp: str,
 ) -> list[Any]:
-  """Registers both directions of every pair of languages."""
+  """Registers all directions."""
   tasks = []
-  directions: list[tuple[str, str]] = []
-  for key in summary.files:
-    direction = languages.Direction(*map(languages.Language.parse, key))
-    directions += [key] if direction.label else [key, key[::-1]]
-  for source, target in dict.fromkeys(directions):
+  for source, target in summary.directions:
     sizes = summary.num_pairs((source, target))
     read = functools.partial(
       _read_split, summary=summary, source=source, target=target

@@ -34,7 +34,7 @@ import kill_test
 import numpy as np
 import toy
 import xxhash
-from model_directory_test import a_run, load, train
+from model_directory_test import load, train
 
 import gin
 from basemt_jax import checkpointing, cli, description
@@ -152,7 +152,7 @@ def of_model_directory(
 ) -> Counts:
   """Every file of a model directory of one checkpoint; it is loaded."""
   model = work / "model"
-  train(a_run(model, toy.write_store(work / "store")))
+  train(toy.a_run(model, toy.write_store(work / "store")))
   shutil.rmtree(model / "checkpoint_2")
   return byte_faults(
     model, lambda: digest_of_model(model, 4), count, wrong, every=every
@@ -331,7 +331,7 @@ def full_disks_of_training(
   work: pathlib.Path, limits: list[int], writes: list[int], wrong: list[str]
 ) -> Counts:
   """The disk is full while a model directory is written, at any point."""
-  run = a_run(work / "model", toy.write_store(work / "store"))
+  run = toy.a_run(work / "model", toy.write_store(work / "store"))
 
   def digest() -> str:
     return digest_of_model(work / "model", 4)

@@ -42,6 +42,7 @@ FITS = {
   "SIZES": {"None"},
   "STEP_BOUNDARIES": {"[]"},
   "OPTIMIZER": {"@optimizer.adamw"},
+  "PATIENCE": {"None"},
   "TOP_TEMPERATURE": {"0.5", HUGE},
   "TOP_STEPS": {"0"},
   "AVERAGE_DECAY": {"0", "0.5"},

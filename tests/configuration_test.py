@@ -2,16 +2,19 @@
 
 import importlib
 import io
+import logging
 import os
 import re
 import sys
+import warnings
 
 import pytest
 from checks_test import configured
 
 import gin
 from basemt_jax import cli, files, processes
-from basemt_jax.commands import configuration, flags
+from basemt_jax.commands import configuration, console, flags
+from basemt_jax.inspection import tables
 
 
 @pytest.fixture(autouse=True)
@@ -269,6 +272,26 @@ def test_text_tells_a_terminal_nothing():
   assert files.printable(text) == (
     "\\x1b[2Ja\tb\\x07\\x9b1m\\u202egfed\\u2066 ž語 \u200d"
   )
+
+
+def test_warnings_of_this_package_are_sentences_of_the_command(capsys):
+  here = str(configuration.PACKAGE / "translation.py")
+  with cli._warnings_told():
+    logging.getLogger("basemt_jax.data.x").warning("%d pieces\x1b[2J", 7)
+    warnings.simplefilter("always")
+    warnings.warn_explicit("long sources", UserWarning, here, 1)
+  assert capsys.readouterr().err == (
+    "basemt: warning: 7 pieces\\x1b[2J\nbasemt: warning: long sources\n"
+  )
+
+
+def test_tables_and_progress_tell_a_terminal_nothing(capsys):
+  console.standard().message("packing \x1b[2J")
+  table = tables.Table("", ["x"], [["\x1b[31m"]], note="")
+  tables.show(table, tables.terminal())
+  output = capsys.readouterr()
+  assert output.err == "packing \\x1b[2J\n"
+  assert "\x1b" not in output.out and "\\x1b[31m" in output.out
 
 
 def test_the_first_process_listens_where_it_was_told():

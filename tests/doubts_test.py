@@ -25,7 +25,9 @@ def told(tmp_path):
 
 def test_nothing_is_said_of_good_data(told):
   good = "Hello\tHallo\n" * 3
-  texts = {"en-de.train.tsv": good, "en-de.dev.tsv": good}
+  # What a model wrote has no dev set to miss.
+  names = ("en-de.train.tsv", "en-de.dev.tsv", "en_x_bt-de.train.tsv")
+  texts = dict.fromkeys(names, good)
   assert told(texts, {"inputs": 32, "targets": 32}) == []
 
 
@@ -67,3 +69,32 @@ def test_targets_that_the_vocabulary_alters(told, tmp_path):
     "the vocabulary cannot give back targets as they are (its characters are "
     "others): en-de 50%"
   ]
+
+
+def test_long_pairs_have_a_store_of_their_own(tmp_path):
+  folder = tmp_path / "text"
+  folder.mkdir()
+  texts = "Hello\tlong enough to be cut\n" * 2 + "Hi\tHi\n"
+  for split in ("train", "dev"):
+    (folder / f"en-de.{split}.tsv").write_text(texts)
+  mixture = files.mixture(folder, name=f"files.{tmp_path.name}")
+  lengths = {"inputs": 16, "targets": 8}
+  cut, dropped = (
+    store_building.ensure_store(
+      mixture, lengths, tmp_path / "cache", long_pairs=long_pairs
+    )
+    for long_pairs in ("cut", "drop")
+  )
+  assert cut.directory != dropped.directory
+  stats = [s.stats("train", "en-de") for s in (cut, dropped)]
+  assert [(s.pairs, s.truncated, s.dropped) for s in stats] == [
+    (3, 2, 0),
+    (1, 0, 2),
+  ]
+  # Dev sets are whole whatever is done with training pairs.
+  assert len(dropped.texts("validation", "en-de")) == 3
+  assert dropped.stats("validation", "en-de").pairs == 3
+  with pytest.raises(ValueError, match=r"2 of 3 pairs \(66.7%\) are longer"):
+    store_building.ensure_store(
+      mixture, lengths, tmp_path / "cache", long_pairs="refuse"
+    )

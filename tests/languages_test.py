@@ -252,6 +252,8 @@ def test_what_a_model_wrote_is_told_apart():
   assert direction.source.standard == "en" and not direction.source.doubt
   assert Direction.parse("en-de_x_kd").target.tag == "<2de>"
   assert Direction.parse("en-de").label == ""
+  labels = map(languages.label_of, ("en-de_x_kd", "en-de", "cleaned"))
+  assert list(labels) == ["kd", "", ""]
   assert Language.parse("zh_Hant").labelled("kd") == "zh_Hant_x_kd"
   assert languages.matching("en", ["en_x_bt", "en"]) == ["en"]
   with pytest.raises(ValueError, match="en_x_far too long"):

@@ -455,3 +455,52 @@ def test_processes_of_different_configuration(store, compiled, tmp_path):
   assert codes == [1, 1]
   for i in range(2):
     assert "the configuration of process 1 differs" in group.errors(i)
+
+
+FOUND = """
+import jax
+from basemt_jax import processes
+processes.join()
+processes.check_joined()
+print(jax.process_index(), jax.process_count())
+"""
+
+
+def slurm(rank):
+  """What srun tells a process, of a job with a port of its own."""
+  return {
+    "SLURM_JOB_ID": str(os.getpid()),
+    "SLURM_STEP_NODELIST": "localhost",
+    "SLURM_NTASKS": "2",
+    "SLURM_PROCID": str(rank),
+    "SLURM_LOCALID": str(rank),
+  }
+
+
+def mpirun(rank):
+  """What Open MPI's mpirun tells a process."""
+  uri = f"{os.getpid() << 16}.0;tcp://127.0.0.1:34911"
+  return {
+    "OMPI_MCA_orte_hnp_uri": uri,
+    "OMPI_COMM_WORLD_SIZE": "2",
+    "OMPI_COMM_WORLD_RANK": str(rank),
+    "OMPI_COMM_WORLD_LOCAL_RANK": str(rank),
+  }
+
+
+@pytest.mark.parametrize("scheduler", [slurm, mpirun])
+def test_processes_are_found_by_what_the_scheduler_says(scheduler):
+  started = [
+    subprocess.Popen(
+      [sys.executable, "-c", FOUND],
+      cwd=ROOT,
+      env={**os.environ, "JAX_PLATFORMS": "cpu", **scheduler(rank)},
+      stdout=subprocess.PIPE,
+      stderr=subprocess.PIPE,
+      text=True,
+    )
+    for rank in range(2)
+  ]
+  for rank, process in enumerate(started):
+    output, errors = process.communicate()
+    assert output.split() == [str(rank), "2"], errors

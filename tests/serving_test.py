@@ -22,10 +22,10 @@ from playwright import sync_api
 
 from basemt_jax import cli, evaluation, trained, translation
 from basemt_jax import run as run_lib
-from basemt_jax.data import source_tags, vocabulary
+from basemt_jax.data import languages, source_tags, vocabulary
 from basemt_jax.serving import service
 
-DIRECTIONS = ("ar-en", "en-ar", "en-de", "en-pt_BR")
+DIRECTIONS = ("ar-en", "en-ar", "en-de", "en-de_x_kd", "en-pt_BR")
 
 
 class Backwards:
@@ -46,9 +46,8 @@ class Backwards:
     self.seconds = seconds
 
   def tag(self, to, source=None):
-    tags = {
-      name: source_tags.SourceTag(f"<2{name[3:]}> ") for name in DIRECTIONS
-    }
+    targets = {n: languages.Direction.parse(n).target for n in DIRECTIONS}
+    tags = {n: source_tags.SourceTag(f"{t.tag} ") for n, t in targets.items()}
     return trained.choose_tag(tags, to, source)
 
   def translator(self, search):

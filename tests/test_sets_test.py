@@ -7,7 +7,7 @@ import pytest
 from basemt_jax.corpora import test_sets
 
 PAIRS = [(f"source {i}", f"Ziel {i}") for i in range(4)]
-KNOWN = ("en-de", "de-en", "en-pt_BR")
+KNOWN = ("en-de", "de-en", "en-pt_BR", "de_x_bt-en")
 
 
 def write(path, lines):

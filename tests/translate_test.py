@@ -2,13 +2,14 @@
 
 import io
 import os
+import sys
 import threading
 
 import hypothesis
 import pytest
 from hypothesis import strategies as st
 
-from basemt_jax.commands import configuration, translate
+from basemt_jax.commands import configuration, console, translate
 
 TEXTS = st.text(st.characters(codec="utf-8"), max_size=40)
 
@@ -82,3 +83,20 @@ def test_what_is_no_text_is_refused_by_its_line(data, text):
   with pytest.raises(configuration.UsageError, match=text):
     while lines.read(1):
       pass
+
+
+@pytest.mark.parametrize(
+  "terminals, shown",
+  [("err", "\r3 lines\r1,200 lines\n"), ("", ""), ("both", "")],
+)
+def test_progress_is_shown_on_a_terminal_that_shows_no_results(
+  terminals, shown, monkeypatch, capsys
+):
+  for name in ("err", "out"):
+    is_one = terminals in (name, "both")
+    stream = getattr(sys, f"std{name}")
+    monkeypatch.setattr(stream, "isatty", lambda is_one=is_one: is_one)
+  with console.counter("{:,} lines") as count:
+    count(3)
+    count(1200)
+  assert capsys.readouterr().err == shown

@@ -3,6 +3,8 @@
 import io
 import json
 import math
+import pathlib
+import shlex
 import sys
 
 import pytest
@@ -156,6 +158,19 @@ def test_backtranslated_and_distilled_pairs_are_files_to_train_on(
     "distil", directory, "--data_dir", data, "--output", data, "--directions=x"
   )
   assert "only de-en, en-de in common" in capsys.readouterr().err
+
+
+def test_evaluation_takes_a_metric_command(directory, capsys):
+  program = "import sys\nfor line in sys.stdin: print(len(line))"
+  command = shlex.join([sys.executable, "-S", "-c", program])
+  assert not basemt("evaluate", directory, "--metric_command", command)
+  (file,) = pathlib.Path(directory).glob("evaluation/test_60_*/scores.json")
+  values = json.loads(file.read_text())
+  rows = values["directions"] + values["means"]
+  assert all(row["metrics"]["metric"] > 50 for row in rows)
+  assert "metric" in capsys.readouterr().out
+  assert basemt("evaluate", directory, "--metric_command", "/nowhere/comet")
+  assert "cannot be started: No such file" in capsys.readouterr().err
 
 
 def test_checkpoints_are_averaged(directory, tmp_path, capsys):

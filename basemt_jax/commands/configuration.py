@@ -171,9 +171,7 @@ def _parse(
     paths = [_find(f, options) for f in files]
     if is_saved:
       saved_lib.check_imports(files[0], named)
-    with (
-      files_lib.native_output_hidden()
-    ):  # Imports tasks, perhaps TensorFlow too.
+    with files_lib.native_output_hidden():  # Of what the tasks import.
       gin.parse_config_files_and_bindings(
         paths,
         [*_as_gin(options.bindings), *bindings],

@@ -21,16 +21,18 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
   )
   parser.add_argument("--port", type=int, default=8000, help="0: any free one")
   parser.add_argument(
-    "--max_texts", type=int, metavar="N", help="texts of a request"
+    "--max_texts", type=int, metavar="N", help="texts of a request; default 64"
   )
   parser.add_argument(
-    "--max_waiting", type=int, metavar="N", help="texts that wait, of all"
+    "--max_waiting", type=int, metavar="N", help="texts that wait; default 1024"
   )
   group = parser.add_argument_group("of an export for CTranslate2")
   group.add_argument(
     "--device", choices=("auto", "cpu", "cuda"), default="auto"
   )
-  group.add_argument("--threads", type=int, default=0, metavar="N")
+  group.add_argument(
+    "--threads", type=int, default=0, metavar="N", help="0: its own choice"
+  )
 
 
 def run(options: argparse.Namespace) -> None:
@@ -54,7 +56,7 @@ def run(options: argparse.Namespace) -> None:
   checks.check_fields(limits)
   run = evaluate.with_search(configuration.trained(options), options)
   with service.listen(options.host, options.port) as socket:
-    model = load(run, options)
+    model = load(run, options.checkpoint, options.device, options.threads)
     console.standard().message("translating a first sentence")
     service.warm_up(model)
     server = service.server(service.application(model, limits))
@@ -69,11 +71,18 @@ def run(options: argparse.Namespace) -> None:
     server.run(sockets=[socket])
 
 
-def load(run: Any, options: argparse.Namespace) -> Any:
-  """The model of a model directory or of an export for CTranslate2."""
+def load(run: Any, which: str, device: str = "auto", threads: int = 0) -> Any:
+  """The model of a model directory or of an export for CTranslate2.
+
+  Args:
+    run: Of the directory.
+    which: Checkpoint; an export is one.
+    device: Of an export.
+    threads: Likewise.
+  """
   from basemt_jax import trained
   from basemt_jax.exports import ctranslate
 
   if (pathlib.Path(run.model_dir) / ctranslate.MODEL_FILE).exists():
-    return ctranslate.load(run, options.device, options.threads)
-  return trained.load(run, console.standard(), options.checkpoint)
+    return ctranslate.load(run, device, threads)
+  return trained.load(run, console.standard(), which)

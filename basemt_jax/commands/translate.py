@@ -10,7 +10,13 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import BinaryIO, NoReturn
 
-from basemt_jax.commands import configuration, console, evaluate, flags
+from basemt_jax.commands import (
+  configuration,
+  console,
+  evaluate,
+  flags,
+  serve,
+)
 
 SUMMARY = "Translate lines of text."
 
@@ -88,7 +94,7 @@ def run(options: argparse.Namespace) -> None:
   run = evaluate.with_search(
     configuration.trained(options), options, options.n_best
   )
-  trained = trained_lib.load(run, console.standard(), options.checkpoint)
+  trained = serve.load(run, options.checkpoint)
   try:
     tag = trained.tag(options.to, options.source)
   except trained_lib.UnknownTagError as error:

@@ -294,6 +294,12 @@ def _matching(wanted: Language, known: tuple[str, ...]) -> tuple[str, ...]:
   return ()
 
 
+def label_of(direction: str) -> str:
+  """The label of a direction by its name; '' if it has none, or is none."""
+  likely, _ = _directions(direction)
+  return likely[0].label if likely else ""
+
+
 def meant(name: str, directions: Sequence[str]) -> list[str]:
   """Which directions a name means: one, or all from or to a language.
 

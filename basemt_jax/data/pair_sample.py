@@ -10,7 +10,7 @@ a split of millions of pairs, so that a reader in a hurry can compare the first.
 import numpy as np
 import xxhash
 
-from basemt_jax.data import permutation
+from basemt_jax.data import packing, permutation
 
 _DENSE = 1 << 14
 _BLOCKS = 32  # Of the first `_DENSE` pairs, and of every doubling.
@@ -46,3 +46,30 @@ def add(digests: list[str], position: int, data: bytes) -> None:
   # A sum, so that it can be gone on with wherever writing was interrupted.
   total = int(digests[block], 16) + xxhash.xxh3_64_intdigest(data, position)
   digests[block] = f"{total % (1 << 64):016x}"
+
+
+def add_pairs(
+  digests: list[str],
+  start: int,
+  stop: int,
+  inputs: packing.Ragged,
+  targets: packing.Ragged,
+) -> None:
+  """Adds the pairs of the sample among those at `start` to `stop`.
+
+  Args:
+    digests: of their split; changed.
+    start: position of the first pair.
+    stop: position after the last, or beyond where the split ends before it.
+    inputs: source ids, cut to length, of those in the sample.
+    targets: target ids of the same.
+  """
+  sides = [
+    np.split(side.values.astype("<i4"), np.cumsum(side.lengths))[:-1]
+    for side in (inputs, targets)
+  ]
+  places = positions(start, stop)
+  for place, source, target in zip(places.tolist(), *sides, strict=False):
+    # The length keeps the sides apart.
+    data = len(source).to_bytes(4, "little") + source.tobytes()
+    add(digests, place, data + target.tobytes())

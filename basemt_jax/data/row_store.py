@@ -224,7 +224,7 @@ class RowStoreWriter:
     targets, cut_targets = targets.truncate(self._layout.targets, self._eos)
     first = self.stats.read
     chosen = pair_sample.positions(first, first + count) - first
-    add_to_sample(
+    pair_sample.add_pairs(
       self.stats.sample,
       first,
       first + count,
@@ -263,33 +263,6 @@ class RowStoreWriter:
     stats.padding = round(1 - filled / max(1, positions), 4)
     # The record comes last: it only ever speaks of what is on disk.
     _write_json(self._record_path, dataclasses.asdict(stats))
-
-
-def add_to_sample(
-  digests: list[str],
-  start: int,
-  stop: int,
-  inputs: packing.Ragged,
-  targets: packing.Ragged,
-) -> None:
-  """Adds the pairs of the sample among those at `start` to `stop`.
-
-  Args:
-    digests: of a split; see `pair_sample`.
-    start: position of the first pair.
-    stop: position after the last, or beyond where the split ends before it.
-    inputs: source ids, cut to length, of those in the sample.
-    targets: target ids of the same.
-  """
-  sides = [
-    np.split(side.values.astype("<i4"), np.cumsum(side.lengths))[:-1]
-    for side in (inputs, targets)
-  ]
-  places = pair_sample.positions(start, stop)
-  for place, source, target in zip(places.tolist(), *sides, strict=False):
-    # The length keeps the sides apart.
-    data = len(source).to_bytes(4, "little") + source.tobytes()
-    pair_sample.add(digests, place, data + target.tobytes())
 
 
 def _append(path: pathlib.Path, data: bytes) -> None:

@@ -223,7 +223,7 @@ def _check_stale(
 
 
 # Seconds in which a store is compared with its tasks, about, and at most.
-_CHECK_SECONDS, _MOST_SECONDS = 1.0, 2.0
+_CHECK_SECONDS, _MOST_SECONDS = 1.0, 1.5
 
 
 def _gives_the_same(
@@ -271,7 +271,7 @@ def _has_sample(
   found: list[str] = []
   position = 0
   for inputs, targets, _ in read_task(task, split, layout, sampled=True):
-    row_store.add_to_sample(
+    pair_sample.add_pairs(
       found,
       position,
       position + _BLOCK,

@@ -263,5 +263,9 @@ def _warnings(
   )
   yield from doubts.listed(
     "no dev set, so that overfitting would not be seen",
-    [d.name for d in directions if not d.dev_pairs],
+    [
+      d.name
+      for d in directions
+      if not d.dev_pairs and not languages.label_of(d.name)
+    ],
   )

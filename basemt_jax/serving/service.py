@@ -292,7 +292,11 @@ _RIGHT_TO_LEFT = frozenset(
 
 
 def _languages(directions: Sequence[str]) -> Languages:
-  parsed = [languages.Direction.parse(name) for name in directions]
+  """Languages of people: what a model wrote is text in one of them."""
+  parsed = {
+    languages.Direction(d.source.authentic, d.target.authentic)
+    for d in map(languages.Direction.parse, directions)
+  }
   targets: dict[str, list[str]] = {}
   for source, target in sorted(parsed):
     targets.setdefault(source, []).append(target)
