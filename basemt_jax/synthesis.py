@@ -8,8 +8,8 @@ Text of persons is translated, a chunk at a time, into a TSV file that
     FOLDER/NAME            when all is there
 
 Whoever is killed goes on where the last whole chunk ended. A sentence is padded
-to the bucket of its own length, and every device has as many rows, so that
-neither chunks nor the number of devices show in the file.
+to the bucket of its own length, and every device runs the program of one, with
+as many rows, so that neither chunks nor the number of devices show in the file.
 """
 
 import contextlib
@@ -23,7 +23,14 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, BinaryIO
 
-from basemt_jax import checksums, evaluation, files, trained, translation
+from basemt_jax import (
+  checksums,
+  evaluation,
+  files,
+  partitioning,
+  trained,
+  translation,
+)
 from basemt_jax.data import languages, normalisation, source_tags
 
 # Batches of every device in a chunk.
@@ -113,8 +120,8 @@ def write(
       "remove it or choose another place"
     )
   devices = model.program.mesh.size
-  translator = model.translator(
-    dataclasses.replace(search, batch_size=search.batch_size * devices)
+  translator = _translator(
+    model, dataclasses.replace(search, batch_size=search.batch_size * devices)
   )
   chunk = _BATCHES * search.batch_size * devices
   with state.opened(identity) as file:
@@ -127,6 +134,22 @@ def write(
       told(state.progress(job, rate))
     state.finish(file)
   return state.progress(job, 0.0)
+
+
+def _translator(
+  model: trained.Trained, search: translation.SearchOptions
+) -> translation.Translator:
+  """Devices that share no layer run one program each."""
+  mesh = model.program.mesh
+  if mesh.shape["expert"] * mesh.shape["model"] > 1:
+    return model.translator(search)
+  return translation.Translator(
+    model.program.model.clone(mesh=None),
+    model.variables,
+    search,
+    partitioning.batch_sharding(mesh),
+    each_alone=True,
+  )
 
 
 def _identity(

@@ -146,6 +146,7 @@ class Translator:
     variables: Tree,
     options: SearchOptions | None = None,
     batch_sharding: jax.sharding.NamedSharding | None = None,
+    each_alone: bool = False,
   ):
     """Makes a translator.
 
@@ -157,6 +158,9 @@ class Translator:
         are spread over several devices. Batches are made large enough to
         give each device as many rows. Where the devices are of several
         processes, all of them translate the same sentences together.
+      each_alone: Run the program of one device on each, for its rows, rather
+        than one that is divided among them: how many there are then cannot
+        show in a rounding. For a model that knows no mesh.
     """
     self.variables = variables
     self.options = options or SearchOptions()
@@ -171,8 +175,12 @@ class Translator:
       if batch_sharding
       else None
     )
+    found: Callable[..., decoding.Hypotheses]
+    found = functools.partial(search, model, options=self.options)
+    if each_alone and batch_sharding:
+      found = _each_alone(found, batch_sharding)
     self._jitted_search = jax.jit(
-      functools.partial(search, model, options=self.options),
+      found,
       static_argnames="max_length",
       out_shardings=everywhere,
     )
@@ -388,6 +396,24 @@ def search(
   return decoding.beam_search(
     *common, options.beam_size, options.alpha, options.num_return, prefixes
   )
+
+
+def _each_alone(
+  found: Callable[..., decoding.Hypotheses],
+  sharding: jax.sharding.NamedSharding,
+) -> Callable[..., decoding.Hypotheses]:
+  """`search` on every device for the rows that it has."""
+
+  def run(variables: Tree, max_length: int, **batch: Array) -> Any:
+    return jax.shard_map(
+      lambda variables, batch: found(variables, **batch, max_length=max_length),
+      mesh=sharding.mesh,
+      in_specs=(jax.sharding.PartitionSpec(), sharding.spec),
+      out_specs=sharding.spec,
+      check_vma=False,
+    )(variables, batch)
+
+  return run
 
 
 def _strip(ids: Sequence[int]) -> tuple[int, ...]:

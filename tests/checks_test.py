@@ -38,6 +38,7 @@ FITS = {
   "START_TEMPERATURE": {"0.5", HUGE},  # As good as uniform.
   "END_TEMPERATURE": {"0.5", HUGE},
   "JOINS": {"{}"},
+  "WEIGHTS": {"{}"},
   "MAX_EPOCHS": {"None", "0.5", HUGE},  # No cap at all.
   "SIZES": {"None"},
   "STEP_BOUNDARIES": {"[]"},

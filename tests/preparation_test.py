@@ -264,6 +264,21 @@ def test_another_preparation_of_the_folder_is_refused(raw, prepared):
     preparation.prepare(raw, out, NAMES, other, processes=0)
 
 
+def test_a_raw_file_of_the_same_size_with_other_bytes_is_another(tmp_path):
+  raw = files(tmp_path / "raw", {"x.en-de.tsv": b"one\teins\ntwo\tzwei\n"})
+  names, out = raw_text.Names((("en", "de"),)), tmp_path / "out"
+  report = preparation.prepare(raw, out, names, processes=0)
+  assert preparation.prepare(raw, out, names, processes=0) == report
+  (raw / "x.en-de.tsv").write_text("one\teins\ntwo\tdrei\n")
+  with pytest.raises(ValueError, match=r"something else \(other files\)"):
+    preparation.prepare(raw, out, names, processes=0)
+  # An earlier version looked at sizes alone.
+  path = out / preparation.REPORT
+  report["made_of"]["files"] = [f[:2] for f in report["made_of"]["files"]]
+  path.write_text(json.dumps(report))
+  assert preparation.prepare(raw, out, names, processes=0) == report
+
+
 # Ordinary words whose letters have more than one form.
 FORMS = {
   "vi": ["Tiếng Việt bạn học", "mưa nắng sữa phố"],

@@ -14,7 +14,6 @@ import jax
 import numpy as np
 import pytest
 import toy
-from jax.experimental.compilation_cache import compilation_cache
 
 from basemt_jax import (
   checkpointing,
@@ -43,24 +42,6 @@ SETTINGS = toy.settings(
   save_every=5,
 )
 SHORT = toy.settings(4, log_every=1, eval_every=100, save_every=1)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compiled_once(tmp_path_factory):
-  """The same programs are compiled by many trainers here."""
-  names = {
-    "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
-    "jax_persistent_cache_min_compile_time_secs": 0.0,
-    "jax_persistent_cache_min_entry_size_bytes": -1,
-  }
-  old = {name: getattr(jax.config, name) for name in names}
-  for name, value in names.items():
-    jax.config.update(name, value)
-  compilation_cache.reset_cache()
-  yield
-  for name, value in old.items():
-    jax.config.update(name, value)
-  compilation_cache.reset_cache()
 
 
 @pytest.fixture(scope="module")

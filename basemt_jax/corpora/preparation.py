@@ -159,6 +159,9 @@ def _go_on(work: pathlib.Path, identity: Any, out: pathlib.Path) -> None:
 
 
 def _check_identity(old: Any, new: Any, out: pathlib.Path) -> None:
+  if all(len(file) == 2 for file in old.get("files", ())):
+    # Of an earlier version, which wrote no checksums.
+    new = new | {"files": [file[:2] for file in new["files"]]}
   if old != new:
     changed = [key for key in new if old.get(key) != new[key]]
     raise ValueError(
