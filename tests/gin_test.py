@@ -93,7 +93,13 @@ def parameters(name, model="tiny"):
   }
   loss, grads, _, _ = jax.eval_shape(
     lambda state, batch: steps.gradients(
-      state, batch, jax.random.key(0), network, run.settings, 3
+      state.params,
+      state.mutables,
+      batch,
+      jax.random.key(0),
+      network,
+      run.settings,
+      3,
     ),
     state,
     batch,
