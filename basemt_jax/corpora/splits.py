@@ -24,7 +24,7 @@ HELD_OUT = "held_out"  # Neither trained nor evaluated on.
 # Of published evaluation sets; 'held_out' is two words.
 _TEST_SETS = """
   newstest newstests newsdiscusstest generaltest wmttest florestest tedtst tst
-  devtest testset testsets evalset heldout holdout mteval semeval
+  devtest testset testsets evalset heldout holdout mteval semeval sacrebleu
   dev_test news_test general_test wmt_test held_out hold_out challenge_set
 """
 _VALIDATION_SETS = """
