@@ -100,3 +100,17 @@ def test_progress_is_shown_on_a_terminal_that_shows_no_results(
     count(3)
     count(1200)
   assert capsys.readouterr().err == shown
+
+
+@pytest.mark.skipif(
+  not os.path.exists("/dev/full"), reason="no device that is always full"
+)
+def test_what_a_full_disk_cannot_take_is_shown(capsys):
+  with (
+    pytest.raises(OSError, match="No space left"),
+    translate.output_text("/dev/full") as write,
+  ):
+    write("eins\n")
+    write("zwei\n")
+    write("")
+  assert capsys.readouterr().out == "eins\nzwei\n"

@@ -242,17 +242,26 @@ def input_lines(path: str | None) -> Iterator[Lines]:
 
 @contextlib.contextmanager
 def output_text(path: str | None) -> Iterator[Callable[[str], None]]:
-  """A function that writes text; '' has what was written go out."""
+  """A function that writes text; '' has what was written go out.
+
+  What a file cannot take, of a full disk for instance, is shown instead.
+  """
   from basemt_jax import files
 
   if path is None:
     yield lambda text: print(text, end="", flush=not text)
     return
-  with files.atomic(path) as file:
+  written: list[str] = []
+  try:
+    with files.atomic(path) as file:
 
-    def write(text: str) -> None:
-      file.write(text.encode("utf-8"))
-      if not text:
-        file.flush()
+      def write(text: str) -> None:
+        written.append(text)
+        file.write(text.encode("utf-8"))
+        if not text:
+          file.flush()
 
-    yield write
+      yield write
+  except OSError:
+    print("".join(written), end="", flush=True)
+    raise
