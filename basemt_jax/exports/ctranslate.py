@@ -44,18 +44,8 @@ MODEL_FILE = "model.bin"
 
 
 def library() -> Any:
-  """CTranslate2.
-
-  Raises:
-    ValueError: It is not installed.
-  """
-  try:
-    import ctranslate2
-  except ImportError as error:
-    raise ValueError(
-      "CTranslate2 is not installed: pip install 'basemt_jax[export]'"
-    ) from error
-  return ctranslate2
+  """CTranslate2; see `directories.library`."""
+  return directories.library("ctranslate2")
 
 
 def check(config: model_lib.TransformerConfig) -> None:

@@ -7,13 +7,30 @@ checksums.json      of all but the card
 """
 
 import dataclasses
+import importlib
 import pathlib
 import shlex
 from collections.abc import Callable
+from typing import Any
 
 from basemt_jax import checksums, description, files, trained
 from basemt_jax.data import vocabulary
 from basemt_jax.exports import model_card
+
+
+def library(name: str) -> Any:
+  """A module of the extra `export`.
+
+  Raises:
+    ValueError: It is not installed.
+  """
+  try:
+    return importlib.import_module(name)
+  except ImportError as error:
+    raise ValueError(
+      f"{name.partition('.')[0]} is not installed: "
+      "pip install 'basemt_jax[export]'"
+    ) from error
 
 
 def write(

@@ -23,18 +23,8 @@ FILE = "model.safetensors"
 
 
 def library() -> Any:
-  """`safetensors.numpy`.
-
-  Raises:
-    ValueError: It is not installed.
-  """
-  try:
-    import safetensors.numpy
-  except ImportError as error:
-    raise ValueError(
-      "safetensors is not installed: pip install 'basemt_jax[export]'"
-    ) from error
-  return safetensors.numpy
+  """`safetensors.numpy`; see `directories.library`."""
+  return directories.library("safetensors.numpy")
 
 
 def writer(model: trained.Trained) -> Callable[[pathlib.Path], None]:
