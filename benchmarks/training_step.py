@@ -412,8 +412,8 @@ def add_network_flags(parser: argparse.ArgumentParser) -> None:
   parser.add_argument("--repeats", type=int, default=10)
 
 
-def main() -> None:
-  """Prints the tables."""
+def parsed() -> argparse.Namespace:
+  """The command's flags."""
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
@@ -434,7 +434,12 @@ def main() -> None:
   )
   parser.add_argument("--peak_tflops", type=float, default=989.0)
   parser.add_argument("--json", help="file for the figures")
-  args = parser.parse_args()
+  return parser.parse_args()
+
+
+def main() -> None:
+  """Prints the tables."""
+  args = parsed()
   shapes = [tuple(int(x) for x in s.split("x")) for s in args.shapes]
   device = jax.devices()[0]
   print(f"{jax.device_count()} x {device.device_kind}, jax {jax.__version__}")
