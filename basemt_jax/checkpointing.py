@@ -90,7 +90,7 @@ class _Manager(ocp.CheckpointManager):
 
 
 class Checkpoints:
-  """The checkpoints of one model directory.
+  """The checkpoints of one model directory; closed at the end of `with`.
 
   With several processes all of them call the same functions in the same order,
   and write their parts of one checkpoint into the one directory. Orbax then has
@@ -463,6 +463,12 @@ class Checkpoints:
     finally:
       self._idle_manager.close()
       self._thread.shutdown()
+
+  def __enter__(self) -> "Checkpoints":
+    return self
+
+  def __exit__(self, *exception: object) -> None:
+    self.close()
 
 
 def _first_line(error: BaseException) -> str:

@@ -83,23 +83,18 @@ class Conversion:
     self._new_paths = [p for p in shapes if plan["/".join(p)][1] is None]
     self._new: dict[tuple[str, ...], jax.Array] | None = None
     self._convert = partitioning.Compiled(
-      jax.jit(self._converted, out_shardings=sparse.shardings.params),
-      sparse.mesh,
+      self._converted, sparse.mesh, out_shardings=sparse.shardings.params
     )
     self._copy_moments = partitioning.Compiled(
-      jax.jit(
-        lambda old, new: conversion.convert_opt_state(old, new, self._rules),
-        out_shardings=sparse.shardings.opt_state,
-        donate_argnums=1,
-      ),
+      lambda old, new: conversion.convert_opt_state(old, new, self._rules),
       sparse.mesh,
+      out_shardings=sparse.shardings.opt_state,
+      donate_argnums=1,
     )
     self._error = partitioning.Compiled(
-      jax.jit(
-        self._function_error,
-        out_shardings=partitioning.replicated(sparse.mesh),
-      ),
+      self._function_error,
       sparse.mesh,
+      out_shardings=partitioning.replicated(sparse.mesh),
     )
 
   def check(self, batch: steps.Batch) -> None:

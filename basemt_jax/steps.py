@@ -462,22 +462,18 @@ class Program:
     self._draws = noted["draws"]
     self.shardings = state_shardings(self.shapes, noted["axes"], tx, mesh)
     self._begin = partitioning.Compiled(
-      jax.jit(
-        lambda params: dataclasses.replace(
-          init(self._key), params={}, opt_state=tx.init(params)
-        ),
-        out_shardings=dataclasses.replace(self.shardings, params={}),
+      lambda params: dataclasses.replace(
+        init(self._key), params={}, opt_state=tx.init(params)
       ),
       mesh,
+      out_shardings=dataclasses.replace(self.shardings, params={}),
     )
     self._draw_all = partitioning.Compiled(
-      jax.jit(
-        lambda key: traverse_util.flatten_dict(
-          init_state(self.model, tx, key)[0].params
-        ),
-        out_shardings=traverse_util.flatten_dict(self.shardings.params),
+      lambda key: traverse_util.flatten_dict(
+        init_state(self.model, tx, key)[0].params
       ),
       mesh,
+      out_shardings=traverse_util.flatten_dict(self.shardings.params),
     )
     self._make_steps(learning_rate, num_directions)
 
@@ -487,19 +483,17 @@ class Program:
     mesh, replicated = self.mesh, partitioning.replicated(self.mesh)
     batch = partitioning.batch_sharding(mesh)
     self._train_step = partitioning.Compiled(
-      jax.jit(
-        functools.partial(
-          train_step,
-          model=self.model,
-          settings=self.settings,
-          learning_rate=learning_rate,
-          num_directions=num_directions,
-        ),
-        in_shardings=(self.shardings, batch, replicated),
-        out_shardings=(self.shardings, replicated),
-        donate_argnums=0,
+      functools.partial(
+        train_step,
+        model=self.model,
+        settings=self.settings,
+        learning_rate=learning_rate,
+        num_directions=num_directions,
       ),
       mesh,
+      in_shardings=(self.shardings, batch, replicated),
+      out_shardings=(self.shardings, replicated),
+      donate_argnums=0,
     )
     # Apart from the step, so that the step is compiled only once.
     # No sums are given away: the loop waits for those of earlier steps.
@@ -507,13 +501,11 @@ class Program:
     evaluates = functools.partial(eval_step, metrics=self.settings.metrics)
     self.eval_step, self.routing_step = (
       partitioning.Compiled(
-        jax.jit(
-          functools.partial(
-            function, model=self.model, num_directions=num_directions
-          ),
-          out_shardings=replicated,
+        functools.partial(
+          function, model=self.model, num_directions=num_directions
         ),
         mesh,
+        out_shardings=replicated,
       )
       for function in (evaluates, routing_step)
     )

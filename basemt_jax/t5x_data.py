@@ -5,7 +5,6 @@ refused here, with the binding to change; so is a restart that would not go on
 with the same batches. Like `t5x_adapter`, this imports nothing of T5X.
 """
 
-import contextlib
 import functools
 import itertools
 import json
@@ -311,9 +310,7 @@ def phase_of(checkpoint: str) -> str:
   step = _step_of(path)
   if not path.parent.is_dir():
     raise ValueError(f"{path} does not exist")
-  with contextlib.closing(
-    checkpointing.Checkpoints(path.parent, read_only=True)
-  ) as checkpoints:
+  with checkpointing.Checkpoints(path.parent, read_only=True) as checkpoints:
     if step not in checkpoints.steps():
       raise ValueError(f"{path} does not exist, or is not complete")
     return checkpoints.phase(step)
@@ -322,9 +319,7 @@ def phase_of(checkpoint: str) -> str:
 def _newest(directory: epath.Path) -> epath.Path | None:
   if not directory.is_dir():
     return None
-  with contextlib.closing(
-    checkpointing.Checkpoints(directory, read_only=True)
-  ) as checkpoints:
+  with checkpointing.Checkpoints(directory, read_only=True) as checkpoints:
     step = checkpoints.latest_step()
     return None if step is None else checkpoints.path(step)
 
@@ -348,9 +343,7 @@ def _check_data(
   if newest is not None and file.exists():
     known = json.loads(file.read_text())
   elif newest is not None:  # Our trainer's, or T5X's with other batches.
-    with contextlib.closing(
-      checkpointing.Checkpoints(model_dir, read_only=True)
-    ) as checkpoints:
+    with checkpointing.Checkpoints(model_dir, read_only=True) as checkpoints:
       known = checkpoints.position(_step_of(newest)).get("data")
   if known is not None:
     source.restore({**known, **_place(here)})
@@ -451,8 +444,8 @@ def _dense_state(
     del tree["state"]
   if phase_of(str(checkpoint)) != "dense":
     raise ValueError(f"{checkpoint} is not dense: it holds experts")
-  with contextlib.closing(
-    checkpointing.Checkpoints(checkpoint.parent, read_only=True)
+  with checkpointing.Checkpoints(
+    checkpoint.parent, read_only=True
   ) as checkpoints:
     return checkpoints.restore(step, tree, "the dense model")
 

@@ -8,7 +8,6 @@ The model directory is enough (`description`); neither SeqIO nor TensorFlow nor
 the data it was trained on is needed.
 """
 
-import contextlib
 import dataclasses
 import functools
 import pathlib
@@ -218,8 +217,8 @@ def load(
   """
   if not isinstance(run, run_lib.Run):
     run = run_lib.described(run)
-  with contextlib.closing(
-    checkpointing.Checkpoints(run.model_dir, read_only=True, verify=run.verify)
+  with checkpointing.Checkpoints(
+    run.model_dir, read_only=True, verify=run.verify
   ) as checkpoints:
     step = checkpoints.step_of(which)
     known, pieces = _known(run, console)

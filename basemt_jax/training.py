@@ -257,10 +257,10 @@ def _convert(
       "converting needs a sparse one: 'experts'"
     )
   with (
-    contextlib.closing(
-      checkpointing.Checkpoints(dense_dir, read_only=True, verify=run.verify)
+    checkpointing.Checkpoints(
+      dense_dir, read_only=True, verify=run.verify
     ) as source,
-    contextlib.closing(checkpointing.Checkpoints(run.model_dir)) as target,
+    checkpointing.Checkpoints(run.model_dir) as target,
   ):
     step = source.step_of(which)
     if source.phase(step) != "dense":

@@ -721,8 +721,6 @@ def test_closed_prefetcher_leaves_no_thread():
     with pytest.raises(StopIteration):
       next(ahead)
   assert threading.active_count() == before
-  with pytest.raises(ValueError, match="depth must be above 0"):
-    prefetch.Prefetcher(iter([]), depth=0)
 
 
 def long_pairs_store(directory, long_pairs, limit=8, **options):
