@@ -99,12 +99,13 @@ def _lengths(store: row_store.RowStore) -> str:
 
 def _network(run: run_lib.Run, program: steps.Program) -> str:
   config = program.model.config
+  blocks = *config.encoder_expert_blocks, *config.decoder_expert_blocks
   is_sparse = config.feed_forward == "experts"
   total, active = parameters(
     program.shapes.params, config.num_experts if is_sparse else 1
   )
   experts = (
-    f", {config.num_experts} experts in {_layers(config)} of the blocks"
+    f", {config.num_experts} experts in {len(blocks)} of the blocks"
     if is_sparse
     else ""
   )
@@ -113,10 +114,6 @@ def _network(run: run_lib.Run, program: steps.Program) -> str:
     f"width {config.emb_dim}{experts}; {total:,} parameters, {active:,} for a "
     "token"
   )
-
-
-def _layers(config: Any) -> int:
-  return len(config.encoder_expert_blocks) + len(config.decoder_expert_blocks)
 
 
 def _training(run: run_lib.Run) -> str:

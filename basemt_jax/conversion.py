@@ -28,6 +28,7 @@ Array = jax.Array
 Tree = Any
 
 TOLERANCE = 1e-5
+_K_MEANS_STEPS = 10
 
 
 @dataclasses.dataclass(frozen=True)
@@ -287,7 +288,6 @@ def cluster_centroids(
   variables: Tree,
   batch: dict[str, Array],
   options: Options,
-  iterations: int = 10,
 ) -> dict[str, np.ndarray]:
   """Expert centroids from the tokens that reach each layer of experts.
 
@@ -299,7 +299,6 @@ def cluster_centroids(
     variables: Its variables after `convert_params`.
     batch: One training batch.
     options: `seed` picks the first centroids.
-    iterations: Of k-means.
 
   Returns:
     By path of the centroids' parameter: [E, D] float32, rows of norm
@@ -321,19 +320,19 @@ def cluster_centroids(
     tokens /= np.linalg.norm(tokens, axis=-1, keepdims=True) + 1e-9
     flat = traverse_util.flatten_dict(variables["params"], sep="/")
     centroids[path] = base_layer.CONVERTED_NORM * _spherical_k_means(
-      tokens, flat[path].shape[0], iterations, options.seed
+      tokens, flat[path].shape[0], options.seed
     )
   return centroids
 
 
 def _spherical_k_means(
-  tokens: np.ndarray, clusters: int, iterations: int, seed: int
+  tokens: np.ndarray, clusters: int, seed: int
 ) -> np.ndarray:
   """Unit centroids [clusters, D] of unit tokens [T, D]."""
   draw = np.random.RandomState(seed)  # A stream NumPy keeps for ever.
   replace = len(tokens) < clusters
   centroids = tokens[draw.choice(len(tokens), clusters, replace=replace)]
-  for _ in range(iterations):
+  for _ in range(_K_MEANS_STEPS):
     nearest = np.argmax(tokens @ centroids.T, axis=1)
     for i in range(clusters):
       members = tokens[nearest == i]

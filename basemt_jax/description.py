@@ -256,12 +256,7 @@ def differences(
 def check_network(
   known: Description, network: Mapping[str, Any], directory: str
 ) -> None:
-  """Refuses to use a model as another network than was trained.
-
-  Args:
-    known: what was trained.
-    network: as it is configured now, as plain data.
-    directory: of the model, for the error.
+  """Refuses to use a model as another network, as plain data, than was trained.
 
   Raises:
     ValueError: naming what differs.

@@ -115,18 +115,16 @@ class Run:
         f"the batch of {self.batch_size} rows; choose a divisor of it"
       )
     config = self.network(vocab_size=1)
-    if config.feed_forward == "experts" and (
-      config.num_experts % self.expert_devices
-    ):
-      raise ValueError(
-        f"num_experts is {config.num_experts}, which the {self.expert_devices} "
-        "devices of expert_devices do not divide; use a multiple of that"
-      )
-    if config.mlp_dim % self.model_devices:
-      raise ValueError(
-        f"mlp_dim is {config.mlp_dim}, which the {self.model_devices} "
-        "devices of model_devices do not divide; use a multiple of that"
-      )
+    split = [("mlp_dim", "model_devices")]
+    if config.feed_forward == "experts":
+      split.insert(0, ("num_experts", "expert_devices"))
+    for name, axis in split:
+      size, devices = getattr(config, name), getattr(self, axis)
+      if size % devices:
+        raise ValueError(
+          f"{name} is {size}, which the {devices} devices of {axis} do not "
+          "divide; use a multiple of that"
+        )
 
   def doubts(self) -> list[str]:
     """What is possible, but hardly meant; a sentence each."""

@@ -414,7 +414,7 @@ def test_batches_are_put_in_place_by_the_thread_that_reads_them():
     assert [next(ahead), next(ahead)] == [(2, None), (4, None)]
     with pytest.raises(ValueError, match="no place for 3"):
       next(ahead)
-  assert names == ["prefetch"] * 3
+  assert names == ["prefetch_0"] * 3
 
 
 # --------------------------------------------------- best, early stopping
