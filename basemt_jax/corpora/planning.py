@@ -174,7 +174,7 @@ def _evaluation_set(
   pairs: list[raw_text.Pair] = []
   outcome = cleaning.Outcome()
   for number, line in text.lines():
-    found = cleaning.normalised(line)
+    found = parallel_text.usable(line)
     if isinstance(found, parallel_text.Trouble):
       outcome.drop(found, number)
     else:

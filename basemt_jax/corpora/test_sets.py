@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from basemt_jax.corpora import cleaning, planning, raw_text
+from basemt_jax.corpora import planning, raw_text
 from basemt_jax.data import languages as languages_lib
 from basemt_jax.data import parallel_text
 
@@ -158,7 +158,7 @@ def _read(text: raw_text.Text) -> list[parallel_text.Pair]:
   """All lines: without one that is no pair, scores would be of another set."""
   pairs = []
   for number, line in text.lines():
-    pair = cleaning.normalised(line)
+    pair = parallel_text.usable(line)
     if isinstance(pair, parallel_text.Trouble):
       raise ValueError(
         f"{text.name}:{number}: {pair}, in a test set: mend the line"

@@ -12,39 +12,13 @@ import importlib.machinery
 import importlib.util
 import sys
 import types
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from basemt_jax import files
 from basemt_jax.data import vocabulary as vocabulary_lib
 
 _LIBRARY = "seqio"
-
-
-class Source(Protocol):
-  """What a declared task asks its data source; see `tasks.common`."""
-
-  @property
-  def splits(self) -> Sequence[str]:
-    """Names of the splits."""
-    ...
-
-  @property
-  def fingerprint(self) -> str:
-    """Stands for the texts."""
-    ...
-
-  def num_input_examples(self, split: str) -> int:
-    """Pairs of a split."""
-    ...
-
-  def list_shards(self, split: str) -> list[str]:
-    """Files, if any."""
-    ...
-
-  def text_pairs(self, split: str) -> Iterator[tuple[str, str]]:
-    """The (source, target) texts of a split."""
-    ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,12 +35,13 @@ class Task:
 
   Attributes:
     name: Of the task.
-    source: Of its texts, which are tokenised and nothing else.
+    source: Of its texts, which are tokenised and nothing else: a
+      `tasks.common.PairSource`, or what has its methods.
     output_features: `inputs` and `targets`.
   """
 
   name: str
-  source: Source
+  source: Any
   output_features: Mapping[str, Feature]
 
   @property
