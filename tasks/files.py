@@ -72,11 +72,6 @@ class Summary:
   max_characters: int
 
   @property
-  def skipped(self) -> int:
-    """Lines that could not be used, in all files."""
-    return sum(r.skipped.total() for r in self.reports.values())
-
-  @property
   def warnings(self) -> list[str]:
     """What is odd about the folder, a sentence each."""
     found = [
@@ -236,10 +231,21 @@ def vocabulary_file(
 
 
 def read_pairs(
-  file: finding.SplitFile, max_characters: int
+  file: finding.SplitFile,
+  max_characters: int,
+  report: parallel_text.Report | None = None,
 ) -> Iterator[common.Pair]:
-  """The usable pairs of a file, in order, first language first."""
-  return _read(file, max_characters, None)
+  """The usable pairs of a file, in order, first language first.
+
+  Of shards one after the other. `report` counts what is found.
+  """
+  is_moses = file.kind == "moses"
+  parts = [file.paths] if is_moses else [(path,) for path in file.paths]
+  read = parallel_text.moses if is_moses else parallel_text.FORMATS[file.kind]
+  for paths in parts:
+    yield from parallel_text.read(
+      read, paths, file.languages, max_characters, report
+    )
 
 
 def read_direction(
@@ -261,12 +267,6 @@ def read_direction(
       f"{file} had {expected} usable pairs when it was registered and has"
       f" {count} now: start again with files that stay as they are"
     )
-
-
-def _read_split(
-  split: str, *, summary: Summary, source: str, target: str
-) -> Iterator[common.Pair]:
-  return read_direction(summary, split, source, target)
 
 
 def fingerprint(
@@ -310,7 +310,7 @@ def _add_tasks(
   for source, target in summary.directions:
     sizes = summary.num_pairs((source, target))
     read = functools.partial(
-      _read_split, summary=summary, source=source, target=target
+      read_direction, summary, source=source, target=target
     )
     tasks.append(
       common.add_direction(
@@ -371,7 +371,7 @@ def _report(
   file: finding.SplitFile, max_characters: int
 ) -> parallel_text.Report:
   report = parallel_text.Report(str(file))
-  for _ in _read(file, max_characters, report):
+  for _ in read_pairs(file, max_characters, report):
     pass
   if not report.pairs:
     total = report.skipped.total()
@@ -381,18 +381,3 @@ def _report(
       f"{report.file} has no pairs, {what}{example}: mend or remove it"
     )
   return report
-
-
-def _read(
-  file: finding.SplitFile,
-  max_characters: int,
-  report: parallel_text.Report | None,
-) -> Iterator[common.Pair]:
-  """The usable pairs of a file, or of its shards one after the other."""
-  is_moses = file.kind == "moses"
-  parts = [file.paths] if is_moses else [(path,) for path in file.paths]
-  read = parallel_text.moses if is_moses else parallel_text.FORMATS[file.kind]
-  for paths in parts:
-    yield from parallel_text.read(
-      read, paths, file.languages, max_characters, report
-    )
