@@ -17,10 +17,7 @@ def lines(
 ) -> list[str]:
   """Data, lengths, vocabulary, network, phases, schedules and places.
 
-  Args:
-    run: The run.
-    store: Its rows.
-    program: Of its last phase.
+  Of a run, its rows, and the program of its last phase.
   """
   return [
     *_data(run, store),
@@ -37,9 +34,8 @@ def lines(
 def parameters(params: Any, num_experts: int) -> tuple[int, int]:
   """Numbers of parameters: all, and those that a token passes through.
 
-  Args:
-    params: A tree of arrays or of their shapes.
-    num_experts: E; each layer of experts sends a token through one.
+  Of a tree of arrays or shapes; each layer of E experts sends a token through
+  one.
   """
   total = active = 0
   for path, leaf in jax.tree_util.tree_leaves_with_path(params):

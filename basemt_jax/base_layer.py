@@ -232,13 +232,10 @@ class BaseLayer(nn.Module):
 
 
 def rows_in_group(batch: int, wanted: int, devices: int) -> int:
-  """Rows of the groups that a training batch is routed in.
+  """Rows of the groups that a training batch of B rows is routed in.
 
-  Args:
-    batch: B.
-    wanted: Rows that compete for experts together; fewer on one device whose
-      batch is smaller.
-    devices: Of the mesh axes data x expert.
+  As many as wanted; on one device fewer where the batch is smaller. `devices`
+  are those of the mesh axes data x expert.
 
   Raises:
     ValueError: Groups would not lie on one device each.

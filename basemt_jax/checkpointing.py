@@ -43,11 +43,8 @@ def state_dict(
 ) -> dict[str, Any]:
   """The nested dictionary T5X stores for the same train state.
 
-  Args:
-    params: Nested dict of parameters.
-    opt_state: The Optax state; its empty parts are left out, as in T5X.
-    step: Training step, int32 [].
-    mutables: Other collections by name (`prices`); may be empty.
+  Of the Optax state its empty parts are left out, as in T5X; `mutables` are the
+  other collections by name (`prices`), and may be empty.
   """
   param_states = serialization.to_state_dict(opt_state)
   flat = traverse_util.flatten_dict(param_states, sep="/")

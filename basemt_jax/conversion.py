@@ -233,18 +233,10 @@ def convert_opt_state(
 ) -> Tree:
   """The sparse model's optimizer state, with the dense moments carried over.
 
-  Works on any Optax state: a leaf below a path that ends in a parameter's
-  path follows that parameter's rule. Leaves whose shape does not fit (factored
-  moments of small matrices, moments of new parameters) start anew; leaves of
-  no parameter (counts) are copied.
-
-  Args:
-    dense: Optax state of the dense model.
-    fresh: Optax state of the sparse model, as initialised.
-    rules: As for the parameters.
-
-  Returns:
-    State shaped like `fresh`.
+  Works on any Optax state: a leaf below a path that ends in a parameter's path
+  follows that parameter's rule. Leaves whose shape does not fit (factored
+  moments of small matrices, moments of new parameters) start anew, as in
+  `fresh`; leaves of no parameter (counts) are copied.
   """
   flat_dense = _flat_state(dense)
   flat = {}
@@ -289,16 +281,11 @@ def cluster_centroids(
   batch: dict[str, Array],
   options: Options,
 ) -> dict[str, np.ndarray]:
-  """Expert centroids from the tokens that reach each layer of experts.
+  """Expert centroids from a batch's tokens that reach each layer of experts.
 
   Spherical k-means (Dhillon & Modha, 2001) over the layer's inputs, centred,
-  so that a direction all tokens share does not count.
-
-  Args:
-    model: The sparse Transformer.
-    variables: Its variables after `convert_params`.
-    batch: One training batch.
-    options: `seed` picks the first centroids.
+  so that a direction all tokens share does not count. `variables` are those of
+  the sparse model after `convert_params`; `options.seed` picks the first ones.
 
   Returns:
     By path of the centroids' parameter: [E, D] float32, rows of norm
@@ -347,13 +334,7 @@ def relative_error(
 ) -> Array:
   """Largest difference of logits of real tokens, relative to the largest.
 
-  Args:
-    dense_logits: [B, L, V] float32.
-    sparse_logits: [B, L, V] float32.
-    weights: [B, L], 0 on padding.
-
-  Returns:
-    [] float32.
+  Of logits [B, L, V] float32 and weights [B, L], 0 on padding; [] float32.
   """
   is_real = weights[..., None] > 0
   error = jnp.max(

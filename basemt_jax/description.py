@@ -235,11 +235,7 @@ def _pieces(
 def differences(
   old: Description, new: Description
 ) -> tuple[list[str], list[str]]:
-  """What a run that goes on would do otherwise, in words.
-
-  Returns:
-    What it may not, and what it may.
-  """
+  """What a run that goes on may not do otherwise, and what it may, in words."""
   before, after = old.to_json(), new.to_json()
   both = before.keys() & after.keys()
   refused, told = _differences(

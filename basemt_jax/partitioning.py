@@ -42,15 +42,10 @@ def make_mesh(
   model: int = 1,
   devices: Sequence[jax.Device] | None = None,
 ) -> Mesh:
-  """A mesh over all devices: data x expert x model.
+  """A mesh over all devices of all hosts, or some: data x expert x model.
 
-  Any sizes whose product divides the number of devices will do, on any
-  topology.
-
-  Args:
-    expert: Size of the `expert` axis.
-    model: Size of the `model` axis.
-    devices: Defaults to all devices of all hosts.
+  Any sizes of the axes `expert` and `model` whose product divides the number of
+  devices will do, on any topology.
 
   Raises:
     ValueError: The number of devices is not a multiple of expert * model.
@@ -120,16 +115,10 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def variable_shardings(shapes: Any, axes: Any, mesh: Mesh) -> Any:
-  """Shardings of a tree of parameters (or other variables).
+  """Shardings of a nested dict of arrays or shapes; shaped like it.
 
-  Args:
-    shapes: Nested dict of arrays or `jax.ShapeDtypeStruct`.
-    axes: The matching `params_axes` (`prices_axes`) collection that the model
-      emits: the logical names of each array's axes.
-    mesh: See `make_mesh`.
-
-  Returns:
-    Nested dict of `NamedSharding`, shaped like `shapes`.
+  `axes` is the matching `params_axes` (`prices_axes`) collection that the model
+  emits: the logical names of each array's axes.
 
   Raises:
     ValueError: A parameter has no axes, or an axis does not divide.

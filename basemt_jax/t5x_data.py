@@ -79,15 +79,10 @@ def get_dataset(
 ) -> TrainIterator:
   """T5X's `get_dataset_fn`: the run's batches, from where its model stands.
 
-  Args:
-    cfg: T5X's DatasetConfig of the training data.
-    shard_id: This host's part of every batch, by T5X's count.
-    num_shards: Parts.
-    feature_converter_cls: Not needed; rows are packed already.
-    run: The run.
-    checkpoint_cfg: The CheckpointConfig that T5X has; T5X starts from the
-      newest checkpoint in the model directory, else from `restore.path`.
-    phase: That T5X trains, 'dense' or 'sparse'.
+  `cfg` is T5X's DatasetConfig of the training data, `shard_id` this host's part
+  of every batch by T5X's count; `checkpoint_cfg` the CheckpointConfig that T5X
+  has: it starts from the newest checkpoint in the model directory, else from
+  `restore.path`. `phase` is that T5X trains, 'dense' or 'sparse'.
 
   Raises:
     ValueError: T5X is told something else than the run; the directory holds
@@ -125,13 +120,8 @@ def get_eval_datasets(
 ) -> dict[str, "EvalBatches"]:
   """T5X's `train_eval_get_dataset_fn`: all directions as one data set.
 
-  Args:
-    cfg: T5X's DatasetConfig; its split and batch size count.
-    shard_id: Not needed; the mesh tells.
-    num_shards: Parts of every batch.
-    eval_steps: Batches; None: the whole split.
-    feature_converter_cls: Not needed.
-    run: The run.
+  Of T5X's DatasetConfig split and batch size count; without `eval_steps` it is
+  the whole split.
   """
   del shard_id, feature_converter_cls
   store = run.store()
@@ -153,12 +143,7 @@ def get_eval_datasets(
 
 
 class EvalBatches:
-  """Batches that start over whenever they are iterated.
-
-  Args:
-    start: () -> the batches.
-    limit: How many of them; None: all.
-  """
+  """Batches that start over whenever they are iterated, up to a limit."""
 
   def __init__(
     self, start: Callable[[], Iterator[packing.Batch]], limit: int | None

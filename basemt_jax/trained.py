@@ -110,9 +110,7 @@ class Trained:
   def tag(self, to: str, source: str | None = None) -> source_tags.SourceTag:
     """What sources had around them in training for a language to be given.
 
-    Args:
-      to: The language wanted.
-      source: The language of the text; needed only where the tag depends on it.
+    The language of the source is needed only where the tag depends on it.
 
     Raises:
       UnknownTagError: No such direction, or its tag is not known.
@@ -122,11 +120,7 @@ class Trained:
   def texts(
     self, direction: str, pairs: Sequence[tuple[str, str]]
   ) -> evaluation.DirectionTexts:
-    """Texts of any origin, tagged as those of a direction were in training.
-
-    Args:
-      direction: Of the model, such as 'en-de'.
-      pairs: Of (source, target) texts.
+    """Pairs of any origin, tagged as those of a direction were in training.
 
     Raises:
       UnknownTagError: See `tag`.
@@ -429,16 +423,9 @@ def evaluate_texts(
   """BLEU and chrF++ of any text; written to the model directory.
 
   The folder is named by test set, checkpoint and search, so that no result is
-  replaced by another's.
-
-  Args:
-    trained: The model.
-    translator: Of the model; the compiled searches belong to it.
-    test_set: Its name.
-    texts: By direction, tagged.
-    measured: Loss and the run's own metrics, where known; see
-      `losses.measured`.
-    command: Scores the translations too; see `metric_command.with_metrics`.
+  replaced by another's. The translator is the model's, texts are tagged; where
+  `losses.measured` is known its loss and metrics are added, and the scores of a
+  `metric_command`.
   """
   run, search = trained.run, translator.options
   results, translations = evaluation.evaluate(

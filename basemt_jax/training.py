@@ -36,16 +36,9 @@ def train(
   console: run_lib.Console,
   started: Callable[[], None] = lambda: None,
 ) -> str:
-  """Trains, or goes on training.
+  """Trains, or goes on training; returns the outcome of `trainer.Trainer.run`.
 
-  Args:
-    run: The run.
-    writer: Takes metrics.
-    console: Takes progress.
-    started: Called when run and directory have proved to fit together.
-
-  Returns:
-    The outcome; see `trainer.Trainer.run`.
+  `started` is called when run and directory have proved to fit together.
 
   Raises:
     ValueError: The directory holds another run, which this is not a
