@@ -397,15 +397,7 @@ def _held_out(split: str) -> dict[str, tuple[common.Pair, ...]]:
 
 @functools.cache
 def pairs(language: str, split: str) -> tuple[common.Pair, ...]:
-  """The (English, foreign) phrases of a language and split.
-
-  Args:
-    language: a key of `TRAIN_PAIRS`.
-    split: 'train', 'validation' or 'test'.
-
-  Returns:
-    Distinct pairs, in random order.
-  """
+  """The (English, foreign) phrases of a language and split, in random order."""
   if split != "train":
     return _held_out(split)[language]
   taken = _texts(_held_out("test")) | _texts(_held_out("validation"))

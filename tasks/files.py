@@ -202,7 +202,6 @@ def vocabulary_file(
   vocab_size: int = 8000,
   temperature: float = 5.0,
   max_characters: int = MAX_CHARACTERS,
-  cache_dir: str | os.PathLike[str] | None = None,
 ) -> str:
   """Path of the folder's own SentencePiece model, trained when first asked for.
 
@@ -211,7 +210,6 @@ def vocabulary_file(
     vocab_size: pieces.
     temperature: at which directions are sampled for training it.
     max_characters: as `mixture`.
-    cache_dir: where models are kept; None: `row_store.default_cache_dir()`.
   """
   folder = pathlib.Path(data_dir)
   files, _ = finding.discover(folder)
@@ -220,7 +218,7 @@ def vocabulary_file(
   text = repr((identity, vocab_size, temperature)).encode()
   digest = hashlib.blake2b(text, digest_size=6).hexdigest()
   path = pathlib.Path(
-    cache_dir or row_store.default_cache_dir(),
+    row_store.default_cache_dir(),
     "vocabularies",
     f"{default_name(folder)}-{digest}.model",
   )

@@ -132,10 +132,10 @@ def clean(
   options: Options,
   held_out: np.ndarray,
 ) -> tuple[list[bytes], Outcome]:
-  """Normalises and filters lines of a text.
+  """Normalises and filters numbered lines of a text.
 
   Args:
-    lines: numbered pairs, or why they could not be read.
+    lines: pairs, or why they could not be read.
     languages: of the lines.
     pair: the order of the languages in the output.
     options: what to keep.

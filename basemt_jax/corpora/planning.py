@@ -18,13 +18,7 @@ _CHUNK = 10_000  # Lines.
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-  """Training text of a pair of languages.
-
-  Attributes:
-    pair: In the order of the output.
-    texts: Raw texts.
-    shards: Number of files to write.
-  """
+  """Training text of a pair of languages, and the number of files to write."""
 
   pair: raw_text.Pair
   texts: tuple[raw_text.Text, ...]
@@ -33,13 +27,9 @@ class Job:
 
 @dataclasses.dataclass(frozen=True)
 class EvaluationSet:
-  """A dev or test set.
+  """A dev or test set: its pairs, normalised, in an order of languages.
 
-  Attributes:
-    text: That it is made of.
-    languages: Of its columns.
-    pairs: Its texts, normalised.
-    unread: Why lines could not be read, to the first of them.
+  `unread` tells why lines could not be read, with the first of them.
   """
 
   text: raw_text.Text

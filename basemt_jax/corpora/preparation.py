@@ -366,11 +366,7 @@ def _by_number(counts: Mapping[str, int]) -> dict[str, int]:
 
 
 def check_read(todo: planning.Todo, work: pathlib.Path) -> None:
-  """Refuses texts that could not be read, and languages without a line.
-
-  Raises:
-    ValueError: such a text, or pair of languages.
-  """
+  """Refuses texts that could not be read, and languages without a line."""
   for job in todo.jobs:
     texts = _outcomes(job, work)
     for text in texts:
@@ -427,13 +423,7 @@ def write_shard(
 ) -> None:
   """Step 3 of a shard: writes its lines once each, in order of digests.
 
-  Args:
-    lines: in any order.
-    work: gets a note of their numbers.
-    out: gets the file.
-    pair: of languages.
-    shard: number of the shard.
-    shards: of the pair.
+  Lines come in any order; `work` gets a note of their numbers.
   """
   by_digest: dict[bytes, bytes] = {}
   total = 0

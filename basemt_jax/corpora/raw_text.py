@@ -183,15 +183,11 @@ class Found:
 
 
 def find(folders: Sequence[pathlib.Path], names: Names) -> Found:
-  """Finds the parallel texts in folders, by their names.
+  """Finds parallel texts in folders of raw and unpacked files, by their names.
 
   Of several texts for 'validation' or 'test', those that were decided on are
   taken, of these those that are directed, else the first; the others are held
   out.
-
-  Args:
-    folders: of raw and unpacked files.
-    names: of the corpus.
 
   Raises:
     ValueError: a glob of `names.decided` that no text has.
@@ -237,11 +233,8 @@ def sets_of(
 ) -> list[Text]:
   """All texts of wanted pairs in a folder that are of a split, by their names.
 
-  Args:
-    folder: with files and folders; archives are not looked into.
-    names: of the corpus.
-    split: 'validation' or 'test'; None: whatever the names say.
-    files: in the folder; none: all.
+  Or, of some files of the folder, all that are. The split is 'validation',
+  'test' or None, for whatever the names say; archives are not looked into.
   """
   named = [
     (str(path.relative_to(folder)), path)
@@ -345,12 +338,9 @@ class _File:
 def _texts(
   files: Iterable[tuple[str, pathlib.Path]], names: Names, unused: list[str]
 ) -> list[tuple[Text, list[str]]]:
-  """Texts with the names of their files; the names that are none's go apart.
+  """Texts of files, by name and path, with the names of their files.
 
-  Args:
-    files: as they are called, and where they are.
-    names: of the corpus.
-    unused: gets the names of files that are no parallel text.
+  The names of files that are no parallel text go to `unused`.
   """
   sides: dict[tuple[pathlib.Path, str], dict[str, tuple[str, str, _File]]] = {}
   texts: list[tuple[Text, list[str]]] = []

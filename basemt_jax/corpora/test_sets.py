@@ -29,15 +29,10 @@ _NO_NAMES = frozenset([*_WORDS.split(), "gz", "bz2", "xz"])
 def find(
   paths: Sequence[str], directions: Iterable[str], split: str
 ) -> dict[str, Texts]:
-  """Reads the test sets of folders and files.
+  """The test sets of folders and files, by name.
 
-  Args:
-    paths: of folders, of which the files of `split` are taken, and of files.
-    directions: that the model knows, such as 'en-de'.
-    split: 'test' or 'validation'.
-
-  Returns:
-    By name of the set.
+  Of folders the files of the split, 'test' or 'validation', are taken, in the
+  directions that the model knows, such as 'en-de'.
 
   Raises:
     ValueError: a path without a text in a direction of the model's, or a text

@@ -28,15 +28,9 @@ def eval_batches(
 ) -> Iterator[packing.Batch]:
   """All rows of a split once, in order, direction after direction.
 
-  Args:
-    store: an open store.
-    split: a split of it.
-    batch_size: B, rows of a global batch.
-    host_rows: as in `TrainBatches`.
-
-  Yields:
-    Batches; the last is filled up with empty rows, in which all is 0 but the
-    direction, so that every batch has the same shape on every host.
+  Batches of B rows of all hosts, of which this one reads `host_rows`, as in
+  `TrainBatches`; the last is filled up with empty rows, in which all is 0 but
+  the direction, so that every batch has the same shape on every host.
 
   Raises:
     ValueError: an unknown split.
@@ -55,15 +49,10 @@ def filled_up(
   batch_size: int,
   host_rows: np.ndarray | None = None,
 ) -> Iterator[packing.Batch]:
-  """Given rows in batches of one size; the last is filled up with empty rows.
+  """Given rows in batches as `eval_batches` gives them.
 
-  Args:
-    store: an open store.
-    split: of the rows.
-    directions: [M] int, indices into `store.directions`.
-    rows: [M] int, numbers within the direction.
-    batch_size: B, rows of a global batch.
-    host_rows: as in `TrainBatches`.
+  Directions [M] int are indices into `store.directions`, rows [M] int numbers
+  within the direction.
   """
   share = slice(None) if host_rows is None else host_rows
   for start in range(0, len(rows), batch_size):
@@ -251,11 +240,10 @@ class TrainBatches:
   def restore(self, state: Mapping[str, Any]) -> None:
     """Goes to a position that `state` returned, on any number of hosts.
 
-    Args:
-      state: of a run with the same seed, batch size, rows and strategy.
-
     Raises:
-      ValueError: naming everything that differs.
+      ValueError: it is of a run with another seed, batch size, rows or
+      strategy;
+        naming everything that differs.
     """
     differences = [
       f"{name} was {state.get(name)!r} and is {value!r}"

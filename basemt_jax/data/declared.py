@@ -33,11 +33,8 @@ class Feature:
 class Task:
   """As much of a `seqio.Task` as rows are packed from.
 
-  Attributes:
-    name: Of the task.
-    source: Of its texts, which are tokenised and nothing else: a
-      `tasks.common.PairSource`, or what has its methods.
-    output_features: `inputs` and `targets`.
+  Its source gives texts, which are tokenised and nothing else: a
+  `tasks.common.PairSource`, or what has its methods.
   """
 
   name: str
@@ -46,11 +43,11 @@ class Task:
 
   @property
   def splits(self) -> Sequence[str]:
-    """Names of the splits."""
+    """As of `seqio.Task`."""
     return self.source.splits
 
   def num_input_examples(self, split: str) -> int:
-    """Pairs of a split."""
+    """As of `seqio.Task`."""
     return self.source.num_input_examples(split)
 
 
@@ -72,14 +69,10 @@ def find(name: str) -> Task | Mixture | None:
 
 
 def declare(thing: Any, register: Callable[[], Any]) -> Any:
-  """Declares a task or mixture, and has it registered to SeqIO.
+  """Declares a `Task` or `Mixture`, and has it registered to SeqIO.
 
-  Args:
-    thing: A `Task` or `Mixture`.
-    register: Registers it; see `when_imported`.
-
-  Returns:
-    What `register` does, if SeqIO is there; else `thing`.
+  If SeqIO is there, what `register` returns is returned; else the thing itself,
+  and `register` is called when it is imported.
   """
   if _LIBRARY in sys.modules:
     return register()

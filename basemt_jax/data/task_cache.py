@@ -31,14 +31,9 @@ def cache_mixture(
 ) -> list[pathlib.Path]:
   """Caches all tasks of a mixture that are not cached there yet.
 
-  Args:
-    mixture: a registered name, or a mixture or task.
-    cache_dir: gets a folder per task; `seqio.add_global_cache_dirs` makes it
-      known to SeqIO.
-    progress: takes the name of a split and the examples written, now and then.
-
-  Returns:
-    The folders of the tasks.
+  In a folder per task, which are returned; `seqio.add_global_cache_dirs` makes
+  `cache_dir` known to SeqIO. `progress` takes the name of a split and the
+  examples written, now and then.
 
   Raises:
     ValueError: a task without `seqio.CacheDatasetPlaceholder`, or that was
