@@ -25,7 +25,6 @@ step 4 the slots are a one-to-one map of tokens whatever the scores were.
 """
 
 import functools
-import math
 from typing import NamedTuple
 
 import jax
@@ -466,8 +465,3 @@ def _slots(
   )
   taken = settled + jnp.sum(filled, axis=1, dtype=jnp.int32)
   return slot, jnp.minimum(taken, capacity)
-
-
-def capacity_of(num_tokens: int, num_experts: int) -> int:
-  """The slots C of an expert for a group of `num_tokens` tokens."""
-  return math.ceil(num_tokens / num_experts)

@@ -52,11 +52,7 @@ def average(
   ):
     steps = _chosen(source, count, is_best)
     with checkpointing.Checkpoints(output) as target:
-      if target.latest_step() is not None:
-        raise ValueError(
-          f"{output} already holds checkpoint_{target.latest_step()}; choose "
-          "an empty directory"
-        )
+      target.check_empty()
       tree = _mean(source, steps)
       for name in _FILES:
         if (pathlib.Path(model_dir) / name).exists():

@@ -138,7 +138,14 @@ class Checkpoints:
     if not read_only:
       processes.in_turn(self._set_damaged_aside)
     try:
-      self._idle_manager = self._opened(options)
+      self._idle_manager = _Manager(
+        epath.Path(self.directory).absolute(),
+        options=options,
+        item_handlers={
+          "state": ocp.PyTreeCheckpointHandler(),
+          "position": ocp.JsonCheckpointHandler(),
+        },
+      )
     except Exception as error:  # Orbax reads all metrics.
       there = self._steps_there()
       bad = [n for n in there if self.damage(n)]
@@ -152,16 +159,6 @@ class Checkpoints:
     self._thread = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
     self._start: concurrent.futures.Future[Any] | None = None
     self._room: dict[int, bool] = {}
-
-  def _opened(self, options: ocp.CheckpointManagerOptions) -> _Manager:
-    return _Manager(
-      epath.Path(self.directory).absolute(),
-      options=options,
-      item_handlers={
-        "state": ocp.PyTreeCheckpointHandler(),
-        "position": ocp.JsonCheckpointHandler(),
-      },
-    )
 
   def _seal(self) -> None:
     """Adds checksums to a checkpoint that is complete but for its name."""
@@ -452,6 +449,14 @@ class Checkpoints:
     manager = self._manager
     with self._writing():
       manager.wait_until_finished()
+
+  def check_empty(self) -> None:
+    """Refuses to add a checkpoint to others."""
+    if self.latest_step() is not None:
+      raise ValueError(
+        f"{self.directory} already holds checkpoint_{self.latest_step()}; "
+        "choose an empty directory"
+      )
 
   def close(self) -> None:
     """Waits, then frees the background threads."""

@@ -79,9 +79,7 @@ def seal(directory: str | os.PathLike[str], but: Container[str] = ()) -> None:
     and not _is_left_out(path.relative_to(root))
   )
   sums = _all(root, names)
-  files.write_atomically(
-    root / FILE, files.json_text({"method": _METHOD, "files": sums})
-  )
+  files.write_json(root / FILE, {"method": _METHOD, "files": sums})
 
 
 def _is_left_out(path: pathlib.Path) -> bool:

@@ -341,9 +341,3 @@ def relative_error(
     jnp.where(is_real, jnp.abs(sparse_logits - dense_logits), 0.0)
   )
   return error / jnp.max(jnp.where(is_real, jnp.abs(dense_logits), 0.0))
-
-
-def replace_leaves(tree: Tree, leaves: dict[str, Any]) -> Tree:
-  """The tree with some leaves, named by path, replaced."""
-  flat = traverse_util.flatten_dict(tree, sep="/")
-  return traverse_util.unflatten_dict({**flat, **leaves}, sep="/")

@@ -133,16 +133,14 @@ def write(
   if pieces.model is not None:
     files.write_atomically(root / VOCABULARY_FILE, pieces.model)
   values = description.to_json()
-  files.write_atomically(
+  files.write_json(
     root / FILE,
-    files.json_text(
-      {
-        "format": _FORMAT,
-        "version": _VERSION,
-        "checksum": _checksum(values),
-        "description": values,
-      }
-    ),
+    {
+      "format": _FORMAT,
+      "version": _VERSION,
+      "checksum": _checksum(values),
+      "description": values,
+    },
   )
 
 

@@ -566,7 +566,7 @@ def write_scores(
     "directions": [dataclasses.asdict(r) for r in results],
     "means": [dataclasses.asdict(m) for m in summarise(results, pivot)],
   }
-  files.write_atomically(path, files.json_text(contents))
+  files.write_json(path, contents)
 
 
 def write_translations(

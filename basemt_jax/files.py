@@ -177,6 +177,11 @@ def locked(
     os.close(handle)
 
 
+def write_json(path: str | os.PathLike[str], value: Any) -> None:
+  """Writes `json_text`, atomically; bytes that are no UTF-8 are written out."""
+  write_atomically(path, json_text(value).encode("utf-8", "backslashreplace"))
+
+
 def json_text(value: Any) -> str:
   """The value as JSON, with null for numbers that JSON cannot hold."""
   return (

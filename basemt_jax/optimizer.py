@@ -252,12 +252,11 @@ def _chain(
     parts.insert(0, optax.clip_by_global_norm(max_grad_norm))
   if weight_decay:
     # Norm scales, gates and prices of experts are not matrices.
-    parts.append(optax.add_decayed_weights(weight_decay, mask=_matrices))
+    def matrices(params: Tree) -> Tree:
+      return jax.tree.map(lambda p: p.ndim >= 2, params)
+
+    parts.append(optax.add_decayed_weights(weight_decay, mask=matrices))
   return optax.chain(*parts, optax.scale_by_learning_rate(learning_rate))
-
-
-def _matrices(params):
-  return jax.tree.map(lambda p: p.ndim >= 2, params)
 
 
 def map_moments(

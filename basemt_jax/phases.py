@@ -191,7 +191,8 @@ class Conversion:
     centroids = conversion.cluster_centroids(
       sparse.model, sparse.variables(state), self._rows(batch), self._options
     )
-    params = conversion.replace_leaves(state.params, centroids)
+    params = traverse_util.flatten_dict(state.params, sep="/")
+    params = traverse_util.unflatten_dict({**params, **centroids}, sep="/")
     return dataclasses.replace(
       state, params=jax.device_put(params, sparse.shardings.params)
     )

@@ -19,7 +19,6 @@ arXiv:2304.09151), which is the cap on uniform sampling.
 import dataclasses
 import hashlib
 import math
-import re
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
@@ -318,15 +317,7 @@ class Plan:
 
 
 def _spelled_so(name: str, directions: Sequence[str]) -> Sequence[str]:
-  """Directions with a name, a language or a label that is spelled so."""
-  if name in directions:
-    return [name]
-  return [
-    direction
-    for direction in directions
-    if name in re.sub(r"_x_\w+", "", direction).split("-")
-    or name in (re.findall(r"_x_(\w+)", direction) or ["authentic"])
-  ]
+  return [name] if name in directions else []
 
 
 def _starts(

@@ -9,7 +9,7 @@ import functools
 import itertools
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -211,34 +211,25 @@ def _check_phase(run: run_lib.Run, phase: str, step: int) -> None:
 
 def _check_dataset_config(cfg: Any, run: run_lib.Run) -> None:
   """Refuses what T5X was told and the run was not, or the other way round."""
-  mixture = mixtures.get_mixture(cfg.mixture_or_task_name)
+  fixed = {"split": "train", "shuffle": True, "pack": True, "use_cached": False}
   expected = {
-    "mixture_or_task_name": mixtures.get_mixture(run.mixture_or_task_name),
+    "mixture_or_task_name": mixtures.get_mixture(run.mixture_or_task_name).name,
     "task_feature_lengths": dict(run.task_feature_lengths),
     "batch_size": run.batch_size,
     "seed": run.data_seed,
-    "split": "train",
-    "shuffle": True,
-    "pack": True,
-    "use_cached": False,
+    **fixed,
+  }
+  found = {name: getattr(cfg, name) for name in expected} | {
+    "mixture_or_task_name": mixtures.get_mixture(cfg.mixture_or_task_name).name,
+    "task_feature_lengths": dict(cfg.task_feature_lengths),
   }
   for name, value in expected.items():
-    found = getattr(cfg, name)
-    if name == "mixture_or_task_name":
-      found, value = mixture.name, value.name
-    elif name == "task_feature_lengths":
-      found = dict(found)
-    if found != value:
-      macro = {
-        "mixture_or_task_name": "%MIXTURE_OR_TASK_NAME",
-        "task_feature_lengths": "%TASK_FEATURE_LENGTHS",
-        "batch_size": "%BATCH_SIZE",
-        "seed": "%SEED",
-      }.get(name, repr(value))
+    if found[name] != value:
+      macro = repr(value) if name in fixed else f"%{name.upper()}"
       raise ValueError(
-        f"train/utils.DatasetConfig.{name} is {found!r}, but the run's batches "
-        f"are made with {value!r}, and a restart would give others; bind "
-        f"train/utils.DatasetConfig.{name} = {macro}"
+        f"train/utils.DatasetConfig.{name} is {found[name]!r}, but the run's "
+        f"batches are made with {value!r}, and a restart would give others; "
+        f"bind train/utils.DatasetConfig.{name} = {macro}"
       )
 
 
@@ -331,15 +322,11 @@ def _check_data(
     with checkpointing.Checkpoints(model_dir, read_only=True) as checkpoints:
       known = checkpoints.position(_step_of(newest)).get("data")
   if known is not None:
-    source.restore({**known, **_place(here)})
+    place = {name: here[name] for name in ("step", "counters")}
+    source.restore({**known, **place})
   if writes and (newest is None or not file.exists()):
     model_dir.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(here))
-
-
-def _place(position: Mapping[str, Any]) -> dict[str, Any]:
-  """A position's step and rows drawn, without the settings it depends on."""
-  return {name: position[name] for name in ("step", "counters")}
 
 
 # ------------------------------------------------------------ conversion

@@ -82,7 +82,16 @@ class Trained:
     Raises:
       ValueError: They are not there, or are of other data.
     """
-    return _rows(self.run, self.description, self.console)
+    run = self.run
+    if run.store_dir and not pathlib.Path(run.store_dir).exists():
+      raise ValueError(
+        f"the rows of {run.mixture_or_task_name!r} that {run.model_dir} was "
+        f"trained on are no longer in {run.store_dir}; name test sets to "
+        "evaluate on, or give --gin_file of its recipe, which packs them again"
+      )
+    store = run.store(self.console.building)
+    description.check_rows(self.description, store)
+    return store
 
   @property
   def is_averaged(self) -> bool:
@@ -260,22 +269,6 @@ def _known(
   network = plain_data.to_plain(run.config_of(known.header.vocab_size))
   description.check_network(known, network, run.model_dir)
   return known, description.read_vocabulary(run.model_dir, known)
-
-
-def _rows(
-  run: run_lib.Run,
-  known: description.Description,
-  console: run_lib.Console,
-) -> row_store.RowStore:
-  if run.store_dir and not pathlib.Path(run.store_dir).exists():
-    raise ValueError(
-      f"the rows of {run.mixture_or_task_name!r} that {run.model_dir} was "
-      f"trained on are no longer in {run.store_dir}; name test sets to "
-      "evaluate on, or give --gin_file of its recipe, which packs them again"
-    )
-  store = run.store(console.building)
-  description.check_rows(known, store)
-  return store
 
 
 def translator(

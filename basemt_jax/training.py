@@ -218,11 +218,7 @@ def convert(
     step = source.step_of(which)
     if source.phase(step) != "dense":
       raise ValueError(f"{source.path(step)} is not dense: it holds experts")
-    if target.latest_step() is not None:
-      raise ValueError(
-        f"{run.model_dir} already holds checkpoint_{target.latest_step()}; "
-        "choose an empty directory"
-      )
+    target.check_empty()
     dense, sparse = (
       phases.program(config, run.settings, phase, mesh, len(known.directions))
       for phase in ("dense", "sparse")

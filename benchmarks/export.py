@@ -138,7 +138,7 @@ def main() -> None:
       )
       found["rows"] += rows_of({"ours": model, **exports}, texts, search)
   if args.json:
-    files.write_atomically(args.json, files.json_text(found))
+    files.write_json(args.json, found)
 
 
 if __name__ == "__main__":

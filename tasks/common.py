@@ -259,11 +259,7 @@ def add_task(
   )
 
 
-def add_mixture(
-  name: str,
-  tasks: Sequence[Any],
-  mixture_cls: type[seqio.Mixture] | None = None,
-) -> Any:
+def add_mixture(name: str, tasks: Sequence[Any]) -> Any:
   """Registers the mixture of tasks, each at the rate of its training size.
 
   Of tasks that `add_direction` declared the mixture is declared, too.
@@ -272,11 +268,8 @@ def add_mixture(
   def register() -> seqio.Mixture:
     import seqio
 
-    return seqio.MixtureRegistry.add(
-      name,
-      [(task.name, _train_pairs) for task in tasks],
-      mixture_cls=mixture_cls or seqio.Mixture,
-    )
+    rates = [(task.name, _train_pairs) for task in tasks]
+    return seqio.MixtureRegistry.add(name, rates)
 
   return declared.declare(declared.Mixture(name, tasks), register)
 

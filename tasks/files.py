@@ -128,16 +128,14 @@ def mixture(
     max_characters: lines with a longer side are skipped.
 
   Returns:
-    The `in_seqio.FilesMixture`; each task's rate is its number of training
-    pairs. Its `summary` tells directions, sizes and skipped lines.
+    The SeqIO mixture; each task's rate is its number of training pairs. Its
+    `summary` tells directions, sizes and skipped lines.
 
   Raises:
     ValueError: the folder or a file cannot be used, or `name` is taken by
       something else.
   """
   import seqio
-
-  from tasks import in_seqio
 
   folder = pathlib.Path(data_dir)
   if not isinstance(vocabulary, vocabulary_lib.Vocabulary):
@@ -155,8 +153,9 @@ def mixture(
     )
   summary = _scan(folder, files, ignored, max_characters)
   tasks = _add_tasks(name, summary, vocabulary, repr(identity))
-  made = common.add_mixture(name, tasks, mixture_cls=in_seqio.FilesMixture)
+  made = common.add_mixture(name, tasks)
   made.summary, made.identity = summary, identity
+  made.warnings = summary.warnings  # Shown when training starts.
   return made
 
 

@@ -93,8 +93,9 @@ def plan(
       shards = min(_MAX_SHARDS, -(-size // options.shard_bytes)) or 1
       jobs.append(Job(pair, tuple(texts), shards))
   if not jobs:
+    languages = listed(["-".join(pair) for pair in names.pairs])
     raise ValueError(
-      f"there is no training text of {_languages(names)} in {str(raw)!r}: "
+      f"there is no training text of {languages} in {str(raw)!r}: "
       f"found {listed([*useless, *found.unused]) or 'no files'}; files are "
       "known by their names, which docs/data.md lists"
     )
@@ -136,10 +137,6 @@ def listed(names: Sequence[str]) -> str:
   more = len(names) - _SHOWN
   end = f", and {more:,} more" if more > 0 else ""
   return ", ".join(names[:_SHOWN]) + end
-
-
-def _languages(names: raw_text.Names) -> str:
-  return listed(["-".join(pair) for pair in names.pairs])
 
 
 def _check_doubts(doubtful: Sequence[str]) -> None:

@@ -201,7 +201,7 @@ class RowStoreWriter:
     self.stats.finished = True
     if not self._texts_path.stat().st_size:
       self._texts_path.unlink()
-    _write_json(self._record_path, dataclasses.asdict(self.stats))
+    files.write_json(self._record_path, dataclasses.asdict(self.stats))
     return self.stats
 
   def _check_long(self) -> None:
@@ -262,7 +262,7 @@ class RowStoreWriter:
     filled = stats.source_tokens + stats.target_tokens
     stats.padding = round(1 - filled / max(1, positions), 4)
     # The record comes last: it only ever speaks of what is on disk.
-    _write_json(self._record_path, dataclasses.asdict(stats))
+    files.write_json(self._record_path, dataclasses.asdict(stats))
 
 
 def _append(path: pathlib.Path, data: bytes) -> None:
@@ -270,11 +270,6 @@ def _append(path: pathlib.Path, data: bytes) -> None:
     file.write(data)
     file.flush()
     os.fsync(file.fileno())
-
-
-def _write_json(path: pathlib.Path, value: Mapping[str, Any]) -> None:
-  text = json.dumps(value, indent=1, ensure_ascii=False)
-  files.write_atomically(path, text + "\n")
 
 
 def _checksum(path: pathlib.Path) -> int:
@@ -303,7 +298,7 @@ def write_header(
     fingerprint: what the store was built from, one JSON value per part.
     splits: statistics per split and direction; None while the store is built.
   """
-  _write_json(
+  files.write_json(
     pathlib.Path(directory) / HEADER,
     {
       "format": FORMAT,
