@@ -216,7 +216,7 @@ def microbatch_loss(
   Args:
     params: Differentiated.
     mutables: Collections that the step updates.
-    batch: See DESIGN of the data: T5X's features, and `direction` [B].
+    batch: T5X's features, and `direction` [B].
     rng: For dropout.
     total_weight: [] float32, target tokens of the whole batch.
     model: The network.
@@ -335,16 +335,10 @@ def train_step(
   learning_rate: optimizer.Schedule,
   num_directions: int,
 ) -> tuple[TrainState, dict[str, Any]]:
-  """One update.
+  """One update, of a batch of global arrays; see `microbatch_loss`.
 
-  Args:
-    state: Before the step.
-    batch: Global arrays; see `microbatch_loss`.
-    key: Of dropout, the same at every step.
-    model: The network.
-    settings: See `Settings`.
-    learning_rate: step -> rate.
-    num_directions: N.
+  The key, of dropout, is the same at every step; `learning_rate` gives a
+  step's.
 
   Returns:
     The new state; and sums over the batch: by direction [N] `loss`, `nll`,
@@ -427,12 +421,7 @@ def routing_step(
 class Program:
   """One phase's model with its shardings and compiled functions.
 
-  Args:
-    config: The phase's network.
-    settings: See `Settings`.
-    learning_rate: step -> rate.
-    mesh: Devices.
-    num_directions: N.
+  Of the phase's network and the learning rate by step, for N directions.
   """
 
   def __init__(
@@ -578,8 +567,8 @@ class Program:
   def with_settings(self, settings: Settings) -> "Program":
     """The same compiled functions for another run.
 
-    Args:
-      settings: Not of the step itself: seed, counts of steps, conversion.
+    Its settings may differ in seed, counts of steps and conversion: in nothing
+    that a step is made of.
     """
     other = copy.copy(self)
     other._key, other._dropout_key = keys(settings.seed)
