@@ -88,6 +88,7 @@ class TrainBatches:
     *,
     host_rows: np.ndarray | None = None,
     start_step: int = 0,
+    split: str = "train",
   ):
     """Starts at a step.
 
@@ -99,6 +100,7 @@ class TrainBatches:
       host_rows: numbers of the rows of every global batch that this host reads
         (`partitioning.host_rows`); None: all.
       start_step: the first batch is this step's.
+      split: the split to draw from.
 
     Raises:
       ValueError: a direction without rows, or a strategy that cannot be
@@ -107,19 +109,19 @@ class TrainBatches:
     self._host_rows = slice(None) if host_rows is None else host_rows
     if start_step < 0:
       raise ValueError(f"start_step must not be negative, got {start_step}")
-    self._store = store
+    self._store, self._split = store, split
     self.batch_size, self._seed = batch_size, int(seed)
     self.directions = store.directions
-    self._rows = store.rows("train")
+    self._rows = store.rows(split)
     if not self._rows.all():
       name = self.directions[int(np.argmin(self._rows))]
       raise ValueError(
-        f"direction {name!r} has no rows in split 'train' of the store in "
+        f"direction {name!r} has no rows in split {split!r} of the store in "
         f"{store.directory}: leave its task out of the mixture"
       )
     self.plan = strategy.plan(
       self.directions,
-      store.pairs("train"),
+      store.pairs(split),
       self._rows,
       batch_size,
       languages.meant,
@@ -151,7 +153,7 @@ class TrainBatches:
       self._plan()
     at = self.step - self._plan_start
     batch = self._store.read_mixed(
-      "train",
+      self._split,
       self._plan_directions[at, self._host_rows],
       self._plan_rows[at, self._host_rows],
     )
@@ -225,7 +227,7 @@ class TrainBatches:
 
   def _data(self) -> dict[str, dict[str, int]]:
     """Size and checksum of every direction's rows."""
-    stats = {d: self._store.stats("train", d) for d in self.directions}
+    stats = {d: self._store.stats(self._split, d) for d in self.directions}
     return {d: {"rows": s.rows, "crc32": s.crc32} for d, s in stats.items()}
 
   def state(self) -> dict[str, Any]:
