@@ -98,7 +98,7 @@ def checked(done, file):
   assert "all-to-all" in done.stdout
   value = json.loads(file.read_text())
   report = compile_report.from_json(value)
-  assert compile_report.to_json(report) == value
+  assert dataclasses.asdict(report) == value
   return report
 
 

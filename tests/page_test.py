@@ -273,17 +273,6 @@ def test_every_direction_has_its_name_in_plots_of_any_size(count):
     assert count <= charts.FEW or spec["height"] > 10 * count
 
 
-def test_sections_are_told_to_programs_with_their_numbers():
-  section = text_view.section(text_data(2))
-  (value,) = page.to_json([section])
-  row = value["tables"][0]["rows"][0]
-  assert row["bytes"] == pytest.approx(0.0405)
-  assert row["target length"] == (20, 20, 20)
-  assert [t["title"] for t in value["tables"]] == [
-    t.title for t in section.tables if t.rows
-  ]
-
-
 @pytest.mark.parametrize("width", [80, 120])
 def test_a_terminal_gets_tables_that_fit(width, monkeypatch, capsys):
   monkeypatch.setenv("COLUMNS", str(width))

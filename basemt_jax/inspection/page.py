@@ -1,4 +1,4 @@
-"""Sections of a report, for the terminal, for programs, and as one page.
+"""Sections of a report, for the terminal and as one page.
 
 The page is one file that loads nothing: style, plots (Vega-Lite) and the
 library that draws them are in it.
@@ -51,19 +51,6 @@ class Section:
   tables: Sequence[tables.Table]
   plots: Sequence[Plot]
   examples: Sequence[tuple[str, Sequence[text_report.Example]]] = ()
-
-
-def to_json(sections: Sequence[Section]) -> list[dict[str, Any]]:
-  """Summaries, warnings and tables for programs."""
-  return [
-    {
-      "title": s.title,
-      "summary": list(s.summary),
-      "warnings": list(s.warnings),
-      "tables": [tables.to_json(t) for t in s.tables if t.rows],
-    }
-    for s in sections
-  ]
 
 
 # --------------------------------------------------------------- terminal
@@ -145,17 +132,14 @@ def write(
   """Writes the files that a command was asked for, and says so.
 
   Args:
-    json_path: for the numbers, and all tables; None: not wanted.
+    json_path: for the numbers; None: not wanted.
     html_path: for the page; None: not wanted.
     title: of the page.
-    sections: in the order to show.
-    numbers: the report's own.
+    sections: of the page, in the order to show.
+    numbers: the reports that the sections show.
   """
   for path, text in (
-    (
-      json_path,
-      lambda: files.json_text({**numbers, "sections": to_json(sections)}),
-    ),
+    (json_path, lambda: files.json_text(numbers)),
     (html_path, lambda: page(title, sections)),
   ):
     if path:

@@ -1,4 +1,4 @@
-"""One table type for the terminal, a page, Markdown and JSON.
+"""One table type for the terminal, a page and Markdown.
 
 Cells keep their values; how they are shown is the column's affair. On a
 terminal a table that is too wide is shown in parts, one below the other, each
@@ -109,16 +109,6 @@ def listed(
   """A row for each item, by the columns' `value`."""
   rows = [[column.of(item) for column in columns] for item in items]
   return Table(title, columns, rows, note=note)
-
-
-def to_json(table: Table) -> dict[str, Any]:
-  """The table for programs: its rows are values by heading."""
-  rows, foot = (
-    [dict(zip(table.names, row, strict=True)) for row in part]
-    for part in (table.rows, table.foot)
-  )
-  own = {"title": table.title, "rows": rows, "foot": foot, "note": table.note}
-  return {name: value for name, value in own.items() if value}
 
 
 def markdown(table: Table) -> str:
