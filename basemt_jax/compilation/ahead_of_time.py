@@ -23,25 +23,22 @@ balanced assignment has some hundred in a row; none knows that of starting an
 exchange, or of the host.
 """
 
-import contextlib
 import dataclasses
 import importlib.metadata
 import importlib.util
 import math
 import os
 import re
-import sys
-import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from basemt_jax import files, partitioning, steps
 from basemt_jax import model as model_lib
-from basemt_jax import partitioning, steps
 from basemt_jax.compilation import chips, hlo
 from basemt_jax.data import packing
 
@@ -80,7 +77,7 @@ def topology_devices(name: str) -> list[jax.Device]:
     # The two cores of a chip as one device, as JAX has them on a TPU.
     options["chip_config_name"] = "megacore"
   try:
-    with captured_stderr():
+    with files.native_output_captured():
       topology = topologies.get_topology_desc(
         platform="tpu", topology_name=name, **options
       )
@@ -91,29 +88,6 @@ def topology_devices(name: str) -> list[jax.Device]:
       "dimension, such as v5e:16x16, v6e:16x16, v5p:4x4x8 or v4:4x4x8"
     ) from error
   return list(topology.devices)
-
-
-@contextlib.contextmanager
-def captured_stderr() -> Iterator[list[str]]:
-  """Collects what is written to standard error, C++ libraries included.
-
-  The list that it gives is filled at the end.
-  """
-  lines: list[str] = []
-  sys.stderr.flush()
-  saved = os.dup(2)
-  try:
-    with tempfile.TemporaryFile() as file:
-      os.dup2(file.fileno(), 2)
-      try:
-        yield lines
-      finally:
-        sys.stderr.flush()
-        os.dup2(saved, 2)
-        file.seek(0)
-        lines += file.read().decode(errors="replace").splitlines()
-  finally:
-    os.close(saved)
 
 
 # -------------------------------------------------------------- compiling
@@ -162,7 +136,7 @@ def compile_step(program: steps.Program, batch: steps.Batch) -> Compiled:
   """Compiles a program's training step for a batch given by its shapes."""
   start = time.perf_counter()
   executable, used = None, None
-  with captured_stderr() as lines:
+  with files.native_output_captured() as lines:
     lowered = program.lower(batch)
     try:
       executable = lowered.compile()
