@@ -38,7 +38,7 @@ import jax
 import numpy as np
 
 from basemt_jax import model, optimizer, partitioning, steps, trainer
-from benchmarks import training_step
+from benchmarks import measuring, training_step
 
 DIRECTIONS = training_step.DIRECTIONS
 
@@ -48,12 +48,9 @@ class Shape:
   """A network and its batch.
 
   Attributes:
-    width: D; heads are of 64, feed-forwards of 4 D.
-    blocks: Of each side; every third has experts, if any has.
-    experts: E; 0: dense.
+    width, blocks, experts, vocabulary: See `measuring.transformer`.
     rows: B.
     length: L of both sides.
-    vocabulary: V.
     remat: See `model.TransformerConfig`.
     dtype: Of the computation.
   """
@@ -69,22 +66,10 @@ class Shape:
 
   def config(self) -> model.TransformerConfig:
     """The network."""
-    chosen = tuple(range(2, self.blocks, 3))
-    return model.TransformerConfig(
-      vocab_size=self.vocabulary,
-      emb_dim=self.width,
-      num_heads=self.width // 64,
-      head_dim=64,
-      mlp_dim=4 * self.width,
-      num_encoder_layers=self.blocks,
-      num_decoder_layers=self.blocks,
-      dropout_rate=0.1,
-      dtype=self.dtype,
+    return measuring.transformer(
+      *(self.blocks, self.width, self.vocabulary, self.experts),
       remat=self.remat,
-      feed_forward="experts" if self.experts else "dense",
-      encoder_expert_blocks=chosen,
-      decoder_expert_blocks=chosen,
-      num_experts=self.experts or 1,
+      dtype=self.dtype,
     )
 
 
@@ -215,14 +200,6 @@ def print_profile(folder: str) -> None:
     print(f"    {nanoseconds / 1e9:8.2f} s  {name}", flush=True)
 
 
-class _NoWriter:
-  def write_scalars(self, step: int, scalars: Any) -> None:
-    del step, scalars
-
-  def flush(self) -> None:
-    pass
-
-
 def measure_conversion(shape: Shape, count: int) -> dict[str, Any]:
   """Seconds of the pause at a conversion after `count` dense steps."""
   clock: dict[int, float] = {}
@@ -238,7 +215,7 @@ def measure_conversion(shape: Shape, count: int) -> dict[str, Any]:
       [f"en-x{i:02}" for i in range(DIRECTIONS)],
       itertools.cycle(batches(shape)),
       folder,
-      _NoWriter(),
+      measuring.NoWriter(),
       hooks=trainer.Hooks(
         report=report, message=lambda text: print(f"    {text}", flush=True)
       ),

@@ -29,23 +29,21 @@ import pathlib
 from collections.abc import Iterator
 from typing import Any
 
+from basemt_jax.inspection import tables
+
 MODELS = ("PyTorch, dense", "dense", "sparse")
-COLUMNS = (
-  "device",
-  "D",
-  "blocks",
-  "rows",
-  "model",
-  "ms",
-  "tokens/s",
-  "MFU",
-  "memory, GiB",
-  "first step, s",
+# What is known of a row, and how it is shown.
+FIGURES = (
+  tables.Column("ms", tables.fixed(1)),
+  tables.Column("tokens/s", tables.count),
+  tables.Column("MFU", tables.fixed(3)),
+  tables.Column("memory, GiB", tables.fixed(1)),
+  tables.Column("first step, s", tables.fixed(1)),
 )
 
 # Device, D, blocks a side, rows, place in MODELS.
 Key = tuple[str, int, int, int, int]
-Figures = dict[str, str]
+Figures = dict[str, float]
 
 
 def device_name(name: str) -> str:
@@ -63,9 +61,9 @@ def of_training_step(found: dict[str, Any]) -> Iterator[tuple[Key, Figures]]:
       row["rows"],
       1 + (row["model"] == "experts"),
     )
-    memory = row["memory"]["peak"] or row["memory"]["compiled"]["total"]
+    memory = row["memory"]["peak"] or row["memory"]["planned"]
     figures = timed(row, row["tokens_per_s"] / found["devices"])
-    yield key, {**figures, "memory, GiB": f"{memory / 2**30:.1f}"}
+    yield key, {**figures, "memory, GiB": memory / 2**30}
 
 
 def of_pytorch(found: dict[str, Any]) -> Iterator[tuple[Key, Figures]]:
@@ -74,19 +72,15 @@ def of_pytorch(found: dict[str, Any]) -> Iterator[tuple[Key, Figures]]:
     size = (row["width"], row["blocks"], row["rows"])
     figures = {
       **timed(row, row["tokens_per_s"]),
-      "memory, GiB": f"{row['peak_gib']:.1f}",
-      "first step, s": f"{row['first_step_s']:.1f}",
+      "memory, GiB": row["peak_gib"],
+      "first step, s": row["first_step_s"],
     }
     yield (device_name(found["device"]), *size, 0), figures
 
 
 def timed(row: dict[str, Any], tokens: float) -> Figures:
   """What both scripts say of a step's time."""
-  return {
-    "ms": f"{row['ms']:.1f}",
-    "tokens/s": f"{tokens:,.0f}",
-    "MFU": f"{row['mfu']:.3f}",
-  }
+  return {"ms": row["ms"], "tokens/s": tokens, "MFU": row["mfu"]}
 
 
 def of_first_step(text: str) -> Iterator[tuple[Key, Figures]]:
@@ -100,7 +94,7 @@ def of_first_step(text: str) -> Iterator[tuple[Key, Figures]]:
     size = (row["width"], row["blocks"], row["rows"])
     seconds = row["total"] - row["import"] - row["device"]
     key = (device_name(device), *size, 1 + bool(row["experts"]))
-    yield key, {"first step, s": f"{seconds:.1f}"}
+    yield key, {"first step, s": seconds}
 
 
 def table(paths: list[pathlib.Path]) -> str:
@@ -120,14 +114,16 @@ def table(paths: list[pathlib.Path]) -> str:
       found = of_training_step(values)
     for key, figures in found:
       rows[key] |= figures
-  marks = "| -- | --: | --: | --: | -- | --: | --: | --: | --: | --: |"
-  lines = [f"| {' | '.join(COLUMNS)} |", marks]
-  for key, figures in sorted(rows.items()):
-    *place, model = key
-    cells = [*map(str, place), MODELS[model]]
-    cells += [figures.get(name, "-") for name in COLUMNS[5:]]
-    lines.append(f"| {' | '.join(cells)} |")
-  return "\n".join(lines) + "\n"
+  return tables.markdown(
+    tables.Table(
+      "",
+      ["device", "D", "blocks", "rows", "model", *FIGURES],
+      [
+        [*place, MODELS[model], *(figures.get(c.name) for c in FIGURES)]
+        for (*place, model), figures in sorted(rows.items())
+      ],
+    )
+  )
 
 
 def main() -> None:

@@ -318,7 +318,7 @@ def test_table_joins_what_the_scripts_wrote(script, tmp_path):
   h100 = "NVIDIA H100 80GB HBM3"
   size = {"blocks": 6, "rows": 64}
   step = {**size, "ms": 52.04, "mfu": 0.41804, "tokens_per_s": 1261000}
-  memory = {"peak": None, "compiled": {"total": 13 * 2**30}}
+  memory = {"peak": None, "planned": 13 * 2**30}
   figures = [{**step, "model": "dense", "memory": memory}]
   ours = {"device": h100, "devices": 2, "width": 1024, "figures": figures}
   theirs = {**step, "width": 1024, "first_step_s": 40.3, "peak_gib": 14.4}

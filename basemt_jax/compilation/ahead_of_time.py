@@ -218,6 +218,18 @@ def device_bytes(shapes: Any, shardings: Any) -> int:
   )
 
 
+def planned_bytes(executable: jax.stages.Compiled) -> int:
+  """Memory of a device that the compiler plans with, its own code included."""
+  stats: Any = executable.memory_analysis()
+  return int(
+    stats.argument_size_in_bytes
+    + stats.output_size_in_bytes
+    - stats.alias_size_in_bytes
+    + stats.temp_size_in_bytes
+    + stats.generated_code_size_in_bytes
+  )
+
+
 # -------------------------------------------------------------- the report
 
 
@@ -359,11 +371,11 @@ def report(
   memory = _memory(program, batch, compiled, chip)
   total_flops = model_flops(config, rows, lengths)
   flops = accessed = traffic = None
-  exchanges: list[Exchange] = []
+  found: list[Exchange] = []
   seconds: dict[str, float] = {}
   if compiled.executable is not None:
     text = compiled.executable.as_text()
-    exchanges = _exchanges(text, mesh, chip)
+    found = exchanges(text, mesh, chip)
     costs = compiled.executable.cost_analysis() or {}
     # XLA counts the body of the loop over microbatches once.
     parts = program.settings.microbatches
@@ -374,7 +386,7 @@ def report(
     traffic = float(hlo.memory_bytes(text))
     if chip and flops is not None:
       share = total_flops / mesh.size
-      seconds = _seconds(max(flops, share), traffic, exchanges, chip)
+      seconds = _seconds(max(flops, share), traffic, found, chip)
       if chip.clock and (cycles := hlo.estimated_cycles(text)):
         seconds["compiler"] = cycles / chip.clock + seconds["network"]
   return Report(
@@ -392,7 +404,7 @@ def report(
     flops=flops,
     bytes_accessed=accessed,
     hbm_bytes=traffic,
-    exchanges=exchanges,
+    exchanges=found,
     seconds=seconds,
     mfu=chips.utilisation(seconds, total_flops, chip, mesh.size),
     compile_seconds=compiled.seconds,
@@ -460,14 +472,7 @@ def _memory(
   if compiled.executable is None:
     total = compiled.used_bytes or math.inf
   else:
-    stats = compiled.executable.memory_analysis()
-    total = float(
-      stats.argument_size_in_bytes
-      + stats.output_size_in_bytes
-      - stats.alias_size_in_bytes
-      + stats.temp_size_in_bytes
-      + stats.generated_code_size_in_bytes
-    )
+    total = float(planned_bytes(compiled.executable))
   available = chip.hbm_bytes if chip else None
   return Memory(
     parameters,
@@ -482,10 +487,8 @@ def _memory(
   )
 
 
-def _exchanges(
-  text: str, mesh: Mesh, chip: chips.Chip | None
-) -> list[Exchange]:
-  """Collectives, those of the same kind and axes taken together."""
+def exchanges(text: str, mesh: Mesh, chip: chips.Chip | None) -> list[Exchange]:
+  """A program's collectives, those of the same kind and axes together."""
   devices = list(mesh.devices.flat)
   together: dict[tuple[str, str, int], list[hlo.Collective]] = {}
   for collective in hlo.collectives(text, mesh.size):
