@@ -35,25 +35,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
   parser.add_argument(
     "--to", required=True, metavar="XX", help="target language"
   )
-  parser.add_argument(
-    "--from",
-    dest="source",
-    metavar="XX",
-    help="language of the text; asked for where the model needs it",
-  )
-  parser.add_argument(
-    "--input",
-    metavar="FILE",
-    type=flags.path,
-    help="default: standard input, translated as it comes",
-  )
-  parser.add_argument(
-    "--output",
-    metavar="FILE",
-    type=flags.path,
-    help="written when all is translated; default: standard output, as it "
-    "comes",
-  )
+  flags.lines(parser)
   parser.add_argument(
     "--n_best",
     type=int,
@@ -85,7 +67,6 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
   """Translates lines, of a file or standard input, into one language."""
   from basemt_jax import evaluation, files, processes
-  from basemt_jax import trained as trained_lib
 
   if options.output:
     files.check_writable(options.output)
@@ -95,10 +76,7 @@ def run(options: argparse.Namespace) -> None:
     configuration.trained(options), options, options.n_best
   )
   trained = serve.load(run, options.checkpoint)
-  try:
-    tag = trained.tag(options.to, options.source)
-  except trained_lib.UnknownTagError as error:
-    raise configuration.UsageError(f"--to {options.to}: {error}") from error
+  tag = evaluate.tag(trained, options)
   translator = trained.translator(run.search)
   most = _WINDOW * run.search.batch_size
   done = 0
