@@ -126,11 +126,7 @@ def _per_cpu_second(pairs: Iterator[int], seconds: float) -> float:
 
 
 def measure(repeats: int, seconds: float) -> dict[str, Any]:
-  """All pipelines in turn.
-
-  Args:
-    repeats: turns.
-    seconds: CPU time of a pipeline in a turn.
+  """All pipelines in turn, so many seconds of CPU time each.
 
   Returns:
     Pairs per CPU second of all turns, by pipeline.

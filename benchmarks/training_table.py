@@ -98,11 +98,7 @@ def of_first_step(text: str) -> Iterator[tuple[Key, Figures]]:
 
 
 def table(paths: list[pathlib.Path]) -> str:
-  """What is known, joined, in Markdown.
-
-  Args:
-    paths: of the three scripts' outputs, in any order.
-  """
+  """What the three scripts' outputs tell, joined, in Markdown."""
   rows: dict[Key, Figures] = collections.defaultdict(dict)
   for path in paths:
     text = path.read_text(encoding="utf-8")

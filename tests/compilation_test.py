@@ -419,7 +419,7 @@ def test_sizes_are_those_of_a_store(tmp_path):
 # ------------------------------------------------------------- the network
 
 
-TORUS_2D = chips.Chip(1.0, 1.0, 1.0, 50e9, 2, 0.0, "")
+TORUS_2D = chips.Chip(1.0, 1.0, 1.0, 50e9, 2, 0.0)
 TORUS_3D = dataclasses.replace(TORUS_2D, dimensions=3)
 SWITCH = dataclasses.replace(TORUS_2D, dimensions=0)
 

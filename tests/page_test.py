@@ -165,7 +165,6 @@ def run_of(count):
     [n[3:] for n in names],
     [10] * count,
     np.full((count, 128), 1 / 128).tolist(),
-    {},
   )
   directions = tuple(
     run_report.DirectionRun(

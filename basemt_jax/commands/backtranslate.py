@@ -58,7 +58,7 @@ def synthetic_files(parser: argparse.ArgumentParser, label: str) -> None:
 
 def run(options: argparse.Namespace) -> None:
   """Translates the text; the same command goes on after a stop."""
-  from basemt_jax import checksums, synthesis
+  from basemt_jax import checksums, synthesis, trained
   from basemt_jax.data import languages
 
   text, other = (
@@ -67,42 +67,56 @@ def run(options: argparse.Namespace) -> None:
   written = other.labelled(options.label)
   direction = languages.Direction(written, text)
   path = pathlib.Path(options.output) / f"{direction}.train.tsv"
-  model = loaded(options)
+  model, search = loaded(options)
+  try:
+    tag = model.tag(options.to, options.source)
+  except trained.UnknownTagError as error:
+    raise configuration.UsageError(f"--to {options.to}: {error}") from error
   job = synthesis.Job(
     path,
     direction,
-    evaluate.tag(model, options),
+    tag,
     lambda: _texts(options.input),
     sum(1 for _ in _texts(options.input)),
     checksums.file_checksum(options.input),
   )
-  write([job], model)
+  write([job], model, search)
 
 
-def loaded(options: argparse.Namespace, n_best: int = 1) -> Any:
-  """The model, with the search that the flags ask for."""
+def loaded(options: argparse.Namespace, n_best: int = 1) -> tuple[Any, Any]:
+  """The model, and the search that the flags ask for."""
+  import dataclasses
+
   from basemt_jax import trained
+  from basemt_jax.commands import checks
 
   run = evaluate.with_search(configuration.trained(options), options, n_best)
-  return trained.load(run, console.standard(), options.checkpoint)
+  search = run.search
+  if options.batch_size is not None:
+    search = dataclasses.replace(search, batch_size=options.batch_size)
+    checks.check_fields(search)
+  model = trained.load(run, console.standard(), options.checkpoint)
+  return model, search
 
 
-def write(jobs: list[Any], model: Any) -> None:
+def write(jobs: list[Any], model: Any, search: Any) -> None:
   """Writes files one after the other; progress on standard error."""
   from basemt_jax import synthesis
 
+  say = console.standard().message
   left = sum(job.count for job in jobs)
 
   @console.every_few_seconds
   def told(p: Any) -> None:
     seconds = (left - p.done) / max(p.per_second, 1e-9)
-    console.say(
+    minutes, seconds = divmod(round(seconds), 60)
+    say(
       f"{p.job.path.name}: {p.done:,} of {p.job.count:,} sentences, "
-      f"{p.per_second:,.1f}/s, {console.minutes(seconds)} left"
+      f"{p.per_second:,.1f}/s, {minutes}:{seconds:02d} left"
     )
 
   for job in jobs:
-    done = synthesis.write(job, model, model.run.search, told)
+    done = synthesis.write(job, model, search, told)
     left -= job.count
     print(
       f"{job.path}: {done.done - done.skipped:,} pairs of {done.done:,} "

@@ -70,11 +70,9 @@ def every_few_seconds(
 def counter(text: str) -> Iterator[Callable[[int], None]]:
   """A function that shows a number which rises, in one line of a terminal.
 
-  It says nothing where standard error is none, or where results go to the
-  terminal and show by themselves how far they are.
-
-  Args:
-    text: with a place for the number, such as 'translated {:,} lines'.
+  The text has a place for it: 'translated {:,} lines'. Nothing is said where
+  standard error is no terminal, or where results go to the terminal and show by
+  themselves how far they are.
   """
   if not sys.stderr.isatty() or sys.stdout.isatty():
     yield lambda count: None

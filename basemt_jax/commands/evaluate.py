@@ -82,7 +82,11 @@ def with_search(run: Any, options: argparse.Namespace, n_best: int = 1) -> Any:
   """The run with the search that the flags ask for."""
   import dataclasses
 
-  changes = _given(options, "beam_size", "alpha", "batch_size")
+  changes = {
+    name: getattr(options, name)
+    for name in ("beam_size", "alpha")
+    if getattr(options, name) is not None
+  }
   beam_size = changes.get("beam_size", max(run.search.beam_size, n_best))
   if beam_size < 1:
     raise configuration.UsageError(
@@ -98,30 +102,22 @@ def with_search(run: Any, options: argparse.Namespace, n_best: int = 1) -> Any:
     **{**changes, "beam_size": beam_size, "num_return": n_best},
     sampling=_sampling(options),
   )
-  return dataclasses.replace(run, search=_checked(search))
-
-
-def _given(options: argparse.Namespace, *names: str) -> dict[str, Any]:
-  """The flags of these names that there are and that were given."""
-  found = {name: getattr(options, name, None) for name in names}
-  return {name: value for name, value in found.items() if value is not None}
-
-
-def _checked(record: Any) -> Any:
-  """A record whose fields flags have set."""
   try:
-    checks.check_fields(record)
+    checks.check_fields(search)
   except ValueError as error:
-    flag = str(error).replace(f"{type(record).__name__}.", "--")
-    raise configuration.UsageError(flag) from error
-  return record
+    raise configuration.UsageError(
+      str(error).replace("SearchOptions.", "--")
+    ) from error
+  return dataclasses.replace(run, search=search)
 
 
 def _sampling(options: argparse.Namespace) -> Any:
   """How the flags ask to draw; None where they do not."""
   from basemt_jax import decoding
 
-  given = _given(options, "temperature", "top_k", "top_p", "seed")
+  names = ("temperature", "top_k", "top_p", "seed")
+  found = {name: getattr(options, name, None) for name in names}
+  given = {name: value for name, value in found.items() if value is not None}
   if not getattr(options, "sample", False):
     if given:
       raise configuration.UsageError(
@@ -129,17 +125,14 @@ def _sampling(options: argparse.Namespace) -> Any:
         "out"
       )
     return None
-  return _checked(decoding.Sampling(**given))
-
-
-def tag(model: Any, options: argparse.Namespace) -> Any:
-  """What asks the model for the language of the flags."""
-  from basemt_jax import trained
-
+  sampling = decoding.Sampling(**given)
   try:
-    return model.tag(options.to, options.source)
-  except trained.UnknownTagError as error:
-    raise configuration.UsageError(f"--to {options.to}: {error}") from error
+    checks.check_fields(sampling)
+  except ValueError as error:
+    raise configuration.UsageError(
+      str(error).replace("Sampling.", "--")
+    ) from error
+  return sampling
 
 
 def print_evaluation(run: Any, result: Any, writer: Any = None) -> None:

@@ -19,11 +19,9 @@ _OURS = (
 
 
 def check_imports(path: str, named: Collection[str]) -> None:
-  """Refuses a file that imports other modules; nothing of it is used yet.
+  """Refuses a file that imports modules that are neither ours nor `named`.
 
-  Args:
-    path: of the file.
-    named: modules that the user names.
+  Nothing of it is used yet.
 
   Raises:
     ValueError: it imports another module, or includes a file.

@@ -75,12 +75,7 @@ def tensorboard() -> Opener:
 
 
 def wandb(project: str, **options: Any) -> Opener:
-  """Weights & Biases.
-
-  Args:
-    project: its name.
-    **options: of `wandb.init`, such as `mode='offline'`.
-  """
+  """Weights & Biases; options of `wandb.init`, such as `mode='offline'`."""
 
   def start(model_dir: str) -> Tracker:
     library = _library("wandb")
@@ -99,12 +94,7 @@ def wandb(project: str, **options: Any) -> Opener:
 
 
 def mlflow(experiment: str, tracking_uri: str | None = None) -> Opener:
-  """MLflow.
-
-  Args:
-    experiment: its name.
-    tracking_uri: server, or folder of files; None: MLFLOW_TRACKING_URI's.
-  """
+  """MLflow, on a server or in a folder; None: MLFLOW_TRACKING_URI's."""
 
   def start(model_dir: str) -> Tracker:
     library = _library("mlflow")
@@ -124,12 +114,7 @@ def mlflow(experiment: str, tracking_uri: str | None = None) -> Opener:
 
 
 def trackio(project: str, **options: Any) -> Opener:
-  """Trackio.
-
-  Args:
-    project: its name.
-    **options: of `trackio.init`, such as `space_id`.
-  """
+  """Trackio; options of `trackio.init`, such as `space_id`."""
 
   def start(model_dir: str) -> Tracker:
     library = _library("trackio")
@@ -160,12 +145,7 @@ class Writer:
 
   The file gets all of them, the others those with a `metrics.tag`, by that tag.
   Files are made by `open`, or with the first metrics: a run that fails at its
-  start leaves none.
-
-  Args:
-    model_dir: of the run.
-    trackers: besides.
-    known: the metrics that the run measures.
+  start leaves none. `known` are the metrics that the run measures.
   """
 
   def __init__(

@@ -99,9 +99,9 @@ def abstract_batch(
   """Shapes of a training batch of packed rows, split over the devices.
 
   Args:
-    rows: B.
+    rows: B, over all devices.
     lengths: {'inputs': Li, 'targets': Lt}.
-    mesh: See `partitioning.make_mesh`.
+    mesh: Of the devices.
   """
   layout = packing.RowLayout.of(lengths, vocab_size=1)
   row = layout.unpack(np.zeros((1, layout.width), layout.dtype))
@@ -355,11 +355,8 @@ def report(
 ) -> Report:
   """Compiles a program's training step and measures it.
 
-  Args:
-    program: Of the phase to look at.
-    rows: B, over all devices.
-    lengths: {'inputs': Li, 'targets': Lt}.
-    topology: The name its devices were described by.
+  The batch is that of `abstract_batch`; `topology` is the name that the
+  program's devices were described by.
   """
   mesh = program.mesh
   batch = abstract_batch(rows, lengths, mesh)
@@ -370,6 +367,7 @@ def report(
   config = program.model.config
   memory = _memory(program, batch, compiled, chip)
   total_flops = model_flops(config, rows, lengths)
+  mfu: dict[str, float] = {}
   flops = accessed = traffic = None
   found: list[Exchange] = []
   seconds: dict[str, float] = {}
@@ -389,6 +387,11 @@ def report(
       seconds = _seconds(max(flops, share), traffic, found, chip)
       if chip.clock and (cycles := hlo.estimated_cycles(text)):
         seconds["compiler"] = cycles / chip.clock + seconds["network"]
+      mfu = {
+        name: share / (chip.flops * seconds[name])
+        for name in ("best", "serial", "compiler")
+        if name in seconds
+      }
   return Report(
     topology=topology,
     device=kind,
@@ -406,7 +409,7 @@ def report(
     hbm_bytes=traffic,
     exchanges=found,
     seconds=seconds,
-    mfu=chips.utilisation(seconds, total_flops, chip, mesh.size),
+    mfu=mfu,
     compile_seconds=compiled.seconds,
     warnings=list(compiled.warnings),
     advice=_advice(program, memory, rows)
@@ -421,10 +424,8 @@ def possible_meshes(
 ) -> list[tuple[int, int, int]]:
   """Sizes (data, expert, model) of all meshes that a network and batch allow.
 
-  Args:
-    config: The network.
-    rows: B; each device of `data` and `expert` needs whole groups of it.
-    devices: To be used, all of them.
+  Of `rows`, B, each device of `data` and `expert` needs whole groups. All of
+  the devices are used.
   """
   experts = config.num_experts if config.feed_forward == "experts" else 1
   widths = math.gcd(config.num_heads, config.mlp_dim, config.vocab_size)

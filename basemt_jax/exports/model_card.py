@@ -41,14 +41,10 @@ def text(
   use: str,
   licence: str = UNKNOWN_LICENCE,
 ) -> str:
-  """The card.
+  """The card of an export of that name.
 
-  Args:
-    model: What is exported.
-    name: Of the export.
-    weights: What its arrays are, such as 'int8'.
-    use: A shell command that uses it.
-    licence: Its identifier.
+  It tells what the arrays are (`weights`: 'int8'), and a shell command to `use`
+  them.
 
   Raises:
     ValueError: See `check_licence`.

@@ -88,11 +88,7 @@ class Compared:
 def compare(
   model_dirs: Sequence[pathlib.Path], num_samples: int = 1000
 ) -> list[Compared]:
-  """Reads and compares runs.
-
-  Args:
-    model_dirs: of the runs, the one to compare with first.
-    num_samples: bootstrap samples.
+  """Reads runs and compares them with the first; the bootstrap's so often.
 
   Raises:
     ValueError: a directory that holds nothing of a run.
@@ -221,7 +217,9 @@ def _factors(first: Curve | None, own: Curve | None) -> dict[str, float]:
 
 
 def reached(
-  x: Sequence[float], losses: Sequence[float], target: float
+  x: Sequence[float] | np.ndarray,
+  losses: Sequence[float] | np.ndarray,
+  target: float,
 ) -> float | None:
   """Where a curve first is at or below a loss, interpolated; None: nowhere."""
   below = np.flatnonzero(np.array(losses) <= target)
@@ -386,10 +384,7 @@ def _factor_table(runs: Sequence[Compared]) -> Table:
 def _score_table(runs: Sequence[Compared], test: str, by: str) -> Table:
   """Scores of the first run, and how much more the others have.
 
-  Args:
-    runs: the runs.
-    test: test set and search.
-    by: 'direction' or 'band'.
+  A row for each 'direction' or 'band', as `by` says.
   """
   found = [
     {

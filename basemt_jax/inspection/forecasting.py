@@ -169,17 +169,7 @@ def forecast(
   bands: languages.BandThresholds,
   max_epochs: float = MAX_EPOCHS,
 ) -> Forecast:
-  """Works out what a run will draw.
-
-  Args:
-    name: to tell it from another.
-    strategy: how directions are sampled.
-    sizes: of the data.
-    train_steps: of the run.
-    batch_size: rows a step.
-    bands: training pairs that make a direction high or mid resource.
-    max_epochs: more are worth a warning.
-  """
+  """Works out what a run will draw; see `Forecast`."""
   plan = strategy.plan(
     sizes.directions, sizes.pairs, sizes.rows, batch_size, languages.meant
   )

@@ -9,7 +9,7 @@ import functools
 import importlib.resources
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any, TextIO
+from typing import Any
 
 import rich.text
 
@@ -56,16 +56,9 @@ class Section:
 # --------------------------------------------------------------- terminal
 
 
-def print_sections(
-  sections: Sequence[Section], file: TextIO | None = None
-) -> None:
-  """Writes summaries, warnings and tables.
-
-  Args:
-    sections: in the order to show.
-    file: standard output by default.
-  """
-  console = tables.terminal(file)
+def print_sections(sections: Sequence[Section]) -> None:
+  """Writes summaries, warnings, tables and a few examples."""
+  console = tables.terminal()
   for section in sections:
     console.print(rich.text.Text(f"\n{section.title}", style="bold"))
     for line in section.summary:
@@ -131,12 +124,7 @@ def write(
 ) -> None:
   """Writes the files that a command was asked for, and says so.
 
-  Args:
-    json_path: for the numbers; None: not wanted.
-    html_path: for the page; None: not wanted.
-    title: of the page.
-    sections: of the page, in the order to show.
-    numbers: the reports that the sections show.
+  The JSON file has the numbers, the page the sections that show them.
   """
   for path, text in (
     (json_path, lambda: files.json_text(numbers)),

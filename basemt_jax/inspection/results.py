@@ -78,15 +78,7 @@ class Evaluated:
 def evaluations(
   model_dir: pathlib.Path, step: int | None = None
 ) -> dict[str, Evaluated]:
-  """The last evaluation of every test set and search.
-
-  Args:
-    model_dir: of the run.
-    step: later checkpoints are left out; None: none are.
-
-  Returns:
-    By name, sorted.
-  """
+  """The last evaluation of every test set and search until a step, by name."""
   found: dict[str, Evaluated] = {}
   for path in sorted(model_dir.glob("evaluation/*/scores.json")):
     own = _read(path)

@@ -94,7 +94,6 @@ class ExpertMap:
     languages: names, sorted.
     tokens: of each language that were routed.
     shares: [languages][E], of a language's tokens; each row sums to 1.
-    directions: the same by direction: [E] shares.
   """
 
   layer: str
@@ -102,7 +101,6 @@ class ExpertMap:
   languages: list[str]
   tokens: list[int]
   shares: list[list[float]]
-  directions: dict[str, list[float]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,15 +142,8 @@ def inspect_run(
   run: run_lib.Run,
   console: run_lib.Console,
   which: str | int = "latest",
-  rows: int = ROWS,
 ) -> RunReport:
-  """Looks at a model directory.
-
-  Args:
-    run: the run that wrote it.
-    console: takes progress, if rows have to be built.
-    which: checkpoint: 'latest', 'best' or a step.
-    rows: rows of each direction to route through the checkpoint.
+  """Looks at a run's model directory, and its 'latest', 'best' or any step.
 
   Raises:
     ValueError: no checkpoints, no such one, or they are of another model.
@@ -168,7 +159,7 @@ def inspect_run(
   series = results.read_metrics(model_dir / "metrics.jsonl")
   split = "validation" if header.has_pairs("validation") else "train"
   try:
-    experts, gone = expert_maps(trained, split, rows), ""
+    experts, gone = expert_maps(trained, split), ""
   except ValueError as error:
     experts, gone = (), str(error)
   directions = _directions(run, header, step, position, series)
@@ -264,11 +255,6 @@ def known_metrics(
 
   A model directory has no code: what a metric of the user's is called is not
   known without the configuration, and its name has to do.
-
-  Args:
-    own: those of the configuration.
-    names: full names that were measured.
-    directions: of the run.
   """
   known, directions = list(own), set(directions)
   for full in names:
@@ -348,12 +334,7 @@ def _routers(
 def expert_maps(
   trained: trained_lib.Trained, split: str, rows: int = ROWS
 ) -> tuple[ExpertMap, ...]:
-  """Routes some rows of every direction through a checkpoint.
-
-  Args:
-    trained: the checkpoint.
-    split: of the rows.
-    rows: of each direction, at most; spread over the split.
+  """Routes some rows of every direction, spread over a split.
 
   Returns:
     A map per layer of experts; none for a dense model.
@@ -413,13 +394,8 @@ def _expert_map(
     ("source", "target")[side],
     names,
     [int(n) for n in sums.sum(axis=1)],
-    _shares(sums).tolist(),
-    dict(zip(directions, _shares(counts).tolist(), strict=True)),
+    (sums / np.maximum(1, sums.sum(axis=1, keepdims=True))).tolist(),
   )
-
-
-def _shares(counts: np.ndarray) -> np.ndarray:
-  return counts / np.maximum(1, counts.sum(axis=1, keepdims=True))
 
 
 def _warnings(

@@ -124,19 +124,14 @@ def markdown(table: Table) -> str:
 
 
 def terminal(file: TextIO | None = None) -> rich.console.Console:
-  """Where tables are written: as wide as the terminal.
+  """Standard output, or a file, for tables: as wide as the terminal.
 
   Files and pipes have no edge, so that a row stays a line.
-
-  Args:
-    file: standard output by default.
   """
   console = rich.console.Console(file=file, highlight=False, markup=False)
-  if console.is_terminal:
-    return console
-  return rich.console.Console(
-    file=file, highlight=False, markup=False, width=10_000
-  )
+  if not console.is_terminal:
+    console.width = 10_000
+  return console
 
 
 def show(table: Table, console: rich.console.Console) -> None:

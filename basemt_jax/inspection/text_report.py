@@ -197,9 +197,6 @@ def inspect_data(
     options: how closely.
     progress: takes a direction's name when it is done.
 
-  Returns:
-    The report.
-
   Raises:
     ValueError: no such mixture, a task without inputs and targets, or without
       a training split.

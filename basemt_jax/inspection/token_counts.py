@@ -135,13 +135,9 @@ class SideCounter:
     tagged: str,
     plain: str,
   ) -> None:
-    """Takes more sequences.
+    """Takes more sequences, and the records that have their texts.
 
-    Args:
-      ids: as the task gives them.
-      records: their texts.
-      tagged: key of the text that the ids stand for.
-      plain: key of the text without its tag.
+    The ids stand for `record[tagged]`, which is `record[plain]` with a tag.
     """
     self._lengths.append(ids.lengths)
     self._counts += self.pieces.counts(ids.values)

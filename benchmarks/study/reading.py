@@ -24,6 +24,7 @@ import numpy as np
 
 from basemt_jax import steps
 from basemt_jax.data import languages
+from basemt_jax.inspection import compare
 from benchmarks.study import systems
 
 LOGS = pathlib.Path(__file__).parent / "logs"
@@ -199,18 +200,6 @@ def with_seconds(one: Finished, step_ms: Mapping[str, float]) -> Finished:
   )
 
 
-def reached(x: np.ndarray, losses: np.ndarray, target: float) -> float | None:
-  """Where a curve first is at or below a loss, interpolated; None: nowhere."""
-  below = np.flatnonzero(losses <= target)
-  if not below.size:
-    return None
-  i = int(below[0])
-  if i == 0:
-    return float(x[0])
-  share = (losses[i - 1] - target) / (losses[i - 1] - losses[i])
-  return float(x[i - 1] + share * (x[i] - x[i - 1]))
-
-
 def convergence(
   runs: Runs, system: str, band: str, axis: str, baseline: str = BASELINE
 ) -> list[float] | None:
@@ -235,8 +224,8 @@ def convergence(
       return None
     base = next((r for r in bases if r.seed == own.seed), bases[0])
     target = float(base.loss(band).min())
-    needed = reached(getattr(own, axis), own.loss(band), target)
-    whole = reached(getattr(base, axis), base.loss(band), target)
+    needed = compare.reached(getattr(own, axis), own.loss(band), target)
+    whole = compare.reached(getattr(base, axis), base.loss(band), target)
     if needed is None or whole is None:
       return None
     factors.append(whole / needed)
@@ -256,7 +245,7 @@ def bleu_convergence(runs: Runs, system: str, band: str) -> list[float] | None:
     base = bases.get(own.seed, next(iter(bases.values())))
     target = max(value for _, value in base)
     needed, whole = (
-      reached(updates, -values, -target)
+      compare.reached(updates, -values, -target)
       for updates, values in (
         np.array(b, float).T for b in (own.bleu[band], base)
       )
