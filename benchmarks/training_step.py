@@ -58,6 +58,8 @@ from basemt_jax.compilation import ahead_of_time
 from benchmarks import device_trace
 
 GIB = 2**30
+# Of one H100 or H200 SXM, dense bfloat16.
+PEAK_TFLOPS = 989.0
 DIRECTIONS = 24
 
 
@@ -432,7 +434,7 @@ def parsed() -> argparse.Namespace:
   parser.add_argument(
     "--trace", action="store_true", help="show where the time goes"
   )
-  parser.add_argument("--peak_tflops", type=float, default=989.0)
+  parser.add_argument("--peak_tflops", type=float, default=PEAK_TFLOPS)
   parser.add_argument("--json", help="file for the figures")
   return parser.parse_args()
 
