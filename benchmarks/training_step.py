@@ -56,6 +56,8 @@ from basemt_jax.compilation import ahead_of_time
 from benchmarks import device_trace, measuring
 
 GIB = 2**30
+# Of one H100 or H200 SXM, dense bfloat16.
+PEAK_TFLOPS = 989.0
 DIRECTIONS = 24
 
 
@@ -379,7 +381,7 @@ def parsed() -> argparse.Namespace:
   parser.add_argument(
     "--trace", action="store_true", help="show where the time goes"
   )
-  parser.add_argument("--peak_tflops", type=float, default=989.0)
+  parser.add_argument("--peak_tflops", type=float, default=PEAK_TFLOPS)
   return parser.parse_args()
 
 

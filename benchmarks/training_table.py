@@ -1,18 +1,19 @@
 """The first table of docs/performance.md, of what three scripts measured.
 
     export PYTHONPATH=. && mkdir -p out
-    python benchmarks/training_step.py --width 512 --shapes 6x256 \
-      --json out/base.json
-    python benchmarks/training_step.py --shapes 6x64 12x64 --json out/big.json
     python benchmarks/pytorch_step.py --json out/pytorch.json \
       --shapes 512x6x256 1024x6x64 1024x12x64
     python benchmarks/first_step.py --cold_only > out/first.txt --shapes \
-      base base_sparse big big_sparse big_12 big_12_sparse
+      base base_sparse big big_sparse big_rounded big_sparse_rounded big_12 \
+      big_12_sparse
+    python benchmarks/training_step.py --shapes 6x256 --json out/large.json
     python benchmarks/training_table.py out/*
 
 Any of these files may be missing, and files of several devices may be given:
 a row is what is known of one device, network and batch. It is Markdown, with
-`-` for what was not measured.
+`-` for what was not measured. `first_step.py` has every network alone in a
+process, `training_step.py` dense and sparse in turn in one; of the same row the
+file that is given last counts.
 
 Figures are of one chip. Tokens are those of both sides, padding included.
 Memory is the allocator's peak, or what the compiler plans with where an earlier
@@ -31,7 +32,11 @@ from typing import Any
 
 from basemt_jax.inspection import tables
 
-MODELS = ("PyTorch, dense", "dense", "sparse")
+MODELS = (
+  "PyTorch, dense",
+  *("dense", "dense, bfloat16 moments"),
+  *("sparse", "sparse, bfloat16 moments"),
+)
 # What is known of a row, and how it is shown.
 FIGURES = (
   tables.Column("ms", tables.fixed(1)),
@@ -44,6 +49,11 @@ FIGURES = (
 # Device, D, blocks a side, rows, place in MODELS.
 Key = tuple[str, int, int, int, int]
 Figures = dict[str, float]
+
+
+def model_place(is_sparse: bool, moments: str) -> int:
+  """The place of a network of ours in `MODELS`."""
+  return 1 + 2 * is_sparse + (moments == "bfloat16")
 
 
 def device_name(name: str) -> str:
@@ -59,7 +69,7 @@ def of_training_step(found: dict[str, Any]) -> Iterator[tuple[Key, Figures]]:
       found["width"],
       row["blocks"],
       row["rows"],
-      1 + (row["model"] == "experts"),
+      model_place(row["model"] == "experts", found["moments"]),
     )
     memory = row["memory"]["peak"] or row["memory"]["planned"]
     figures = timed(row, row["tokens_per_s"] / found["devices"])
@@ -93,8 +103,14 @@ def of_first_step(text: str) -> Iterator[tuple[Key, Figures]]:
     row = json.loads(brace + rest)
     size = (row["width"], row["blocks"], row["rows"])
     seconds = row["total"] - row["import"] - row["device"]
-    key = (device_name(device), *size, 1 + bool(row["experts"]))
-    yield key, {"first step, s": seconds}
+    place = model_place(bool(row["experts"]), row["moments"])
+    figures = {
+      **timed({**row, "ms": row["step"]}, row["tokens_per_s"]),
+      "first step, s": seconds,
+    }
+    if row["memory"]:
+      figures["memory, GiB"] = row["memory"] / 2**30
+    yield (device_name(device), *size, place), figures
 
 
 def table(paths: list[pathlib.Path]) -> str:
