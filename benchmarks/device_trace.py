@@ -22,15 +22,11 @@ import jax
 
 @dataclasses.dataclass
 class Trace:
-  """Kernels of one device, in the order they started.
-
-  Attributes:
-    kernels: (name, HLO instruction or '', start ns, duration ns).
-  """
+  """Kernels of one device, in the order they started."""
 
   kernels: list[tuple[str, str, float, float]] = dataclasses.field(
     default_factory=list
-  )
+  )  # (name, HLO instruction or '', start ns, duration ns)
 
   def span_ms(self) -> float:
     """From the first kernel's start to the last one's end."""

@@ -106,15 +106,10 @@ def speed(programs: Programs, args: argparse.Namespace) -> list[dict[str, Any]]:
 
 @dataclasses.dataclass(frozen=True)
 class Check:
-  """What is compared between meshes, compiled.
+  """What is compared between meshes, compiled."""
 
-  Attributes:
-    trained: The training step.
-    measure: (state, batch) -> loss, gradients, intermediates.
-  """
-
-  trained: training_step.Compiled
-  measure: Any
+  trained: training_step.Compiled  # the training step
+  measure: Any  # (state, batch) -> loss, gradients, intermediates
 
 
 def check_config(args: argparse.Namespace) -> model_lib.TransformerConfig:

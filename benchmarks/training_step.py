@@ -189,19 +189,12 @@ def memory(found: "Compiled", rows: int, length: int) -> dict[str, int]:
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
-  """A program whose step is compiled.
+  """A program whose step is compiled."""
 
-  Attributes:
-    program: What was compiled.
-    executable: The compiled step.
-    key: Of dropout.
-    seconds: Tracing, lowering and compiling.
-  """
-
-  program: steps.Program
-  executable: Any
-  key: Any
-  seconds: float
+  program: steps.Program  # what was compiled
+  executable: Any  # the compiled step
+  key: Any  # of dropout
+  seconds: float  # tracing, lowering and compiling
 
   def step(self, state: Any, data: Any) -> tuple[Any, dict[str, Any]]:
     """Takes a step; the state's arrays are taken over."""

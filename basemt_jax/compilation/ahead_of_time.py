@@ -117,18 +117,13 @@ def abstract_batch(
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
-  """A training step, compiled, or the reason why not.
+  """A training step, compiled, or the reason why not."""
 
-  Attributes:
-    seconds: Tracing, lowering and compiling.
-    executable: None if it does not fit into memory.
-    used_bytes: What it would have needed then, as the compiler says.
-    warnings: Of the partitioner, about arrays that it has to rearrange.
-  """
-
-  seconds: float
-  executable: Any
+  seconds: float  # tracing, lowering and compiling
+  executable: Any  # None if it does not fit into memory
+  # what it would have needed then, as the compiler says
   used_bytes: float | None
+  # of the partitioner, about arrays that it has to rearrange
   warnings: tuple[str, ...]
 
 
@@ -235,26 +230,17 @@ def planned_bytes(executable: jax.stages.Compiled) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Exchange:
-  """Collectives of one kind along the same mesh axes, in one step.
+  """Collectives of one kind along the same mesh axes, in one step."""
 
-  Attributes:
-    kind: See `hlo.KINDS`.
-    axes: Of the mesh, joined by ' x '; 'part of ...' where a group has not all
-      devices along them.
-    devices: In a group.
-    count: Collectives run.
-    bytes: Put in by each chip, over all of them.
-    largest: The largest array, such as 'bf16[32,128,1024]'.
-    seconds: By bandwidth alone; None for an unknown chip.
-  """
-
-  kind: str
+  kind: str  # see `hlo.KINDS`
+  # of the mesh, joined by ' x '; 'part of ...' where a group has not all
+  # devices along them
   axes: str
-  devices: int
-  count: int
-  bytes: int
-  largest: str
-  seconds: float | None
+  devices: int  # in a group
+  count: int  # collectives run
+  bytes: int  # put in by each chip, over all of them
+  largest: str  # array, such as 'bf16[32,128,1024]'
+  seconds: float | None  # by bandwidth alone; None: an unknown chip
 
 
 # Share of a chip's memory to leave to what is not in the step's program: the
@@ -264,28 +250,19 @@ SPARE = 0.1
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
-  """Bytes on each chip.
+  """Bytes on each chip."""
 
-  Attributes:
-    parameters: By their shapes and shardings.
-    optimizer: Likewise.
-    batch: Likewise.
-    temporary: All that the step needs besides, the program's code included.
-    gradients: Of the parameters, which `temporary` has room for at the end of
-      the backward pass, by their shapes and shardings.
-    total: The step's need.
-    available: The chip's memory; None: unknown.
-    fits: Whether the compiler could place the step.
-  """
-
-  parameters: int
-  optimizer: int
-  batch: int
+  parameters: int  # by their shapes and shardings
+  optimizer: int  # likewise
+  batch: int  # likewise
+  # all that the step needs besides, the program's code included
   temporary: float
+  # of the parameters, which `temporary` has room for at the end of the backward
+  # pass, by their shapes and shardings
   gradients: int
-  total: float
-  available: float | None
-  fits: bool
+  total: float  # the step's need
+  available: float | None  # the chip's memory; None: unknown
+  fits: bool  # whether the compiler could place the step
 
   @property
   def is_tight(self) -> bool:
@@ -297,54 +274,34 @@ class Memory:
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-  """What a training step costs; see the module's head for the estimate.
+  """What a training step costs; see the module's head for the estimate."""
 
-  Attributes:
-    topology: As asked for; None: the devices at hand.
-    device: Kind of chip.
-    chips: Their number.
-    mesh: Size of every axis.
-    phase: 'dense' or 'sparse'.
-    parameters: Of the network.
-    rows: Of the global batch.
-    source_tokens: Places for tokens in it, padding included.
-    target_tokens: Likewise.
-    memory: On each chip.
-    model_flops: Of a step on all chips, by formula.
-    flops: On each chip, as XLA counts them in the compiled program.
-    bytes_accessed: Likewise: of every operation, in whatever memory.
-    hbm_bytes: At most, read from and written to the chip's main memory.
-    exchanges: Collectives.
-    seconds: Estimates: 'compute', 'memory', 'network', 'best', 'serial', and
-      for most TPUs 'compiler'; empty for an unknown chip.
-    mfu: At 'best', 'serial' and 'compiler'.
-    compile_seconds: On the machine that made the report.
-    warnings: Of the partitioner.
-    advice: What to change where it does not fit, or fits tightly.
-    versions: Of JAX and libtpu.
-  """
-
-  topology: str | None
-  device: str
+  topology: str | None  # as asked for; None: the devices at hand
+  device: str  # kind of chip
   chips: int
-  mesh: dict[str, int]
-  phase: str
-  parameters: int
-  rows: int
-  source_tokens: int
-  target_tokens: int
-  memory: Memory
-  model_flops: float
+  mesh: dict[str, int]  # size of every axis
+  phase: str  # 'dense' or 'sparse'
+  parameters: int  # of the network
+  rows: int  # of the global batch
+  source_tokens: int  # places for tokens in it, padding included
+  target_tokens: int  # likewise
+  memory: Memory  # on each chip
+  model_flops: float  # of a step on all chips, by formula
+  # on each chip, as XLA counts them in the compiled program
   flops: float | None
+  # likewise: of every operation, in whatever memory
   bytes_accessed: float | None
+  # at most, read from and written to the chip's main memory
   hbm_bytes: float | None
   exchanges: list[Exchange]
+  # estimates: 'compute', 'memory', 'network', 'best', 'serial', and for most
+  # TPUs 'compiler'; empty for an unknown chip
   seconds: dict[str, float]
-  mfu: dict[str, float]
-  compile_seconds: float
-  warnings: list[str]
-  advice: list[str]
-  versions: dict[str, str]
+  mfu: dict[str, float]  # at 'best', 'serial' and 'compiler'
+  compile_seconds: float  # on the machine that made the report
+  warnings: list[str]  # of the partitioner
+  advice: list[str]  # what to change where it does not fit, or fits tightly
+  versions: dict[str, str]  # of JAX and libtpu
 
 
 def report(

@@ -21,35 +21,22 @@ _TERMINAL_EXAMPLES = 3
 
 @dataclasses.dataclass(frozen=True)
 class Plot:
-  """A figure of a page.
-
-  Attributes:
-    caption: what it shows.
-    charts: a panel each.
-  """
+  """A figure of a page."""
 
   caption: str
-  charts: Sequence[charts.Chart]
+  charts: Sequence[charts.Chart]  # a panel each
 
 
 @dataclasses.dataclass(frozen=True)
 class Section:
-  """A view.
-
-  Attributes:
-    title: heading.
-    summary: lines below it.
-    warnings: a line each.
-    tables: numbers.
-    plots: for the page.
-    examples: (direction, pairs) for looking at.
-  """
+  """A view."""
 
   title: str
-  summary: Sequence[str]
-  warnings: Sequence[str]
+  summary: Sequence[str]  # lines below the title
+  warnings: Sequence[str]  # a line each
   tables: Sequence[tables.Table]
-  plots: Sequence[Plot]
+  plots: Sequence[Plot]  # for the page
+  # (direction, pairs) for looking at
   examples: Sequence[tuple[str, Sequence[text_report.Example]]] = ()
 
 

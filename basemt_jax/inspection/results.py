@@ -45,18 +45,12 @@ def read_metrics(path: pathlib.Path) -> dict[str, Series]:
 
 @dataclasses.dataclass(frozen=True)
 class Evaluated:
-  """One evaluation.
+  """One evaluation."""
 
-  Attributes:
-    name: test set and search: 'test, greedy', 'test, beam 4'.
-    step: of the checkpoint.
-    directory: where its files are.
-    directions: `evaluation.DirectionResult`s as dictionaries, by direction.
-  """
-
-  name: str
-  step: int
+  name: str  # 'test, greedy', 'test, beam 4'
+  step: int  # of the checkpoint
   directory: pathlib.Path
+  # `evaluation.DirectionResult`s as dictionaries, by direction
   directions: Mapping[str, Mapping[str, Any]]
 
   def scores(self, metric: str) -> dict[str, float]:

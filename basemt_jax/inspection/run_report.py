@@ -29,112 +29,70 @@ _FAR = 5.0
 
 @dataclasses.dataclass(frozen=True)
 class DirectionRun:
-  """A direction in a run, up to a checkpoint.
-
-  Attributes:
-    name: of the direction.
-    band: 'high', 'mid' or 'low'.
-    pairs: training pairs.
-    planned_rows: expected of the strategy.
-    drawn_rows: as the checkpoint counts them; None: it does not.
-    planned_target_tokens: expected.
-    trained_target_tokens: as the metrics count them; None: they do not.
-    epochs: drawn rows by rows there are; None where those are.
-    loss: last training loss, nats per token.
-    dev_loss: last, nats per token.
-    scores: BLEU of the last evaluation of each test set and search.
-  """
+  """A direction in a run, up to a checkpoint."""
 
   name: str
-  band: str
-  pairs: int
-  planned_rows: float
-  drawn_rows: int | None
-  planned_target_tokens: float
+  band: str  # 'high', 'mid' or 'low'
+  pairs: int  # of training
+  planned_rows: float  # expected of the strategy
+  drawn_rows: int | None  # as the checkpoint counts them; None: it does not
+  planned_target_tokens: float  # likewise
+  # as the metrics count them; None: they do not
   trained_target_tokens: float | None
-  epochs: float | None
-  loss: float | None
-  dev_loss: float | None
+  epochs: float | None  # drawn rows by rows there are; None where those are
+  loss: float | None  # the last in training, nats per token
+  dev_loss: float | None  # the last, nats per token
+  # BLEU of the last evaluation of each test set and search
   scores: dict[str, float]
 
 
 @dataclasses.dataclass(frozen=True)
 class Curves:
-  """A metric over the steps.
+  """A metric over the steps."""
 
-  Attributes:
-    metric: its full name: 'loss', 'dev/loss', 'dev/bleu'; 'router/load_max'
-      of layers.
-    label: in words.
-    unit: of the values.
-    digits: after the point, in tables.
-    larger_is_better: scores are, losses are not.
-    steps: at which it was measured.
-    lines: values of each direction, or of each layer; None: not measured then.
-    bands: means of the directions by resource band, and of 'all'; {} of layers.
-  """
-
+  # its full name: 'loss', 'dev/loss', 'dev/bleu'; 'router/load_max' of layers
   metric: str
-  label: str
-  unit: str
-  digits: int
-  larger_is_better: bool
-  steps: list[int]
+  label: str  # in words
+  unit: str  # of the values
+  digits: int  # after the point, in tables
+  larger_is_better: bool  # scores are, losses are not
+  steps: list[int]  # at which it was measured
+  # values of each direction, or of each layer; None: not measured then
   lines: dict[str, list[float | None]]
+  # means of the directions by resource band, and of 'all'; {} of layers
   bands: dict[str, list[float | None]]
 
 
 @dataclasses.dataclass(frozen=True)
 class ExpertMap:
-  """Which experts a layer sends the tokens of a language to, at test time.
+  """Which experts a layer sends the tokens of a language to, at test time."""
 
-  Attributes:
-    layer: 'decoder/layers_1'.
-    side: 'source' (encoder) or 'target' (decoder): whose languages they are.
-    languages: names, sorted.
-    tokens: of each language that were routed.
-    shares: [languages][E], of a language's tokens; each row sums to 1.
-  """
-
-  layer: str
+  layer: str  # 'decoder/layers_1'
+  # 'source' (encoder) or 'target' (decoder): whose languages they are
   side: str
-  languages: list[str]
-  tokens: list[int]
+  languages: list[str]  # names, sorted
+  tokens: list[int]  # of each language that were routed
+  # [languages][E], of a language's tokens; each row sums to 1
   shares: list[list[float]]
 
 
 @dataclasses.dataclass(frozen=True)
 class RunReport:
-  """The report on a model directory.
-
-  Attributes:
-    model_dir: the directory.
-    step: of the checkpoint looked at.
-    phase: of it: 'dense' or 'sparse'.
-    train_steps: of the whole run.
-    checkpoints: steps that there are checkpoints of.
-    conversion_step: when the dense model became sparse; None: not.
-    strategy: of sampling, in words.
-    directions: most training pairs first.
-    curves: of the main metrics that were measured, by direction.
-    routers: what the routers did in training, by layer.
-    experts: by layer; none for a dense checkpoint.
-    routed_split: of which rows were routed.
-    warnings: a line for each kind of trouble.
-  """
+  """The report on a model directory."""
 
   model_dir: str
-  step: int
-  phase: str
-  train_steps: int
-  checkpoints: list[int]
-  conversion_step: int | None
-  strategy: str
-  directions: tuple[DirectionRun, ...]
+  step: int  # of the checkpoint looked at
+  phase: str  # of it: 'dense' or 'sparse'
+  train_steps: int  # of the whole run
+  checkpoints: list[int]  # steps
+  conversion_step: int | None  # when the dense model became sparse; None: not
+  strategy: str  # of sampling, in words
+  directions: tuple[DirectionRun, ...]  # most training pairs first
+  # of the main metrics that were measured, by direction
   curves: tuple[Curves, ...]
-  routers: tuple[Curves, ...]
-  experts: tuple[ExpertMap, ...]
-  routed_split: str
+  routers: tuple[Curves, ...]  # what the routers did in training, by layer
+  experts: tuple[ExpertMap, ...]  # by layer; none for a dense checkpoint
+  routed_split: str  # of which rows were routed
   warnings: tuple[str, ...]
 
 

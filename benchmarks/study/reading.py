@@ -34,37 +34,28 @@ BANDS = ("all", *languages.BANDS)
 
 @dataclasses.dataclass(frozen=True)
 class Finished:
-  """One run's log.
+  """One run's log."""
 
-  Attributes:
-    system: Its name.
-    seed: Its seed.
-    header: Device, versions, size, settings.
-    steps: [K] of the evaluations.
-    seconds: [K] of training until then, without compiling, converting and
-      saving, as told above; not known (NaN) until `with_seconds`.
-    losses: Direction to dev losses [K], nats per token.
-    pairs: Direction to training pairs.
-    bands: Direction to 'high', 'mid' or 'low'.
-    scores: (Beam, direction) to (BLEU, chrF++).
-    experts: Layer to (languages, shares [languages, E]).
-    windows: (Network, steps per second) of each logged window.
-    by_affinity: Direction to dev loss at the end if prices do not count.
-    bleu: Band to (step, BLEU) of some dev sentences; empty where not measured.
-  """
-
-  system: str
+  system: str  # name
   seed: int
-  header: Mapping[str, Any]
-  steps: np.ndarray
+  header: Mapping[str, Any]  # device, versions, size, settings
+  steps: np.ndarray  # [K] of the evaluations
+  # [K] of training until then, without compiling, converting and saving, as
+  # told above; not known (NaN) until `with_seconds`
   seconds: np.ndarray
+  # direction to dev losses [K], nats per token
   losses: Mapping[str, np.ndarray]
-  pairs: Mapping[str, int]
-  bands: Mapping[str, str]
+  pairs: Mapping[str, int]  # direction to training pairs
+  bands: Mapping[str, str]  # direction to 'high', 'mid' or 'low'
+  # (Beam, direction) to (BLEU, chrF++)
   scores: Mapping[tuple[int, str], tuple[float, float]]
+  # layer to (languages, shares [languages, E])
   experts: Mapping[str, tuple[Sequence[str], np.ndarray]]
+  # (Network, steps per second) of each logged window
   windows: Sequence[tuple[str, float]]
+  # direction to dev loss at the end if prices do not count
   by_affinity: Mapping[str, float]
+  # band to (step, BLEU) of some dev sentences; empty where not measured
   bleu: Mapping[str, Sequence[tuple[int, float]]]
 
   def members(self, band: str) -> list[str]:
