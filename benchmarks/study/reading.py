@@ -17,7 +17,7 @@ import dataclasses
 import json
 import lzma
 import pathlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -191,56 +191,55 @@ def with_seconds(one: Finished, step_ms: Mapping[str, float]) -> Finished:
   )
 
 
+# Where a run was, and a figure that falls; None: not measured.
+Curve = Callable[[Finished], tuple[np.ndarray, np.ndarray] | None]
+
+
 def convergence(
   runs: Runs, system: str, band: str, axis: str, baseline: str = BASELINE
 ) -> list[float] | None:
   """How many times fewer updates or seconds than a baseline to its best loss.
 
-  Args:
-    runs: Of all systems; a run is compared with the baseline's of the same
-      seed, if there is one, else with its first.
-    system: Its name.
-    band: See `BANDS`.
-    axis: 'steps' or 'seconds'.
-    baseline: Its name.
+  A run is compared with the baseline's of the same seed, if there is one, else
+  with its first. The axis is 'steps' or 'seconds'.
 
   Returns:
     The factor of every run; None where one of them never gets there, or the
     baseline was not run.
   """
-  factors = []
-  for own in runs[system]:
-    bases = runs.get(baseline)
-    if not bases:
-      return None
-    base = next((r for r in bases if r.seed == own.seed), bases[0])
-    target = float(base.loss(band).min())
-    needed = compare.reached(getattr(own, axis), own.loss(band), target)
-    whole = compare.reached(getattr(base, axis), base.loss(band), target)
-    if needed is None or whole is None:
-      return None
-    factors.append(whole / needed)
-  return factors
+  return _times_fewer(
+    runs[system],
+    runs.get(baseline, ()),
+    lambda one: (getattr(one, axis), one.loss(band)),
+  )
 
 
 def bleu_convergence(runs: Runs, system: str, band: str) -> list[float] | None:
-  """As `convergence` in updates, for dev BLEU, of runs that measured it.
+  """As `convergence` in updates, for dev BLEU, of runs that measured it."""
 
-  Base's best is that of the same seed, or of its first that measured any.
-  """
-  bases = {r.seed: r.bleu[band] for r in runs[BASELINE] if r.bleu[band]}
+  def falling(one: Finished) -> tuple[np.ndarray, np.ndarray] | None:
+    if not one.bleu[band]:
+      return None
+    updates, values = np.array(one.bleu[band], float).T
+    return updates, -values
+
+  return _times_fewer(runs[system], runs[BASELINE], falling)
+
+
+def _times_fewer(
+  own: Sequence[Finished], bases: Sequence[Finished], curve: Curve
+) -> list[float] | None:
+  known = {one.seed: found for one in bases if (found := curve(one))}
   factors = []
-  for own in runs[system]:
-    if not own.bleu[band] or not bases:
+  for one in own:
+    found = curve(one)
+    if not found:
       continue
-    base = bases.get(own.seed, next(iter(bases.values())))
-    target = max(value for _, value in base)
-    needed, whole = (
-      compare.reached(updates, -values, -target)
-      for updates, values in (
-        np.array(b, float).T for b in (own.bleu[band], base)
-      )
-    )
+    if not known:
+      return None
+    base = known.get(one.seed, next(iter(known.values())))
+    target = float(base[1].min())
+    needed, whole = (compare.reached(*c, target) for c in (found, base))
     if needed is None or whole is None:
       return None
     factors.append(whole / needed)

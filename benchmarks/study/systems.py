@@ -24,46 +24,28 @@ from basemt_jax.data import languages
 
 @dataclasses.dataclass(frozen=True)
 class System:
-  """What tells a system from the others.
-
-  Attributes:
-    feed_forward: See `model_lib.TransformerConfig`.
-    dense_share: Of the steps, before conversion.
-    schedule: Name of a schedule of `heating`.
-    start: Temperature at the start.
-    end: Temperature at the end.
-    heating_share: Of the steps, until the end temperature; or the top one.
-    top: Temperature in between, of the schedule `there_and_back`.
-    end_share: Of the steps, until `there_and_back` is at its end.
-    max_epochs: See `sampling.Strategy`; 0: no cap.
-    router: Chooses experts.
-    placement: Of the experts; see `model_lib.TransformerConfig`.
-    learning_rate: Peak, at the end of the warm-up.
-    seeds: How many runs the study makes of it.
-    beam: Whether its translations are searched with a beam, too.
-    reinitialise, noise, centroids, optimizer: See `conversion.Options`.
-    rewarm_steps: See `steps.Settings`.
-  """
+  """What tells a system from the others."""
 
   feed_forward: model_lib.FeedForward = "experts"
-  dense_share: float = 0.0
-  schedule: str = "constant"
-  start: float = 1.0
-  end: float = 2.5
-  heating_share: float = 1.0
-  top: float = 0.0
-  end_share: float = 1.0
-  max_epochs: float = 0.0
+  dense_share: float = 0.0  # of the steps, before conversion
+  schedule: str = "constant"  # name of one of `heating`
+  start: float = 1.0  # temperature at the start
+  end: float = 2.5  # temperature at the end
+  heating_share: float = 1.0  # of the steps, until the end's; or the top one
+  top: float = 0.0  # temperature in between, of `there_and_back`
+  end_share: float = 1.0  # of the steps, until `there_and_back` is at its end
+  max_epochs: float = 0.0  # see `sampling.Strategy`; 0: no cap
   router: routing.Router = routing.BalancedRouter()  # noqa: RUF009
   placement: model_lib.Placement = "replace"
-  learning_rate: float = 3e-3
-  seeds: int = 1
-  beam: bool = False
+  learning_rate: float = 3e-3  # peak, at the end of the warm-up
+  seeds: int = 1  # runs that the study makes of it
+  beam: bool = False  # whether translations are searched with a beam, too
+  # See `conversion.Options`.
   reinitialise: float = 0.0
   noise: float = 0.0
   centroids: Literal["orthogonal", "activations"] = "orthogonal"
   optimizer: Literal["reset", "copy"] = "reset"
-  rewarm_steps: int = 0
+  rewarm_steps: int = 0  # see `steps.Settings`
 
   def temperature(self, train_steps: int) -> heating.Schedule:
     """The schedule of a run."""
