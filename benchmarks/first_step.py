@@ -56,7 +56,6 @@ class Shape:
     width, blocks, experts, vocabulary: See `measuring.transformer`.
     rows: B.
     length: L of both sides.
-    remat: See `model.TransformerConfig`.
     dtype: Of the computation.
     moments: Of `optimizer.adamw`.
   """
@@ -67,7 +66,6 @@ class Shape:
   rows: int = 256
   length: int = 64
   vocabulary: int = 16000
-  remat: bool = False
   dtype: model.Dtype = "bfloat16"
   moments: Literal["float32", "bfloat16"] = "float32"
 
@@ -75,7 +73,6 @@ class Shape:
     """The network."""
     return measuring.transformer(
       *(self.blocks, self.width, self.vocabulary, self.experts),
-      remat=self.remat,
       dtype=self.dtype,
     )
 
@@ -88,15 +85,10 @@ _BIG: dict[str, Any] = {
 }
 SHAPES = {
   "study": Shape(),
-  "study_dense": Shape(experts=0),
-  "deep": Shape(blocks=24),
-  "deep_dense": Shape(blocks=24, experts=0),
-  "shallow": Shape(blocks=3),
   "big": Shape(**_BIG, experts=0),
   "big_sparse": Shape(**_BIG, experts=32),
   "big_rounded": Shape(**_BIG, experts=0, moments="bfloat16"),
   "big_sparse_rounded": Shape(**_BIG, experts=32, moments="bfloat16"),
-  "big_remat": Shape(**_BIG, experts=32, remat=True),
   "big_12": Shape(**_BIG, blocks=12, experts=0),
   "big_12_sparse": Shape(**_BIG, blocks=12, experts=32),
   "base": Shape(512, 6, 0, 256, 256, 32000),
