@@ -13,26 +13,19 @@ GIB = 2**30
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-  """Published figures of an accelerator.
+  """Published figures of an accelerator."""
 
-  Attributes:
-    flops: Dense bfloat16 operations a second.
-    hbm_bytes: Memory.
-    hbm_bandwidth: Bytes a second.
-    link_bandwidth: Bytes a second over one link in one direction.
-    dimensions: Of the torus, with two links in each; 0: every chip reaches
-      every other one through a switch, by one link.
-    clock: Cycles a second, in which the TPU compiler counts; 0: it does not.
-      Published, but for v6e: that of v4, v5e and v5p is `flops` by the power of
-      two of operations that their matrix units do in a cycle, and a v6e's do
-      2^19, as the compiler counts 4.6e5 a cycle for a product of 4096 x 4096.
-  """
-
-  flops: float
+  flops: float  # dense bfloat16 operations a second
   hbm_bytes: float
-  hbm_bandwidth: float
-  link_bandwidth: float
+  hbm_bandwidth: float  # bytes a second
+  link_bandwidth: float  # bytes a second over one link in one direction
+  # of the torus, with two links in each; 0: every chip reaches every other one
+  # through a switch, by one link
   dimensions: int
+  # cycles a second, in which the TPU compiler counts; 0: it does not.
+  # Published, but for v6e: that of v4, v5e and v5p is `flops` by the power of
+  # two of operations that their matrix units do in a cycle, and a v6e's do
+  # 2^19, as the compiler counts 4.6e5 a cycle for a product of 4096 x 4096.
   clock: float
 
 

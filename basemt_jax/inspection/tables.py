@@ -42,16 +42,11 @@ def percent(share: float) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Column:
-  """A column.
+  """A column."""
 
-  Attributes:
-    name: heading.
-    text: how a value is shown; None is shown as '-'.
-    value: for `listed`: an attribute of the items, or a function of one.
-  """
-
-  name: str
-  text: Callable[[Any], str] = str
+  name: str  # heading
+  text: Callable[[Any], str] = str  # how a value is shown; None is shown as '-'
+  # for `listed`: an attribute of the items, or a function of one
   value: str | Callable[[Any], Any] = ""
 
   def of(self, item: Any) -> Any:
@@ -63,21 +58,14 @@ class Column:
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-  """Values by row and column.
-
-  Attributes:
-    title: what is in it.
-    columns: headings and formats; a plain name is shown as it is.
-    rows: a value for each column; None: not known.
-    foot: rows below a line, such as means.
-    note: on how to read it.
-  """
+  """Values by row and column."""
 
   title: str
+  # headings and formats; a plain name is shown as it is
   columns: Sequence[Column | str]
-  rows: Sequence[Sequence[Any]]
-  foot: Sequence[Sequence[Any]] = ()
-  note: str = ""
+  rows: Sequence[Sequence[Any]]  # a value for each column; None: not known
+  foot: Sequence[Sequence[Any]] = ()  # rows below a line, such as means
+  note: str = ""  # on how to read it
 
   @property
   def names(self) -> list[str]:
