@@ -137,13 +137,11 @@ def forecast(
   )
   fine = np.unique(np.linspace(0, train_steps, _FINE + 1).astype(int))
   shown = np.unique(np.linspace(0, train_steps - 1, _SHOWN).astype(int))
-  drawn = plan.expected_rows(fine)
-  epochs = drawn / np.maximum(sizes.rows, 1)
+  epochs = plan.expected_epochs(fine)
   order = sorted(
     range(len(sizes.directions)),
     key=lambda i: (-sizes.pairs[i], sizes.directions[i]),
   )
-  total = drawn[-1]
   directions = [
     DirectionForecast(
       name=sizes.directions[i],
@@ -152,7 +150,7 @@ def forecast(
       dev_pairs=int(sizes.dev_pairs[i]),
       first_step=int(plan.starts[i]),
       factor=float(plan.multipliers[i]),
-      rows=float(total[i]),
+      rows=float(epochs[-1, i] * sizes.rows[i]),
       source_tokens=float(epochs[-1, i] * sizes.source_tokens[i]),
       target_tokens=float(epochs[-1, i] * sizes.target_tokens[i]),
       epochs=float(epochs[-1, i]),
