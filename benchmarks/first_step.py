@@ -101,16 +101,12 @@ SHAPES = {
 def settings(
   shape: Shape, train_steps: int, dense_steps: int = 0
 ) -> steps.Settings:
-  """Training settings like the study's."""
-  return steps.Settings(
-    train_steps=train_steps,
+  """Training settings, with a report of every step."""
+  return measuring.settings(
+    train_steps,
     dense_steps=dense_steps,
-    learning_rate=optimizer.inverse_square_root(1e-3, 1000),
     optimizer=functools.partial(optimizer.adamw, moments=shape.moments),
     log_every=1,
-    eval_every=10**6,
-    save_every=10**6,
-    keep_checkpoints=1,
   )
 
 

@@ -26,10 +26,8 @@ import numpy as np
 
 from basemt_jax import (
   heating,
-  optimizer,
   partitioning,
   sampling,
-  steps,
   trainer,
 )
 from basemt_jax.data import batches, packing, row_store
@@ -83,14 +81,8 @@ def measure_loop(
   A report comes when its step is done, and so tells the time.
   """
   window = args.steps
-  settings = steps.Settings(
-    train_steps=5 * window,
-    learning_rate=optimizer.inverse_square_root(1e-3, 1000),
-    optimizer=optimizer.adamw,
-    log_every=every,
-    eval_every=10**6,
-    save_every=2 * window,
-    keep_checkpoints=1,
+  settings = measuring.settings(
+    5 * window, log_every=every, save_every=2 * window
   )
   clock: dict[int, float] = {}
 

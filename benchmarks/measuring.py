@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-from basemt_jax import model
+from basemt_jax import model, optimizer, steps
 
 
 def transformer(
@@ -40,6 +40,18 @@ def transformer(
     "num_experts": experts or 1,
   }
   return model.TransformerConfig(**{**settings, **changes})
+
+
+def settings(train_steps: int, **changes: Any) -> steps.Settings:
+  """Training with AdamW that neither evaluates nor saves."""
+  usual = {
+    "learning_rate": optimizer.inverse_square_root(1e-3, 1000),
+    "optimizer": optimizer.adamw,
+    "eval_every": 10**6,
+    "save_every": 10**6,
+    "keep_checkpoints": 1,
+  }
+  return steps.Settings(train_steps, **{**usual, **changes})
 
 
 def in_turn(

@@ -219,8 +219,8 @@ def compiled(
 
   Options are those of the optimizer.
   """
-  settings = steps.Settings(
-    train_steps=10**6,
+  settings = measuring.settings(
+    10**6,
     learning_rate=optimizer.inverse_square_root(1e-3, warmup),
     optimizer=functools.partial(getattr(optimizer, optimizer_name), **options),
   )
@@ -338,9 +338,9 @@ def print_trace(found: Compiled, rows: int, length: int) -> None:
   hlo, steps_ = found.executable.as_text(), len(data)
   kernels = len(trace.kernels) / steps_
   print(f"busy {trace.busy_ms() / steps_:.2f} ms a step, {kernels:.0f} kernels")
-  for part, (total, _) in trace.by_source(hlo, PARTS).items():
+  for part, total in trace.by_source(hlo, PARTS).items():
     print(f"  {part} {total / steps_:.3f} ms")
-  for total, _, op, source in trace.longest(hlo, 10):
+  for total, op, source in trace.longest(hlo, 10):
     print(f"    {total / steps_:.3f} ms  {op}  {source}")
 
 
