@@ -17,10 +17,7 @@ def lines(
 ) -> list[str]:
   """Data, lengths, vocabulary, network, phases, schedules and places.
 
-  Args:
-    run: The run.
-    store: Its rows.
-    program: Of its last phase.
+  Of a run, its rows, and the program of its last phase.
   """
   return [
     *_data(run, store),
@@ -37,9 +34,8 @@ def lines(
 def parameters(params: Any, num_experts: int) -> tuple[int, int]:
   """Numbers of parameters: all, and those that a token passes through.
 
-  Args:
-    params: A tree of arrays or of their shapes.
-    num_experts: E; each layer of experts sends a token through one.
+  Of a tree of arrays or shapes; each layer of E experts sends a token through
+  one.
   """
   total = active = 0
   for path, leaf in jax.tree_util.tree_leaves_with_path(params):
@@ -99,12 +95,13 @@ def _lengths(store: row_store.RowStore) -> str:
 
 def _network(run: run_lib.Run, program: steps.Program) -> str:
   config = program.model.config
+  blocks = *config.encoder_expert_blocks, *config.decoder_expert_blocks
   is_sparse = config.feed_forward == "experts"
   total, active = parameters(
     program.shapes.params, config.num_experts if is_sparse else 1
   )
   experts = (
-    f", {config.num_experts} experts in {_layers(config)} of the blocks"
+    f", {config.num_experts} experts in {len(blocks)} of the blocks"
     if is_sparse
     else ""
   )
@@ -113,10 +110,6 @@ def _network(run: run_lib.Run, program: steps.Program) -> str:
     f"width {config.emb_dim}{experts}; {total:,} parameters, {active:,} for a "
     "token"
   )
-
-
-def _layers(config: Any) -> int:
-  return len(config.encoder_expert_blocks) + len(config.decoder_expert_blocks)
 
 
 def _training(run: run_lib.Run) -> str:

@@ -146,8 +146,8 @@ class Trainer:
     dev_batches: () -> this host's rows of the dev batches; None: no dev set.
     hooks: See `Hooks`.
     verify: Compare the checkpoint to go on from with its checksums.
-    make_program: As `phases.program`; several runs of one process can share
-      programs, and then compile them once.
+    make_program: 'dense' or 'sparse' -> `phases.program`; several runs of one
+      process can share programs, and then compile them once. None: its own.
   """
 
   def __init__(
@@ -162,11 +162,15 @@ class Trainer:
     dev_batches: Callable[[], Iterable[Batch]] | None = None,
     hooks: Hooks | None = None,
     verify: bool = True,
-    make_program: Callable[..., steps.Program] = phases.program,
+    make_program: Callable[[str], steps.Program] | None = None,
   ):
-    self._make_program = make_program
     self._config, self._settings, self._mesh = config, settings, mesh
     self._directions = tuple(directions)
+    self._make_program = make_program or (
+      lambda phase: phases.program(
+        config, settings, phase, mesh, len(self._directions)
+      )
+    )
     self._batches, self._dev_batches = batches, dev_batches
     self._writer, self._hooks = writer, hooks or Hooks()
     self._programs: dict[str, steps.Program] = {}
@@ -189,9 +193,7 @@ class Trainer:
   def _program(self, phase: str) -> steps.Program:
     """The program of phase 'dense' or 'sparse', made when first needed."""
     if phase not in self._programs:
-      self._programs[phase] = self._make_program(
-        self._config, self._settings, phase, self._mesh, len(self._directions)
-      )
+      self._programs[phase] = self._make_program(phase)
     return self._programs[phase]
 
   def _start(self) -> None:

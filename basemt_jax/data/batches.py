@@ -24,29 +24,18 @@ def eval_batches(
   split: str,
   batch_size: int,
   *,
-  direction: str | None = None,
   host_rows: np.ndarray | None = None,
 ) -> Iterator[packing.Batch]:
   """All rows of a split once, in order, direction after direction.
 
-  Args:
-    store: an open store.
-    split: a split of it.
-    batch_size: B, rows of a global batch.
-    direction: only this one; None for all.
-    host_rows: as in `TrainBatches`.
-
-  Yields:
-    Batches; the last is filled up with empty rows, in which all is 0 but the
-    direction, so that every batch has the same shape on every host.
+  Batches of B rows of all hosts, of which this one reads `host_rows`, as in
+  `TrainBatches`; the last is filled up with empty rows, in which all is 0 but
+  the direction, so that every batch has the same shape on every host.
 
   Raises:
-    ValueError: an unknown split or direction.
+    ValueError: an unknown split.
   """
   counts = store.rows(split)
-  if direction is not None:
-    store.stats(split, direction)
-    counts = counts * (np.array(store.directions) == direction)
   directions = np.repeat(np.arange(len(counts)), counts)
   rows = packing.ranks(counts)
   yield from filled_up(store, split, directions, rows, batch_size, host_rows)
@@ -60,15 +49,10 @@ def filled_up(
   batch_size: int,
   host_rows: np.ndarray | None = None,
 ) -> Iterator[packing.Batch]:
-  """Given rows in batches of one size; the last is filled up with empty rows.
+  """Given rows in batches as `eval_batches` gives them.
 
-  Args:
-    store: an open store.
-    split: of the rows.
-    directions: [M] int, indices into `store.directions`.
-    rows: [M] int, numbers within the direction.
-    batch_size: B, rows of a global batch.
-    host_rows: as in `TrainBatches`.
+  Directions [M] int are indices into `store.directions`, rows [M] int numbers
+  within the direction.
   """
   share = slice(None) if host_rows is None else host_rows
   for start in range(0, len(rows), batch_size):
@@ -104,7 +88,6 @@ class TrainBatches:
     *,
     host_rows: np.ndarray | None = None,
     start_step: int = 0,
-    split: str = "train",
   ):
     """Starts at a step.
 
@@ -116,7 +99,6 @@ class TrainBatches:
       host_rows: numbers of the rows of every global batch that this host reads
         (`partitioning.host_rows`); None: all.
       start_step: the first batch is this step's.
-      split: the split to draw from.
 
     Raises:
       ValueError: a direction without rows, or a strategy that cannot be
@@ -125,19 +107,19 @@ class TrainBatches:
     self._host_rows = slice(None) if host_rows is None else host_rows
     if start_step < 0:
       raise ValueError(f"start_step must not be negative, got {start_step}")
-    self._store, self._split = store, split
+    self._store = store
     self.batch_size, self._seed = batch_size, int(seed)
     self.directions = store.directions
-    self._rows = store.rows(split)
+    self._rows = store.rows("train")
     if not self._rows.all():
       name = self.directions[int(np.argmin(self._rows))]
       raise ValueError(
-        f"direction {name!r} has no rows in split {split!r} of the store in "
+        f"direction {name!r} has no rows in split 'train' of the store in "
         f"{store.directory}: leave its task out of the mixture"
       )
     self.plan = strategy.plan(
       self.directions,
-      store.pairs(split),
+      store.pairs("train"),
       self._rows,
       batch_size,
       languages.meant,
@@ -150,8 +132,16 @@ class TrainBatches:
     self._keys = np.array(
       [permutation.key_of("rows", self._seed, name) for name in self.directions]
     )
-    self.step = self._plan_start = self._plan_end = start_step
-    self._counters = self._drawn_before(start_step)
+    self.seek(start_step)
+
+  def seek(self, step: int) -> None:
+    """Goes to a step, computing the position from nothing."""
+    counts = np.zeros(len(self.directions), np.int64)
+    for start in range(0, step, self._chunk):
+      directions = self._draw(start // self._chunk)[: step - start]
+      counts += np.bincount(directions.reshape(-1), minlength=len(counts))
+    self.step = self._plan_start = self._plan_end = step
+    self._counters = counts
 
   def __iter__(self) -> "TrainBatches":
     return self
@@ -161,7 +151,7 @@ class TrainBatches:
       self._plan()
     at = self.step - self._plan_start
     batch = self._store.read_mixed(
-      self._split,
+      "train",
       self._plan_directions[at, self._host_rows],
       self._plan_rows[at, self._host_rows],
     )
@@ -218,21 +208,11 @@ class TrainBatches:
     found = np.searchsorted(limits.reshape(-1), points, side="right")
     return found - len(self.directions) * np.arange(self._chunk)[:, None]
 
-  def position_at(self, step: int) -> dict[str, int]:
-    """Rows drawn from each direction before a step, computed from nothing."""
-    return self._by_name(self._drawn_before(step))
-
-  def _drawn_before(self, step: int) -> np.ndarray:
-    counts = np.zeros(len(self.directions), np.int64)
-    for start in range(0, step, self._chunk):
-      directions = self._draw(start // self._chunk)[: step - start]
-      counts += np.bincount(directions.reshape(-1), minlength=len(counts))
-    return counts
-
   @property
   def counters(self) -> dict[str, int]:
     """Rows drawn from each direction before the current step."""
-    return self._by_name(self._counters)
+    counters = self._counters.tolist()
+    return dict(zip(self.directions, counters, strict=True))
 
   def _identity(self) -> dict[str, Any]:
     """The settings that a saved position depends on."""
@@ -245,7 +225,7 @@ class TrainBatches:
 
   def _data(self) -> dict[str, dict[str, int]]:
     """Size and checksum of every direction's rows."""
-    stats = {d: self._store.stats(self._split, d) for d in self.directions}
+    stats = {d: self._store.stats("train", d) for d in self.directions}
     return {d: {"rows": s.rows, "crc32": s.crc32} for d, s in stats.items()}
 
   def state(self) -> dict[str, Any]:
@@ -260,11 +240,10 @@ class TrainBatches:
   def restore(self, state: Mapping[str, Any]) -> None:
     """Goes to a position that `state` returned, on any number of hosts.
 
-    Args:
-      state: of a run with the same seed, batch size, rows and strategy.
-
     Raises:
-      ValueError: naming everything that differs.
+      ValueError: it is of a run with another seed, batch size, rows or
+      strategy;
+        naming everything that differs.
     """
     differences = [
       f"{name} was {state.get(name)!r} and is {value!r}"
@@ -289,14 +268,6 @@ class TrainBatches:
       ) from error
     self.step = self._plan_start = self._plan_end = step
     self._counters = np.array(drawn, np.int64)
-
-  def seek(self, step: int) -> None:
-    """Goes to a step, computing the position from nothing."""
-    self.step = self._plan_start = self._plan_end = step
-    self._counters = self._drawn_before(step)
-
-  def _by_name(self, values: np.ndarray) -> dict[str, int]:
-    return dict(zip(self.directions, values.tolist(), strict=True))
 
 
 def _row_differences(

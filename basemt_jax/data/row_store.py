@@ -161,12 +161,9 @@ class RowStoreWriter:
     targets: packing.Ragged,
     texts: Sequence[Mapping[str, str]] = (),
   ) -> None:
-    """Takes the next pairs.
+    """Takes the next pairs: ids of n sources and targets.
 
-    Args:
-      inputs: n sequences of source ids.
-      targets: n sequences of target ids.
-      texts: n records for the file of raw texts, or none at all.
+    With n records for the file of raw texts, or none at all.
 
     Raises:
       ValueError: different numbers of sequences, or an empty one.
@@ -201,7 +198,7 @@ class RowStoreWriter:
     self.stats.finished = True
     if not self._texts_path.stat().st_size:
       self._texts_path.unlink()
-    _write_json(self._record_path, dataclasses.asdict(self.stats))
+    files.write_json(self._record_path, dataclasses.asdict(self.stats))
     return self.stats
 
   def _check_long(self) -> None:
@@ -262,7 +259,7 @@ class RowStoreWriter:
     filled = stats.source_tokens + stats.target_tokens
     stats.padding = round(1 - filled / max(1, positions), 4)
     # The record comes last: it only ever speaks of what is on disk.
-    _write_json(self._record_path, dataclasses.asdict(stats))
+    files.write_json(self._record_path, dataclasses.asdict(stats))
 
 
 def _append(path: pathlib.Path, data: bytes) -> None:
@@ -270,11 +267,6 @@ def _append(path: pathlib.Path, data: bytes) -> None:
     file.write(data)
     file.flush()
     os.fsync(file.fileno())
-
-
-def _write_json(path: pathlib.Path, value: Mapping[str, Any]) -> None:
-  text = json.dumps(value, indent=1, ensure_ascii=False)
-  files.write_atomically(path, text + "\n")
 
 
 def _checksum(path: pathlib.Path) -> int:
@@ -295,15 +287,12 @@ def write_header(
 ) -> None:
   """Writes `store.json`: before the first row, and again with all the splits.
 
-  Args:
-    directory: of the store.
-    layout: of its rows.
-    vocabulary: 'kind' ('sentencepiece' or 'bytes'), 'file' (name in the
-      directory, or None) and 'size'.
-    fingerprint: what the store was built from, one JSON value per part.
-    splits: statistics per split and direction; None while the store is built.
+  Of the vocabulary it has 'kind' ('sentencepiece' or 'bytes'), 'file' (name in
+  the directory, or None) and 'size'; as fingerprint what the store was built
+  from, one JSON value per part; of splits statistics per direction, or None
+  while the store is built.
   """
-  _write_json(
+  files.write_json(
     pathlib.Path(directory) / HEADER,
     {
       "format": FORMAT,
@@ -444,9 +433,8 @@ class RowStore(Header):
   def __init__(self, directory: PathLike, verify: bool = False):
     """Reads the header and checks sizes; rows are mapped when first read.
 
-    Args:
-      directory: where it lies.
-      verify: read all files, in parallel, and compare their checksums.
+    With `verify` all files are read, in parallel, and compared with their
+    checksums.
 
     Raises:
       ValueError: none there, of another version, unfinished, or damaged.
@@ -505,16 +493,7 @@ class RowStore(Header):
     return [json.loads(t) for t in path.read_text("utf-8").split("\n") if t]
 
   def read(self, split: str, direction: str, rows: np.ndarray) -> packing.Batch:
-    """Features of some rows of one direction.
-
-    Args:
-      split: a split of the store.
-      direction: a direction of the store.
-      rows: int [R], each below the number of rows.
-
-    Returns:
-      As `read_mixed`.
-    """
+    """Features of some rows, int [R], of one direction; as `read_mixed`."""
     self.stats(split, direction)
     index = self.directions.index(direction)
     return self.read_mixed(split, np.full(len(rows), index), rows)
@@ -542,15 +521,9 @@ class RowStore(Header):
   def some_sources(
     self, split: str, direction: str, count: int
   ) -> list[list[int]]:
-    """Token ids of some sources, spread over a direction's rows.
+    """Token ids of at most `count` sources, spread over a direction's rows.
 
-    Args:
-      split: a split of the store.
-      direction: a direction of the store.
-      count: at most so many.
-
-    Returns:
-      Sequences as they were packed, EOS included.
+    Sequences are as they were packed, EOS included.
     """
     total = self.stats(split, direction).rows
     rows = np.unique(np.linspace(0, total - 1, min(count, total)).astype(int))

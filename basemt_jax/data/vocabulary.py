@@ -95,10 +95,8 @@ class Vocabulary:
   def from_seqio(cls, vocabulary: Any) -> Vocabulary:
     """The same vocabulary as a SeqIO SentencePiece or byte vocabulary.
 
-    Args:
-      vocabulary: a `seqio.SentencePieceVocabulary` (also with extra ids) or
-        `seqio.ByteVocabulary`; told apart by shape, so that neither SeqIO nor
-        TensorFlow is imported. One of ours is returned as it is.
+    They are told apart by shape, so that neither SeqIO nor TensorFlow is
+    imported; both may have extra ids. One of ours is returned as it is.
 
     Raises:
       ValueError: it is another kind of vocabulary.
@@ -430,11 +428,6 @@ def sampled_examples(
   data several times over if there are fewer. Never more pairs are drawn than
   the whole mixture has at its largest direction's rate of one epoch, so that
   a small corpus is not repeated without need.
-
-  Args:
-    mixture: a `seqio.Mixture` or `seqio.Task`.
-    temperature: p_i is proportional to n_i^(1/temperature).
-    num_examples: how many pairs to draw, at most.
 
   Yields:
     (source, target), the source with its language tag.

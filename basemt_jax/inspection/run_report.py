@@ -6,7 +6,6 @@ Read from MODEL_DIR: checkpoints (any, T5X's too), `metrics.jsonl` and the
 scores of evaluations. What is not there is left out.
 """
 
-import contextlib
 import dataclasses
 import itertools
 import pathlib
@@ -108,9 +107,7 @@ def inspect_run(
   """
   trained = trained_lib.load(run, console, which)
   header, step = trained.description.header, trained.step
-  with contextlib.closing(
-    checkpointing.Checkpoints(run.model_dir, read_only=True)
-  ) as checkpoints:
+  with checkpointing.Checkpoints(run.model_dir, read_only=True) as checkpoints:
     steps = checkpoints.steps()
     position = checkpoints.position(step)
   model_dir = pathlib.Path(run.model_dir)
