@@ -137,7 +137,8 @@ def compiled_check(args: argparse.Namespace, count: int) -> Check:
 
     def measure(state, batch):
       loss, grads, _, _ = steps.gradients(
-        state,
+        state.params,
+        state.mutables,
         batch,
         steps.keys(0)[1],
         program.model,
