@@ -289,7 +289,8 @@ class TrainBatches:
     Raises:
       ValueError: naming everything that differs.
     """
-    state = {"subword_sampling": "", **state}  # As it was before there was a choice.
+    # What it was before there was a choice.
+    state = {"subword_sampling": "", **state}
     differences = [
       f"{name} was {state.get(name)!r} and is {value!r}"
       for name, value in self._identity().items()
