@@ -167,7 +167,7 @@ def _directions(
   series: Mapping[str, results.Series],
 ) -> list[DirectionRun]:
   """Planned against drawn, and how each direction fared."""
-  pairs, rows = store.pairs("train"), store.rows("train")
+  pairs, rows = store.pairs("train"), store.epoch_rows("train")
   plan = run.strategy.plan(
     store.directions, pairs, rows, run.batch_size, languages.meant
   )
@@ -194,7 +194,7 @@ def _directions(
           planned[i] * stats.target_tokens / max(1, stats.rows)
         ),
         trained_target_tokens=trained,
-        epochs=None if drawn is None else drawn / max(1, stats.rows),
+        epochs=None if drawn is None else drawn / max(1, rows[i]),
         loss=_last(series.get(f"loss/{name}"), step),
         dev_loss=_last(series.get(f"dev/loss/{name}"), step),
         scores={s: own[name] for s, own in scores.items() if name in own},
