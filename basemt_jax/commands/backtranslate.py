@@ -115,11 +115,10 @@ def write(jobs: list[Any], model: Any, search: Any) -> None:
       f"{p.per_second:,.1f}/s, {minutes}:{seconds:02d} left"
     )
 
-  for job in jobs:
-    done = synthesis.write(job, model, search, told)
-    left -= job.count
+  for done in synthesis.write(jobs, model, search, told):
+    left -= done.job.count
     print(
-      f"{job.path}: {done.done - done.skipped:,} pairs of {done.done:,} "
+      f"{done.job.path}: {done.done - done.skipped:,} pairs of {done.done:,} "
       f"sentences ({done.skipped:,} left out: empty, too long, or translated "
       "to nothing)"
     )
