@@ -13,7 +13,7 @@ import dataclasses
 import functools
 import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 
@@ -90,6 +90,11 @@ class Trained:
     """Whether its weights are averages of those of many steps."""
     return _is_averaged(self.run)
 
+  @property
+  def weights(self) -> str:
+    """Those of averaged weights, or of the last step."""
+    return "averaged" if self.is_averaged else "last"
+
   def translator(
     self, search: translation.SearchOptions | None = None
   ) -> translation.Translator:
@@ -132,19 +137,27 @@ class Trained:
     Raises:
       UnknownTagError: See `tag`.
     """
-    tag = self.description.tags[direction]
-    if tag is None:
-      raise UnknownTagError(_not_alike(direction))
-    sources, references = [a for a, _ in pairs], [b for _, b in pairs]
-    directions = self.description.directions
-    train_pairs = self.description.header.pairs("train")
-    return evaluation.DirectionTexts(
-      direction,
-      [tag(source) for source in sources],
-      references,
-      int(train_pairs[directions.index(direction)]),
-      sources,
-    )
+    return tagged_texts(self.description, direction, pairs)
+
+
+def tagged_texts(
+  known: description.Description,
+  direction: str,
+  pairs: Sequence[tuple[str, str]],
+) -> evaluation.DirectionTexts:
+  """Texts of a model that is described; see `Trained.texts`."""
+  tag = known.tags[direction]
+  if tag is None:
+    raise UnknownTagError(_not_alike(direction))
+  sources, references = [a for a, _ in pairs], [b for _, b in pairs]
+  train_pairs = known.header.pairs("train")
+  return evaluation.DirectionTexts(
+    direction,
+    [tag(source) for source in sources],
+    references,
+    int(train_pairs[known.directions.index(direction)]),
+    sources,
+  )
 
 
 def _not_alike(direction: str) -> str:
@@ -344,7 +357,7 @@ class Evaluation:
 
   Attributes:
     test_set: Its name; 'test' or 'validation' for a split of the model's data.
-    step: Of the checkpoint.
+    step: Of the checkpoint; None: of an export, which is the only one.
     results: By direction, most training pairs first.
     translations: In the same order.
     directory: Where both were written.
@@ -352,7 +365,7 @@ class Evaluation:
   """
 
   test_set: str
-  step: int
+  step: int | None
   results: list[evaluation.DirectionResult]
   translations: list[evaluation.DirectionTranslations]
   directory: pathlib.Path
@@ -419,9 +432,33 @@ def evaluate(
   )
 
 
+class Evaluable(Protocol):
+  """A model that text is evaluated with: a `Trained` one, or an export."""
+
+  @property
+  def run(self) -> run_lib.Run:
+    """How it is used."""
+
+  @property
+  def step(self) -> int | None:
+    """Of its checkpoint; None: it has only one."""
+
+  @property
+  def weights(self) -> str:
+    """Which they are, for whoever reads the scores."""
+
+  @property
+  def pieces(self) -> vocabulary.Vocabulary:
+    """Its vocabulary."""
+
+  @property
+  def console(self) -> run_lib.Console:
+    """Takes progress."""
+
+
 def evaluate_texts(
-  trained: Trained,
-  translator: translation.Translator,
+  model: Evaluable,
+  translator: Any,
   test_set: str,
   texts: Sequence[evaluation.DirectionTexts],
   measured: Mapping[str, float] | None = None,
@@ -433,7 +470,7 @@ def evaluate_texts(
   replaced by another's.
 
   Args:
-    trained: The model.
+    model: It.
     translator: Of the model; the compiled searches belong to it.
     test_set: Its name.
     texts: By direction, tagged.
@@ -441,29 +478,30 @@ def evaluate_texts(
       `losses.measured`.
     command: Scores the translations too; see `metric_command.with_metrics`.
   """
-  run, search = trained.run, translator.options
+  run, search = model.run, translator.options
   results, translations = evaluation.evaluate(
     translator,
-    trained.pieces,
+    model.pieces,
     texts,
     metrics.of_directions(measured or {}, "loss"),
     run.bands,
-    trained.console.translating,
+    model.console.translating,
   )
   for metric in run.settings.metrics:
     own = metrics.of_directions(measured or {}, metric.name)
     results = evaluation.with_metric(results, metric.name, own)
   if command:
     results = metric_command.with_metrics(command, results, translations)
-  name = f"{test_set}_{trained.step}_{evaluation.search_slug(search)}"
+  step = "export" if model.step is None else model.step
+  name = f"{test_set}_{step}_{evaluation.search_slug(search)}"
   directory = pathlib.Path(run.model_dir) / "evaluation" / name
   about = {
     "test_set": test_set,
-    "step": trained.step,
-    "weights": "averaged" if trained.is_averaged else "last",
+    "step": model.step,
+    "weights": model.weights,
     "search": dataclasses.asdict(search),
   }
-  found = Evaluation(test_set, trained.step, results, translations, directory)
+  found = Evaluation(test_set, model.step, results, translations, directory)
   if processes.is_first():
     try:
       evaluation.write_translations(directory, translations)

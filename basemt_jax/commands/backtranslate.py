@@ -5,7 +5,7 @@ import pathlib
 from collections.abc import Iterator
 from typing import Any
 
-from basemt_jax.commands import configuration, console, evaluate, flags
+from basemt_jax.commands import configuration, console, flags, models
 
 SUMMARY = "Make training pairs of monolingual text, by translating it."
 
@@ -90,7 +90,7 @@ def loaded(options: argparse.Namespace, n_best: int = 1) -> tuple[Any, Any]:
   from basemt_jax import trained
   from basemt_jax.commands import checks
 
-  run = evaluate.with_search(configuration.trained(options), options, n_best)
+  run = models.with_search(configuration.trained(options), options, n_best)
   search = run.search
   if options.batch_size is not None:
     search = dataclasses.replace(search, batch_size=options.batch_size)

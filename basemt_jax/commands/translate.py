@@ -13,9 +13,8 @@ from typing import BinaryIO, NoReturn
 from basemt_jax.commands import (
   configuration,
   console,
-  evaluate,
   flags,
-  serve,
+  models,
 )
 
 SUMMARY = "Translate lines of text."
@@ -91,10 +90,10 @@ def run(options: argparse.Namespace) -> None:
     files.check_writable(options.output)
   if options.input:
     check_text(options.input)
-  run = evaluate.with_search(
+  run = models.with_search(
     configuration.trained(options), options, options.n_best
   )
-  trained = serve.load(run, options.checkpoint)
+  trained = models.load(run, options.checkpoint)
   try:
     tag = trained.tag(options.to, options.source)
   except trained_lib.UnknownTagError as error:
