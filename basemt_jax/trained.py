@@ -54,6 +54,10 @@ class UnknownTagError(ValueError):
   """Sources cannot be tagged as they were in training."""
 
 
+class NoSourceError(UnknownTagError):
+  """The tag depends on the language of the text, which is not said."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Trained:
   """A checkpoint's model, ready for use.
@@ -121,7 +125,8 @@ class Trained:
       source: The language of the text; needed only where the tag depends on it.
 
     Raises:
-      UnknownTagError: No such direction, or its tag is not known.
+      UnknownTagError: No such direction, or its tag is not known; a
+        `NoSourceError` if it would be with a `source`.
     """
     return choose_tag(self.description.tags, to, source)
 
@@ -203,9 +208,9 @@ def choose_tag(
     raise UnknownTagError(_not_alike(unknown[0]))
   chosen = {tag for name in names if (tag := tags[name]) is not None}
   if len(chosen) > 1:
-    raise UnknownTagError(
+    raise NoSourceError(
       "how it is asked for depends on the language of the text; say which it "
-      f"is: {', '.join(sorted(into.values()))} (--from)"
+      f"is: {', '.join(sorted(into.values()))}"
     )
   return chosen.pop()
 

@@ -58,7 +58,7 @@ def synthetic_files(parser: argparse.ArgumentParser, label: str) -> None:
 
 def run(options: argparse.Namespace) -> None:
   """Translates the text; the same command goes on after a stop."""
-  from basemt_jax import checksums, synthesis, trained
+  from basemt_jax import checksums, synthesis
   from basemt_jax.data import languages
 
   text, other = (
@@ -68,10 +68,7 @@ def run(options: argparse.Namespace) -> None:
   direction = languages.Direction(written, text)
   path = pathlib.Path(options.output) / f"{direction}.train.tsv"
   model, search = loaded(options)
-  try:
-    tag = model.tag(options.to, options.source)
-  except trained.UnknownTagError as error:
-    raise configuration.UsageError(f"--to {options.to}: {error}") from error
+  tag = models.tag(model, options.to, options.source)
   job = synthesis.Job(
     path,
     direction,

@@ -34,6 +34,26 @@ def load(run: Any, which: str, device: str = "auto", threads: int = 0) -> Any:
   return trained.load(run, console.standard(), which)
 
 
+def tag(model: Any, to: str, source: str | None) -> Any:
+  """What asks for a language; see `trained.Trained.tag`.
+
+  Args:
+    model: The model.
+    to: Of the flag --to.
+    source: Of the flag --from.
+
+  Raises:
+    UsageError: There is no telling.
+  """
+  from basemt_jax import trained
+
+  try:
+    return model.tag(to, source)
+  except trained.UnknownTagError as error:
+    flag = " (--from)" if isinstance(error, trained.NoSourceError) else ""
+    raise configuration.UsageError(f"--to {to}: {error}{flag}") from error
+
+
 def with_search(run: Any, options: argparse.Namespace, n_best: int = 1) -> Any:
   """The run with the search that the flags ask for."""
   changes = {

@@ -84,7 +84,6 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
   """Translates lines, of a file or standard input, into one language."""
   from basemt_jax import evaluation, files, processes
-  from basemt_jax import trained as trained_lib
 
   if options.output:
     files.check_writable(options.output)
@@ -94,10 +93,7 @@ def run(options: argparse.Namespace) -> None:
     configuration.trained(options), options, options.n_best
   )
   trained = models.load(run, options.checkpoint)
-  try:
-    tag = trained.tag(options.to, options.source)
-  except trained_lib.UnknownTagError as error:
-    raise configuration.UsageError(f"--to {options.to}: {error}") from error
+  tag = models.tag(trained, options.to, options.source)
   translator = trained.translator(run.search)
   most = _WINDOW * run.search.batch_size
   done = 0
