@@ -22,8 +22,7 @@ def lines(
   return [
     *_data(run, store),
     _lengths(store),
-    f"vocabulary  {store.vocab_size:,} "
-    + ("bytes" if store.vocabulary_kind == "bytes" else "SentencePiece pieces"),
+    f"vocabulary  {_vocabulary(store)}",
     f"network     {_network(run, program)}",
     f"training    {_training(run)}",
     f"sampling    {_sampling(run)}",
@@ -91,6 +90,14 @@ def _lengths(store: row_store.RowStore) -> str:
     f"{store.lengths['targets']} target tokens; {share:.1%} of the pairs are "
     f"longer and {what} (LONG_PAIRS)"
   )
+
+
+def _vocabulary(store: row_store.RowStore) -> str:
+  kind = store.vocabulary_kind
+  pieces = "bytes" if kind == "bytes" else "SentencePiece pieces"
+  subwords = store.fingerprint.get("subwords")
+  drawn = f", drawn anew for repeated text ({subwords})" if subwords else ""
+  return f"{store.vocab_size:,} {pieces}{drawn}"
 
 
 def _network(run: run_lib.Run, program: steps.Program) -> str:

@@ -442,10 +442,8 @@ class Mean:
   metrics: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
 
-def summarise(
-  results: Sequence[DirectionResult], pivot: str = "en"
-) -> list[Mean]:
-  """Means per band, from and to the pivot language, and of all directions.
+def summarise(results: Sequence[DirectionResult]) -> list[Mean]:
+  """Means per band, from and to English, and of all directions.
 
   Only directions that were measured count, each the same; groups without any
   are left out.
@@ -455,11 +453,11 @@ def summarise(
     name: [r for r in results if r.band == name] for name in languages.BANDS
   }
   directions = [languages.Direction.parse(r.direction) for r in results]
-  for side, name in enumerate((f"{pivot}->xx", f"xx->{pivot}")):
+  for side, name in enumerate(("en->xx", "xx->en")):
     groups[name] = [
       r
       for r, direction in zip(results, directions, strict=True)
-      if direction[side].fits(pivot)
+      if direction[side].fits("en")
     ]
   groups["all"] = list(results)
   return [
@@ -524,7 +522,6 @@ def write_scores(
   path: str | os.PathLike[str],
   results: Sequence[DirectionResult],
   extra: Mapping[str, Any] | None = None,
-  pivot: str = "en",
 ) -> None:
   """Writes results and means, atomically; values that are not finite as null.
 
@@ -532,12 +529,11 @@ def write_scores(
     path: The file. Its folder is made.
     results: In the order to write.
     extra: More entries (checkpoint, step, search options).
-    pivot: See `evaluation.summarise`.
   """
   contents = {
     **(extra or {}),
     "directions": [dataclasses.asdict(r) for r in results],
-    "means": [dataclasses.asdict(m) for m in summarise(results, pivot)],
+    "means": [dataclasses.asdict(m) for m in summarise(results)],
   }
   files.write_json(path, contents)
 

@@ -1,4 +1,4 @@
-"""Files written so that a reader sees all of them or none; quiet output."""
+"""Files that readers see whole or not at all; what libraries print."""
 
 import contextlib
 import errno
@@ -219,19 +219,27 @@ def printable(text: str) -> str:
 
 
 @contextlib.contextmanager
-def native_output_hidden() -> Iterator[None]:
-  """Hides what C++ libraries print when they are loaded.
+def native_output_captured() -> Iterator[list[str]]:
+  """Keeps what is written to standard error from it, C++ libraries' too.
 
-  TensorFlow greets on standard error whatever its log level. Exceptions are
-  Python's and not touched.
+  TensorFlow greets there when it is loaded, whatever its log level. Exceptions
+  are Python's and not touched.
+
+  Yields:
+    The lines; filled at the end.
   """
+  lines: list[str] = []
   sys.stderr.flush()
   saved = os.dup(2)
   try:
-    with open(os.devnull, "wb") as nowhere:
-      os.dup2(nowhere.fileno(), 2)
-    yield
+    with tempfile.TemporaryFile() as file:
+      os.dup2(file.fileno(), 2)
+      try:
+        yield lines
+      finally:
+        sys.stderr.flush()
+        os.dup2(saved, 2)
+        file.seek(0)
+        lines += file.read().decode(errors="replace").splitlines()
   finally:
-    sys.stderr.flush()
-    os.dup2(saved, 2)
     os.close(saved)

@@ -245,8 +245,9 @@ class Compiled:
     return self._in_scope(self._function.lower, *args)
 
   def compile(self, *args: Any) -> None:
-    """Compiles; any thread may do so while others run programs."""
-    self._compiled = self.lower(*args).compile()
+    """Compiles, once; any thread may do so while others run programs."""
+    if self._compiled is None:
+      self._compiled = self.lower(*args).compile()
 
   def trace(self, *args: Any) -> Any:
     """The shapes of what it returns."""

@@ -37,6 +37,7 @@ from basemt_jax.data import (
   packing,
   row_store,
   source_tags,
+  subword_sampling,
 )
 
 
@@ -75,6 +76,7 @@ class Run:
     bleu_sentences: Dev sentences per direction for that.
     long_pairs: What becomes of training pairs that are longer than the feature
       lengths: 'cut' to them, 'drop'ped, or 'refuse'd; see `store_building`.
+    subwords: In which segmentations training text is seen.
     verify: Compare the bytes of rows and checkpoints with their checksums.
     trackers: Where metrics go besides `metrics.jsonl` and TensorBoard; see
       `commands.trackers`.
@@ -99,6 +101,9 @@ class Run:
   bleu_every: ranges.Steps = 0
   bleu_sentences: ranges.Count = 50
   long_pairs: packing.LongPairs = "cut"
+  subwords: subword_sampling.SubwordSampling = (
+    subword_sampling.SubwordSampling()  # noqa: RUF009
+  )
   verify: bool = True
   trackers: Sequence[Callable[[str], Any]] = ()
   use_average: bool = True
@@ -171,6 +176,7 @@ class Run:
         self.task_feature_lengths,
         self.cache_dir or row_store.default_cache_dir(),
         long_pairs=self.long_pairs,
+        subwords=self.subwords,
         progress=progress,
         verify=self.verify,
       )

@@ -12,7 +12,7 @@ import dataclasses
 import functools
 import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 
@@ -51,6 +51,10 @@ class NoPairsError(ValueError):
 
 class UnknownTagError(ValueError):
   """Sources cannot be tagged as they were in training."""
+
+
+class NoSourceError(UnknownTagError):
+  """The tag depends on the language of the text, which is not said."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,6 +102,11 @@ class Trained:
     """Whether its weights are averages of those of many steps."""
     return _is_averaged(self.run)
 
+  @property
+  def weights(self) -> str:
+    """Those of averaged weights, or of the last step."""
+    return "averaged" if self.is_averaged else "last"
+
   def translator(
     self, search: translation.SearchOptions | None = None
   ) -> translation.Translator:
@@ -122,7 +131,8 @@ class Trained:
     The language of the source is needed only where the tag depends on it.
 
     Raises:
-      UnknownTagError: No such direction, or its tag is not known.
+      UnknownTagError: No such direction, or its tag is not known; a
+        `NoSourceError` if it would be with a `source`.
     """
     return choose_tag(self.description.tags, to, source)
 
@@ -134,19 +144,27 @@ class Trained:
     Raises:
       UnknownTagError: See `tag`.
     """
-    tag = self.description.tags[direction]
-    if tag is None:
-      raise UnknownTagError(_not_alike(direction))
-    sources, references = [a for a, _ in pairs], [b for _, b in pairs]
-    directions = self.description.directions
-    train_pairs = self.description.header.pairs("train")
-    return evaluation.DirectionTexts(
-      direction,
-      [tag(source) for source in sources],
-      references,
-      int(train_pairs[directions.index(direction)]),
-      sources,
-    )
+    return tagged_texts(self.description, direction, pairs)
+
+
+def tagged_texts(
+  known: description.Description,
+  direction: str,
+  pairs: Sequence[tuple[str, str]],
+) -> evaluation.DirectionTexts:
+  """Texts of a model that is described; see `Trained.texts`."""
+  tag = known.tags[direction]
+  if tag is None:
+    raise UnknownTagError(_not_alike(direction))
+  sources, references = [a for a, _ in pairs], [b for _, b in pairs]
+  train_pairs = known.header.pairs("train")
+  return evaluation.DirectionTexts(
+    direction,
+    [tag(source) for source in sources],
+    references,
+    int(train_pairs[known.directions.index(direction)]),
+    sources,
+  )
 
 
 def _not_alike(direction: str) -> str:
@@ -192,9 +210,9 @@ def choose_tag(
     raise UnknownTagError(_not_alike(unknown[0]))
   chosen = {tag for name in names if (tag := tags[name]) is not None}
   if len(chosen) > 1:
-    raise UnknownTagError(
+    raise NoSourceError(
       "how it is asked for depends on the language of the text; say which it "
-      f"is: {', '.join(sorted(into.values()))} (--from)"
+      f"is: {', '.join(sorted(into.values()))}"
     )
   return chosen.pop()
 
@@ -330,7 +348,7 @@ class Evaluation:
 
   Attributes:
     test_set: Its name; 'test' or 'validation' for a split of the model's data.
-    step: Of the checkpoint.
+    step: Of the checkpoint; None: of an export, which is the only one.
     results: By direction, most training pairs first.
     translations: In the same order.
     directory: Where both were written.
@@ -338,7 +356,7 @@ class Evaluation:
   """
 
   test_set: str
-  step: int
+  step: int | None
   results: list[evaluation.DirectionResult]
   translations: list[evaluation.DirectionTranslations]
   directory: pathlib.Path
@@ -405,9 +423,33 @@ def evaluate(
   )
 
 
+class Evaluable(Protocol):
+  """A model that text is evaluated with: a `Trained` one, or an export."""
+
+  @property
+  def run(self) -> run_lib.Run:
+    """How it is used."""
+
+  @property
+  def step(self) -> int | None:
+    """Of its checkpoint; None: it has only one."""
+
+  @property
+  def weights(self) -> str:
+    """Which they are, for whoever reads the scores."""
+
+  @property
+  def pieces(self) -> vocabulary.Vocabulary:
+    """Its vocabulary."""
+
+  @property
+  def console(self) -> run_lib.Console:
+    """Takes progress."""
+
+
 def evaluate_texts(
-  trained: Trained,
-  translator: translation.Translator,
+  model: Evaluable,
+  translator: Any,
   test_set: str,
   texts: Sequence[evaluation.DirectionTexts],
   measured: Mapping[str, float] | None = None,
@@ -416,33 +458,41 @@ def evaluate_texts(
   """BLEU and chrF++ of any text; written to the model directory.
 
   The folder is named by test set, checkpoint and search, so that no result is
-  replaced by another's. The translator is the model's, texts are tagged; where
-  `losses.measured` is known its loss and metrics are added, and the scores of a
-  `metric_command`.
+  replaced by another's.
+
+  Args:
+    model: Trained or exported.
+    translator: Of the model; the compiled searches belong to it.
+    test_set: Its name.
+    texts: By direction, tagged.
+    measured: Loss and the run's own metrics, where known; see
+      `losses.measured`.
+    command: Scores the translations too; see `metric_command.with_metrics`.
   """
-  run, search = trained.run, translator.options
+  run, search = model.run, translator.options
   results, translations = evaluation.evaluate(
     translator,
-    trained.pieces,
+    model.pieces,
     texts,
     metrics.of_directions(measured or {}, "loss"),
     run.bands,
-    trained.console.translating,
+    model.console.translating,
   )
   for metric in run.settings.metrics:
     own = metrics.of_directions(measured or {}, metric.name)
     results = evaluation.with_metric(results, metric.name, own)
   if command:
     results = metric_command.with_metrics(command, results, translations)
-  name = f"{test_set}_{trained.step}_{evaluation.search_slug(search)}"
+  step = "export" if model.step is None else model.step
+  name = f"{test_set}_{step}_{evaluation.search_slug(search)}"
   directory = pathlib.Path(run.model_dir) / "evaluation" / name
   about = {
     "test_set": test_set,
-    "step": trained.step,
-    "weights": "averaged" if trained.is_averaged else "last",
+    "step": model.step,
+    "weights": model.weights,
     "search": dataclasses.asdict(search),
   }
-  found = Evaluation(test_set, trained.step, results, translations, directory)
+  found = Evaluation(test_set, model.step, results, translations, directory)
   if processes.is_first():
     try:
       evaluation.write_translations(directory, translations)

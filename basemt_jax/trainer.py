@@ -140,7 +140,8 @@ class Trainer:
       the batches it has already seen.
     model_dir: Where checkpoints live.
     writer: Takes metrics.
-    dev_batches: () -> this host's rows of the dev batches; None: no dev set.
+    dev_batches: () -> this host's rows of the dev batches, all of one shape;
+      None: no dev set.
     hooks: See `Hooks`.
     verify: Compare the checkpoint to go on from with its checksums.
     make_program: 'dense' or 'sparse' -> `phases.program`; several runs of one
@@ -172,8 +173,9 @@ class Trainer:
     self._writer, self._hooks = writer, hooks or Hooks()
     self._programs: dict[str, steps.Program] = {}
     self._conversion: phases.Conversion | None = None
-    self._threads = futures.ThreadPoolExecutor(1, "compile")
+    self._threads = futures.ThreadPoolExecutor(2, "compile")
     self._compiling: futures.Future[None] | None = None
+    self._compiling_evaluation: futures.Future[None] | None = None
     self._checkpoints = checkpointing.Checkpoints(
       model_dir, settings.keep_checkpoints, verify=verify
     )
@@ -244,8 +246,22 @@ class Trainer:
     prepared = phases.Conversion(self.program, self._program("sparse"))
     prepared.check(batch)
     self._conversion = prepared
-    if jax.default_backend() != "cpu":
+    if self._compiles_ahead():
       self._compiling = self._threads.submit(prepared.compile, batch)
+
+  def _prepare_evaluation(self) -> None:
+    """Has the phase's evaluation step compiled while the first steps run."""
+    if self._dev_batches is None or not self._compiles_ahead():
+      return
+    batch = next(iter(self._dev_batches()))
+    self._compiling_evaluation = self._threads.submit(
+      self.program.eval_step.compile,
+      self.program.variables(self.program.abstract_state()),
+      partitioning.put_batch(batch, self._mesh),
+    )
+
+  def _compiles_ahead(self) -> bool:
+    return self._mesh.devices.flat[0].platform != "cpu"
 
   def _restore_data(self, step: int, data: Any) -> None:
     restore = getattr(self._batches, "restore", None)
@@ -305,6 +321,7 @@ class Trainer:
         # The first call compiles; no estimate of the time left counts that.
         self._log_time += time.monotonic() - start
         compiled = self.program
+        self._prepare_evaluation()
       self._step += 1
       outcome = self._after_step(position)
       if outcome != "done":
@@ -482,6 +499,10 @@ class Trainer:
     """Dev loss by direction; returns their mean."""
     if self._dev_batches is None:
       return None
+    waiting = self._compiling_evaluation
+    if waiting is not None and not waiting.cancel():
+      waiting.result()
+    self._compiling_evaluation = None
     values = self._measured(self.program.averaged_variables(self.state))
     self.dev_losses = metrics.of_directions(values, "loss")
     mean = float(np.mean(list(self.dev_losses.values())))

@@ -1,4 +1,4 @@
-"""The table type: one set of values for terminal, JSON and Markdown."""
+"""The table type: one set of values for terminal and Markdown."""
 
 import io
 
@@ -37,14 +37,6 @@ def test_cells_are_shown_and_kept():
   assert TABLE.cells(TABLE.rows[0]) == ["en-de", "45,000,000", "12.3%", "1.23"]
   assert TABLE.cells(TABLE.rows[1]) == ["en-zh-Hans", "12", "0", "-"]
   assert TABLE.is_text == [True, False, False, False]
-  value = tables.to_json(TABLE)
-  assert value["rows"][0] == {
-    "direction": "en-de",
-    "training pairs": 45_000_000,
-    "rate": 0.1234,
-    "mean of it": 1.234,
-  }
-  assert value["foot"][0]["direction"] == "mean"
   assert tables.markdown(TABLE).splitlines()[1:3] == [
     "| -- | --: | --: | --: |",
     "| en-de | 45,000,000 | 12.3% | 1.23 |",

@@ -171,7 +171,7 @@ def _parse(
     paths = [_find(f, options) for f in files]
     if is_saved:
       saved_lib.check_imports(files[0], named)
-    with files_lib.native_output_hidden():  # Of what the tasks import.
+    with files_lib.native_output_captured():  # Of what the tasks import.
       gin.parse_config_files_and_bindings(
         paths,
         [*_as_gin(options.bindings), *bindings],
@@ -341,7 +341,7 @@ def import_modules(names: Sequence[str]) -> None:
   from basemt_jax.data import mixtures  # noqa: F401  What it says of imports.
 
   _look_in_working_directory()
-  with files_lib.native_output_hidden():
+  with files_lib.native_output_captured():
     for name in names:
       try:
         importlib.import_module(name)

@@ -40,7 +40,7 @@ def run(options: argparse.Namespace) -> None:
   n_best = 1
   if options.best_by_bleu:
     n_best = options.beam_size or 5
-  with files_lib.native_output_hidden():
+  with files_lib.native_output_captured():
     from tasks import files
   from basemt_jax.data import languages
 

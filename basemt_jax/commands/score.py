@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-from basemt_jax.commands import configuration, console, flags, translate
+from basemt_jax.commands import configuration, console, flags, models, translate
 
 SUMMARY = "Log-probabilities of given pairs of sentences."
 
@@ -26,21 +26,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     help="target language of lines SOURCE<TAB>TARGET; without it lines are "
     "DIRECTION<TAB>SOURCE<TAB>TARGET, with en-de for a direction",
   )
-  parser.add_argument(
-    "--from",
-    dest="source",
-    metavar="XX",
-    help="language of the sources; asked for where the model needs it",
-  )
-  parser.add_argument(
-    "--input",
-    metavar="FILE",
-    type=flags.path,
-    help="TSV; default: standard input, scored as it comes",
-  )
-  parser.add_argument(
-    "--output", metavar="FILE", type=flags.path, help="default: standard output"
-  )
+  flags.lines(parser)
   parser.add_argument(
     "--alpha", type=float, help="exponent of the length penalty"
   )
@@ -93,18 +79,12 @@ class _Scoring:
   """Scores lines of text; what cannot be scored has its `trouble`."""
 
   def __init__(self, model: Any, options: argparse.Namespace):
-    from basemt_jax import trained
-
     self._model, self._options = model, options
     self._scorer = model.scorer()
     alpha = options.alpha
     self._alpha = model.run.search.alpha if alpha is None else alpha
-    self._unknown = trained.UnknownTagError
     if options.to:
-      try:
-        self._tag = model.tag(options.to, options.source)
-      except trained.UnknownTagError as error:
-        raise configuration.UsageError(f"--to {options.to}: {error}") from error
+      self._tag = models.tag(model, options.to, options.source)
 
   def __call__(self, lines: list[str]) -> Iterator[dict[str, Any]]:
     read = [self._read(line) for line in lines]

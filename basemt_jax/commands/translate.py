@@ -13,9 +13,8 @@ from typing import BinaryIO, NoReturn
 from basemt_jax.commands import (
   configuration,
   console,
-  evaluate,
   flags,
-  serve,
+  models,
 )
 
 SUMMARY = "Translate lines of text."
@@ -35,25 +34,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
   parser.add_argument(
     "--to", required=True, metavar="XX", help="target language"
   )
-  parser.add_argument(
-    "--from",
-    dest="source",
-    metavar="XX",
-    help="language of the text; asked for where the model needs it",
-  )
-  parser.add_argument(
-    "--input",
-    metavar="FILE",
-    type=flags.path,
-    help="default: standard input, translated as it comes",
-  )
-  parser.add_argument(
-    "--output",
-    metavar="FILE",
-    type=flags.path,
-    help="written when all is translated; default: standard output, as it "
-    "comes",
-  )
+  flags.lines(parser)
   parser.add_argument(
     "--n_best",
     type=int,
@@ -85,20 +66,16 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
   """Translates lines, of a file or standard input, into one language."""
   from basemt_jax import evaluation, files, processes
-  from basemt_jax import trained as trained_lib
 
   if options.output:
     files.check_writable(options.output)
   if options.input:
     check_text(options.input)
-  run = evaluate.with_search(
+  run = models.with_search(
     configuration.trained(options), options, options.n_best
   )
-  trained = serve.load(run, options.checkpoint)
-  try:
-    tag = trained.tag(options.to, options.source)
-  except trained_lib.UnknownTagError as error:
-    raise configuration.UsageError(f"--to {options.to}: {error}") from error
+  trained = models.load(run, options.checkpoint)
+  tag = models.tag(trained, options.to, options.source)
   translator = trained.translator(run.search)
   most = _WINDOW * run.search.batch_size
   done = 0

@@ -109,7 +109,7 @@ class _Finder(importlib.abc.MetaPathFinder):
       execute = spec.loader.exec_module
 
       def executed(module: types.ModuleType) -> None:
-        with files.native_output_hidden():
+        with files.native_output_captured():
           execute(module)
         while _waiting:
           _waiting.pop(0)()

@@ -6,7 +6,8 @@ A store is a directory. `store.json` names the format, the feature lengths, the
 vocabulary, the directions (sorted by name) and their statistics per split;
 `SPLIT/DIRECTION.rows` is a plain array of packed rows, each of one direction:
 input tokens, target tokens, input segments, target segments. It is memory
-mapped, so that a store may be larger than memory and needs no TensorFlow.
+mapped, so that a store may be larger than memory and needs no TensorFlow. Of
+`train`, `train.1`, ... are other versions (see `subword_sampling`).
 """
 
 import dataclasses
@@ -345,7 +346,7 @@ class Header:
   Attributes:
     place: where it was read, for errors.
     directions: names, sorted; a batch's `direction` is an index into them.
-    splits: names of the splits.
+    splits: names of the splits, their versions left out.
     layout: of the rows.
     vocab_size: pieces of the vocabulary.
     vocabulary_kind: 'sentencepiece' or 'bytes'.
@@ -375,7 +376,7 @@ class Header:
         f"{self.place} does not describe a row store ({error}): it is damaged"
         " or of another version; delete the store and build it again"
       ) from error
-    self.splits = tuple(self._stats)
+    self.splits = tuple(name for name in self._stats if "." not in name)
     names = {name for stats in self._stats.values() for name in stats}
     self.directions: tuple[str, ...] = tuple(sorted(names))
 
@@ -416,6 +417,16 @@ class Header:
   def rows(self, split: str) -> np.ndarray:
     """Packed rows per direction; int64 [N]."""
     return np.array([self.stats(split, d).rows for d in self.directions])
+
+  def versions(self, split: str) -> tuple[str, ...]:
+    """A split and its other versions; a direction may lack the last ones."""
+    count = sum(1 for name in self._stats if name.split(".")[0] == split)
+    return (split, *(f"{split}.{i}" for i in range(1, count)))
+
+  def epoch_rows(self, split: str) -> np.ndarray:
+    """Rows that hold all pairs once, the mean of the versions; float64 [N]."""
+    rows = np.array([self.rows(version) for version in self.versions(split)])
+    return rows.sum(axis=0) / np.maximum(1, (rows > 0).sum(axis=0))
 
   def has_pairs(self, split: str) -> bool:
     """Whether any direction has pairs in a split."""
@@ -498,7 +509,11 @@ class RowStore(Header):
     return self.read_mixed(split, np.full(len(rows), index), rows)
 
   def read_mixed(
-    self, split: str, directions: np.ndarray, rows: np.ndarray
+    self,
+    split: str,
+    directions: np.ndarray,
+    rows: np.ndarray,
+    versions: np.ndarray | int = 0,
   ) -> packing.Batch:
     """Features of rows of several directions, in the order asked for.
 
@@ -506,14 +521,18 @@ class RowStore(Header):
       split: a split of the store.
       directions: int [R], indices into the store's directions.
       rows: int [R], each below the number of rows of its direction.
+      versions: int [R], indices into `versions(split)`; or of all.
 
     Returns:
       The features of `packing.RowLayout.unpack` and `direction`, int32 [R].
     """
     packed = np.empty((len(rows), self.layout.width), self.layout.dtype)
-    for direction in np.unique(directions):
-      at = np.flatnonzero(directions == direction)
-      packed[at] = self._array(split, int(direction))[rows[at]]
+    files = directions + len(self.directions) * versions
+    for file in np.unique(files):
+      at = np.flatnonzero(files == file)
+      version, direction = divmod(int(file), len(self.directions))
+      rows_there = self._array(self.versions(split)[version], direction)
+      packed[at] = rows_there[rows[at]]
     features = self.layout.unpack(packed)
     return features | {"direction": directions.astype(np.int32)}
 

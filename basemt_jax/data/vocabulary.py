@@ -18,6 +18,7 @@ import os
 import pathlib
 import re
 import tempfile
+import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -35,6 +36,9 @@ PAD_ID, EOS_ID, UNK_ID = 0, 1, 2
 _NUM_SPECIAL, _NUM_BYTES = 3, 256
 _CHUNK = 1000
 _TELL_SECONDS = 5.0
+# The seed is the library's and one for all; the generator is that of a thread,
+# seeded when it first draws, and a batch is encoded by a new thread.
+_DRAWING = threading.Lock()
 # No-break, em, thin, ideographic, ... spaces, and line ends.
 _SPACES = (
   "\t\n\r\x0b\x0c\x85\xa0\u1680\u2000\u2001\u2002\u2003\u2004\u2005\u2006"
@@ -143,6 +147,28 @@ class Vocabulary:
     if self._pieces is None:
       return [self.encode(text) for text in texts]
     return self._pieces.encode(list(texts), num_threads=1)
+
+  def sample_batch(
+    self, texts: Sequence[str], alpha: float, seed: int
+  ) -> list[list[int]]:
+    """Segmentations drawn at random, of which each decodes to its text.
+
+    Args:
+      texts: any; the same ones with the same seed give the same.
+      alpha: see `subword_sampling.SubwordSampling`.
+      seed: from 0, below 2^31.
+    """
+    if self._pieces is None:
+      return self.encode_batch(texts)  # There is no other.
+    with _DRAWING:
+      sentencepiece.set_random_generator_seed(seed)
+      return self._pieces.encode(
+        list(texts),
+        enable_sampling=True,
+        alpha=alpha,
+        nbest_size=-1,
+        num_threads=1,
+      )
 
   def decode(self, ids: Iterable[int]) -> str:
     """Text of `ids` up to the first EOS; padding is dropped.

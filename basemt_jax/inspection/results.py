@@ -45,18 +45,12 @@ def read_metrics(path: pathlib.Path) -> dict[str, Series]:
 
 @dataclasses.dataclass(frozen=True)
 class Evaluated:
-  """One evaluation.
+  """One evaluation."""
 
-  Attributes:
-    name: test set and search: 'test, greedy', 'test, beam 4'.
-    step: of the checkpoint.
-    directory: where its files are.
-    directions: `evaluation.DirectionResult`s as dictionaries, by direction.
-  """
-
-  name: str
-  step: int
+  name: str  # 'test, greedy', 'test, beam 4'
+  step: int  # of the checkpoint
   directory: pathlib.Path
+  # `evaluation.DirectionResult`s as dictionaries, by direction
   directions: Mapping[str, Mapping[str, Any]]
 
   def scores(self, metric: str) -> dict[str, float]:
@@ -78,15 +72,7 @@ class Evaluated:
 def evaluations(
   model_dir: pathlib.Path, step: int | None = None
 ) -> dict[str, Evaluated]:
-  """The last evaluation of every test set and search.
-
-  Args:
-    model_dir: of the run.
-    step: later checkpoints are left out; None: none are.
-
-  Returns:
-    By name, sorted.
-  """
+  """The last evaluation of every test set and search until a step, by name."""
   found: dict[str, Evaluated] = {}
   for path in sorted(model_dir.glob("evaluation/*/scores.json")):
     own = _read(path)
