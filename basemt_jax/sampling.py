@@ -161,15 +161,12 @@ def unimax(
 
 
 class Plan:
-  """A strategy for given data.
+  """A strategy for given data; made by `Strategy.plan`.
 
   Attributes:
-    strategy: What this is the plan of.
-    directions: Names.
     pairs: float [N], training pairs.
     rows: float [N], packed rows.
     sizes: float [N], the n_i of the rates.
-    batch_size: Rows of a global batch.
     starts: int [N], the first step of each direction.
     multipliers: float [N], w_i c_i; c_i is below 1 where the cap bites.
   """
