@@ -4,7 +4,6 @@ Averaging the last checkpoints of a run is worth a few tenths of BLEU
 (Vaswani et al., arXiv:1706.03762, section 6.1).
 """
 
-import contextlib
 import pathlib
 import shutil
 
@@ -48,18 +47,12 @@ def average(
       from after it, or the new directory holds checkpoints already.
   """
   with (
-    contextlib.closing(
-      checkpointing.Checkpoints(model_dir, read_only=True)
-    ) as source,
+    checkpointing.Checkpoints(model_dir, read_only=True) as source,
     locking.only_writer(output, "the model directory"),
   ):
     steps = _chosen(source, count, is_best)
-    with contextlib.closing(checkpointing.Checkpoints(output)) as target:
-      if target.latest_step() is not None:
-        raise ValueError(
-          f"{output} already holds checkpoint_{target.latest_step()}; choose "
-          "an empty directory"
-        )
+    with checkpointing.Checkpoints(output) as target:
+      target.check_empty()
       tree = _mean(source, steps)
       for name in _FILES:
         if (pathlib.Path(model_dir) / name).exists():

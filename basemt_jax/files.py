@@ -89,11 +89,8 @@ def new_directory(path: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
 
   If that fails, nothing is there.
 
-  Args:
-    path: the name; what is there already has to be an empty folder.
-
   Raises:
-    ValueError: something is.
+    ValueError: there is something by that name, and not an empty folder.
   """
   target = pathlib.Path(path).absolute()
   if target.exists() and not (target.is_dir() and not os.listdir(target)):
@@ -150,9 +147,7 @@ def write_atomically(
 ) -> None:
   """Writes a file so that a reader sees all of it or the file before.
 
-  Args:
-    path: the file; its folder is made.
-    content: text is written in UTF-8.
+  Its folder is made; text is written in UTF-8.
   """
   data = content.encode("utf-8") if isinstance(content, str) else content
   with atomic(path) as file:
@@ -165,11 +160,8 @@ def locked(
 ) -> Iterator[None]:
   """Alone among processes that lock the folder; waits for the others.
 
-  The lock goes when its process ends, however it ends, and leaves no file.
-
-  Args:
-    directory: that is there.
-    waiting: is called if another process has the lock.
+  The lock goes when its process ends, however it ends, and leaves no file;
+  `waiting` is called if another process has it.
   """
   handle = os.open(directory, os.O_RDONLY)
   try:
@@ -183,6 +175,11 @@ def locked(
     yield
   finally:
     os.close(handle)
+
+
+def write_json(path: str | os.PathLike[str], value: Any) -> None:
+  """Writes `json_text`, atomically; bytes that are no UTF-8 are written out."""
+  write_atomically(path, json_text(value).encode("utf-8", "backslashreplace"))
 
 
 def json_text(value: Any) -> str:

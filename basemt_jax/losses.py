@@ -116,12 +116,8 @@ def loss_sums(
 ) -> dict[str, Array]:
   """Sums over each row; dividing is left to whoever knows the whole batch.
 
-  Args:
-    logits: [B, L, V] float32.
-    targets: [B, L] int32.
-    weights: [B, L] float32, 0 on padding.
-    label_smoothing: See `token_losses`.
-    z_loss: See `token_losses`.
+  Of `token_losses`, whose arguments these are, and weights [B, L] float32, 0 on
+  padding.
 
   Returns:
     `loss`, `nll`, `correct` (argmax is the target) and `weight`, each [B]
@@ -146,13 +142,8 @@ def router_sums(
 ) -> dict[str, dict[str, Array]]:
   """What the experts' routers did, added up per layer and direction.
 
-  Args:
-    intermediates: Flax's collection of that name: layers sow `expert` and
-      `favourite` [B, L] int32 (-1 on padding), `routing_entropy` [] and
-      `auxiliary_loss` [].
-    direction: [B] int32.
-    count: N.
-    num_experts: E.
+  Of what layers sow as `intermediates`: `expert` and `favourite` [B, L] int32
+  (-1 on padding), `routing_entropy` [] and `auxiliary_loss` [].
 
   Returns:
     By layer path ('decoder/layers_1'): `expert` and `favourite` [N, E], tokens

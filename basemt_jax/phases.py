@@ -83,23 +83,18 @@ class Conversion:
     self._new_paths = [p for p in shapes if plan["/".join(p)][1] is None]
     self._new: dict[tuple[str, ...], jax.Array] | None = None
     self._convert = partitioning.Compiled(
-      jax.jit(self._converted, out_shardings=sparse.shardings.params),
-      sparse.mesh,
+      self._converted, sparse.mesh, out_shardings=sparse.shardings.params
     )
     self._copy_moments = partitioning.Compiled(
-      jax.jit(
-        lambda old, new: conversion.convert_opt_state(old, new, self._rules),
-        out_shardings=sparse.shardings.opt_state,
-        donate_argnums=1,
-      ),
+      lambda old, new: conversion.convert_opt_state(old, new, self._rules),
       sparse.mesh,
+      out_shardings=sparse.shardings.opt_state,
+      donate_argnums=1,
     )
     self._error = partitioning.Compiled(
-      jax.jit(
-        self._function_error,
-        out_shardings=partitioning.replicated(sparse.mesh),
-      ),
+      self._function_error,
       sparse.mesh,
+      out_shardings=partitioning.replicated(sparse.mesh),
     )
 
   def check(self, batch: steps.Batch) -> None:
@@ -196,7 +191,8 @@ class Conversion:
     centroids = conversion.cluster_centroids(
       sparse.model, sparse.variables(state), self._rows(batch), self._options
     )
-    params = conversion.replace_leaves(state.params, centroids)
+    params = traverse_util.flatten_dict(state.params, sep="/")
+    params = traverse_util.unflatten_dict({**params, **centroids}, sep="/")
     return dataclasses.replace(
       state, params=jax.device_put(params, sparse.shardings.params)
     )

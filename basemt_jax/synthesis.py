@@ -85,27 +85,42 @@ class Progress:
 
 
 def write(
-  job: Job,
+  jobs: Sequence[Job],
   model: trained.Trained,
   search: translation.SearchOptions,
   told: Callable[[Progress], None],
-) -> Progress:
-  """Translates a job's texts, or the rest of them.
+) -> Iterator[Progress]:
+  """Translates the texts of jobs, or the rest of them, one job after another.
 
   Args:
-    job: What to write.
+    jobs: What to write.
     model: That translates.
     search: How; `batch_size` is of every device.
     told: Is called after every chunk.
 
-  Returns:
-    What was done, in all starts together.
+  Yields:
+    After each job what was done of it, in all starts together.
 
   Raises:
-    ValueError: The file is there, or half there, of something else; or another
+    ValueError: A file is there, or half there, of something else; or another
       process is writing it.
   """
-  identity = _identity(job, model, search)
+  devices = model.program.mesh.size
+  translator = _translator(
+    model, dataclasses.replace(search, batch_size=search.batch_size * devices)
+  )
+  for job in jobs:
+    yield _write(job, model, translator, _identity(job, model, search), told)
+
+
+def _write(
+  job: Job,
+  model: trained.Trained,
+  translator: translation.Translator,
+  identity: dict[str, Any],
+  told: Callable[[Progress], None],
+) -> Progress:
+  """`write` of one job."""
   state = _State.of(job.path)
   if state.values and state.identity != identity:
     changed = [k for k in identity if identity[k] != state.identity.get(k)]
@@ -119,11 +134,7 @@ def write(
       f"{job.path} is there already and was not written by this command: "
       "remove it or choose another place"
     )
-  devices = model.program.mesh.size
-  translator = _translator(
-    model, dataclasses.replace(search, batch_size=search.batch_size * devices)
-  )
-  chunk = _BATCHES * search.batch_size * devices
+  chunk = _BATCHES * translator.options.batch_size
   with state.opened(identity) as file:
     start, began = state.values["done"], time.monotonic()
     texts = itertools.islice(job.texts(), start, None)
@@ -312,4 +323,4 @@ class _State:
     return Progress(job, done, done - self.values["lines"], per_second)
 
   def _write(self) -> None:
-    files.write_atomically(self.note, files.json_text(self.values))
+    files.write_json(self.note, self.values)

@@ -8,12 +8,11 @@ The model directory is enough (`description`); neither SeqIO nor TensorFlow nor
 the data it was trained on is needed.
 """
 
-import contextlib
 import dataclasses
 import functools
 import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 
@@ -54,6 +53,10 @@ class UnknownTagError(ValueError):
   """Sources cannot be tagged as they were in training."""
 
 
+class NoSourceError(UnknownTagError):
+  """The tag depends on the language of the text, which is not said."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Trained:
   """A checkpoint's model, ready for use.
@@ -83,12 +86,26 @@ class Trained:
     Raises:
       ValueError: They are not there, or are of other data.
     """
-    return _rows(self.run, self.description, self.console)
+    run = self.run
+    if run.store_dir and not pathlib.Path(run.store_dir).exists():
+      raise ValueError(
+        f"the rows of {run.mixture_or_task_name!r} that {run.model_dir} was "
+        f"trained on are no longer in {run.store_dir}; name test sets to "
+        "evaluate on, or give --gin_file of its recipe, which packs them again"
+      )
+    store = run.store(self.console.building)
+    description.check_rows(self.description, store)
+    return store
 
   @property
   def is_averaged(self) -> bool:
     """Whether its weights are averages of those of many steps."""
     return _is_averaged(self.run)
+
+  @property
+  def weights(self) -> str:
+    """Those of averaged weights, or of the last step."""
+    return "averaged" if self.is_averaged else "last"
 
   def translator(
     self, search: translation.SearchOptions | None = None
@@ -111,40 +128,43 @@ class Trained:
   def tag(self, to: str, source: str | None = None) -> source_tags.SourceTag:
     """What sources had around them in training for a language to be given.
 
-    Args:
-      to: The language wanted.
-      source: The language of the text; needed only where the tag depends on it.
+    The language of the source is needed only where the tag depends on it.
 
     Raises:
-      UnknownTagError: No such direction, or its tag is not known.
+      UnknownTagError: No such direction, or its tag is not known; a
+        `NoSourceError` if it would be with a `source`.
     """
     return choose_tag(self.description.tags, to, source)
 
   def texts(
     self, direction: str, pairs: Sequence[tuple[str, str]]
   ) -> evaluation.DirectionTexts:
-    """Texts of any origin, tagged as those of a direction were in training.
-
-    Args:
-      direction: Of the model, such as 'en-de'.
-      pairs: Of (source, target) texts.
+    """Pairs of any origin, tagged as those of a direction were in training.
 
     Raises:
       UnknownTagError: See `tag`.
     """
-    tag = self.description.tags[direction]
-    if tag is None:
-      raise UnknownTagError(_not_alike(direction))
-    sources, references = [a for a, _ in pairs], [b for _, b in pairs]
-    directions = self.description.directions
-    train_pairs = self.description.header.pairs("train")
-    return evaluation.DirectionTexts(
-      direction,
-      [tag(source) for source in sources],
-      references,
-      int(train_pairs[directions.index(direction)]),
-      sources,
-    )
+    return tagged_texts(self.description, direction, pairs)
+
+
+def tagged_texts(
+  known: description.Description,
+  direction: str,
+  pairs: Sequence[tuple[str, str]],
+) -> evaluation.DirectionTexts:
+  """Texts of a model that is described; see `Trained.texts`."""
+  tag = known.tags[direction]
+  if tag is None:
+    raise UnknownTagError(_not_alike(direction))
+  sources, references = [a for a, _ in pairs], [b for _, b in pairs]
+  train_pairs = known.header.pairs("train")
+  return evaluation.DirectionTexts(
+    direction,
+    [tag(source) for source in sources],
+    references,
+    int(train_pairs[known.directions.index(direction)]),
+    sources,
+  )
 
 
 def _not_alike(direction: str) -> str:
@@ -190,9 +210,9 @@ def choose_tag(
     raise UnknownTagError(_not_alike(unknown[0]))
   chosen = {tag for name in names if (tag := tags[name]) is not None}
   if len(chosen) > 1:
-    raise UnknownTagError(
+    raise NoSourceError(
       "how it is asked for depends on the language of the text; say which it "
-      f"is: {', '.join(sorted(into.values()))} (--from)"
+      f"is: {', '.join(sorted(into.values()))}"
     )
   return chosen.pop()
 
@@ -218,8 +238,8 @@ def load(
   """
   if not isinstance(run, run_lib.Run):
     run = run_lib.described(run)
-  with contextlib.closing(
-    checkpointing.Checkpoints(run.model_dir, read_only=True, verify=run.verify)
+  with checkpointing.Checkpoints(
+    run.model_dir, read_only=True, verify=run.verify
   ) as checkpoints:
     step = checkpoints.step_of(which)
     known, pieces = _known(run, console)
@@ -267,22 +287,6 @@ def _known(
   network = plain_data.to_plain(run.config_of(known.header.vocab_size))
   description.check_network(known, network, run.model_dir)
   return known, description.read_vocabulary(run.model_dir, known)
-
-
-def _rows(
-  run: run_lib.Run,
-  known: description.Description,
-  console: run_lib.Console,
-) -> row_store.RowStore:
-  if run.store_dir and not pathlib.Path(run.store_dir).exists():
-    raise ValueError(
-      f"the rows of {run.mixture_or_task_name!r} that {run.model_dir} was "
-      f"trained on are no longer in {run.store_dir}; name test sets to "
-      "evaluate on, or give --gin_file of its recipe, which packs them again"
-    )
-  store = run.store(console.building)
-  description.check_rows(known, store)
-  return store
 
 
 def translator(
@@ -344,7 +348,7 @@ class Evaluation:
 
   Attributes:
     test_set: Its name; 'test' or 'validation' for a split of the model's data.
-    step: Of the checkpoint.
+    step: Of the checkpoint; None: of an export, which is the only one.
     results: By direction, most training pairs first.
     translations: In the same order.
     directory: Where both were written.
@@ -352,7 +356,7 @@ class Evaluation:
   """
 
   test_set: str
-  step: int
+  step: int | None
   results: list[evaluation.DirectionResult]
   translations: list[evaluation.DirectionTranslations]
   directory: pathlib.Path
@@ -419,9 +423,33 @@ def evaluate(
   )
 
 
+class Evaluable(Protocol):
+  """A model that text is evaluated with: a `Trained` one, or an export."""
+
+  @property
+  def run(self) -> run_lib.Run:
+    """How it is used."""
+
+  @property
+  def step(self) -> int | None:
+    """Of its checkpoint; None: it has only one."""
+
+  @property
+  def weights(self) -> str:
+    """Which they are, for whoever reads the scores."""
+
+  @property
+  def pieces(self) -> vocabulary.Vocabulary:
+    """Its vocabulary."""
+
+  @property
+  def console(self) -> run_lib.Console:
+    """Takes progress."""
+
+
 def evaluate_texts(
-  trained: Trained,
-  translator: translation.Translator,
+  model: Evaluable,
+  translator: Any,
   test_set: str,
   texts: Sequence[evaluation.DirectionTexts],
   measured: Mapping[str, float] | None = None,
@@ -433,7 +461,7 @@ def evaluate_texts(
   replaced by another's.
 
   Args:
-    trained: The model.
+    model: Trained or exported.
     translator: Of the model; the compiled searches belong to it.
     test_set: Its name.
     texts: By direction, tagged.
@@ -441,29 +469,30 @@ def evaluate_texts(
       `losses.measured`.
     command: Scores the translations too; see `metric_command.with_metrics`.
   """
-  run, search = trained.run, translator.options
+  run, search = model.run, translator.options
   results, translations = evaluation.evaluate(
     translator,
-    trained.pieces,
+    model.pieces,
     texts,
     metrics.of_directions(measured or {}, "loss"),
     run.bands,
-    trained.console.translating,
+    model.console.translating,
   )
   for metric in run.settings.metrics:
     own = metrics.of_directions(measured or {}, metric.name)
     results = evaluation.with_metric(results, metric.name, own)
   if command:
     results = metric_command.with_metrics(command, results, translations)
-  name = f"{test_set}_{trained.step}_{evaluation.search_slug(search)}"
+  step = "export" if model.step is None else model.step
+  name = f"{test_set}_{step}_{evaluation.search_slug(search)}"
   directory = pathlib.Path(run.model_dir) / "evaluation" / name
   about = {
     "test_set": test_set,
-    "step": trained.step,
-    "weights": "averaged" if trained.is_averaged else "last",
+    "step": model.step,
+    "weights": model.weights,
     "search": dataclasses.asdict(search),
   }
-  found = Evaluation(test_set, trained.step, results, translations, directory)
+  found = Evaluation(test_set, model.step, results, translations, directory)
   if processes.is_first():
     try:
       evaluation.write_translations(directory, translations)

@@ -1,6 +1,7 @@
 """Exports: CTranslate2's translations are ours, and safetensors come back."""
 
 import dataclasses
+import json
 import sys
 
 import jax
@@ -159,6 +160,26 @@ def test_translate_takes_an_export_and_says_what_it_does_not(
   for flag in ("--sample", "--prefix=a"):
     assert cli.main([*command, f"--model_dir={out}", flag]) == 1
     assert "use the model directory it was made of" in capsys.readouterr().err
+
+
+def test_evaluate_takes_an_export_and_test_sets(folder, tmp_path, capsys):
+  out, test = tmp_path / "out", tmp_path / "test.en-fr.tsv"
+  assert export(folder / "dense", out) == 0
+  records = toy.texts("test", "en-fr")
+  lines = [f"{r['source']}\t{r['target']}\n" for r in records]
+  test.write_text("".join(lines))
+  command = ["evaluate", str(test), "--beam_size=2", "--alpha=0"]
+  command.append("--gin.translation.SearchOptions.max_target_length=6")
+  capsys.readouterr()
+  tables = []
+  for model_dir in (folder / "dense", out):
+    assert cli.main([*command, f"--model_dir={model_dir}"]) == 0
+    tables.append(capsys.readouterr().out.partition("scores, trans")[0])
+  assert tables[0].replace(f" at step {STEP}", "") == tables[1]
+  (scores,) = out.glob("evaluation/*_export_beam2*/scores.json")
+  assert json.loads(scores.read_text())["weights"] == "exported"
+  assert cli.main(["evaluate", f"--model_dir={out}"]) == 1
+  assert "no data of its own: name test sets" in capsys.readouterr().err
 
 
 def test_eight_bits_take_a_quarter_of_the_room(folder, tmp_path):

@@ -423,7 +423,7 @@ def test_a_tag_is_chosen_by_direction():
     with pytest.raises(trained.UnknownTagError, match=text):
       trained.choose_tag(tags, to, source)
   tags = {"en-de": german, "fr-de": french}
-  with pytest.raises(trained.UnknownTagError, match="say which it is: en, fr"):
+  with pytest.raises(trained.NoSourceError, match="say which it is: en, fr"):
     trained.choose_tag(tags, "de")
 
 

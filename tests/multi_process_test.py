@@ -183,8 +183,8 @@ class Training:
 
   def position(self):
     """Of the data, in the last checkpoint."""
-    with contextlib.closing(
-      checkpointing.Checkpoints(self.model_dir, read_only=True)
+    with checkpointing.Checkpoints(
+      self.model_dir, read_only=True
     ) as checkpoints:
       return checkpoints.position(STEPS)["data"]
 

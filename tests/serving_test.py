@@ -4,6 +4,7 @@ import collections
 import concurrent.futures
 import contextlib
 import dataclasses
+import functools
 import json
 import os
 import shutil
@@ -200,6 +201,18 @@ def test_what_cannot_be_asked_for_is_said(change, status, says, shared):
   assert answer.status == status
   assert detail(answer).startswith(says) or says in detail(answer)
   assert "\n" not in detail(answer)
+
+
+def test_a_source_that_is_needed_is_asked_for_by_its_field():
+  model = Backwards()
+  tags = {n: source_tags.SourceTag(f"{n} ") for n in ("en-de", "nl-de")}
+  model.tag = functools.partial(trained.choose_tag, tags)
+  with serving(model) as service:
+    answer = service.ask("/translate", FINE)
+    assert answer.status == 422
+    assert detail(answer).endswith("say which it is: en, nl (source)")
+    answer = service.ask("/translate", {**FINE, "source": "nl"})
+    assert texts_of(answer)[0].endswith("ed-ln")
 
 
 def test_long_requests_and_no_json(shared):

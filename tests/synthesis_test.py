@@ -65,7 +65,7 @@ def a_job(folder, texts=TEXTS, direction="de_x_bt-en", **changes):
 
 
 def write(job, model, search=SEARCH, told=lambda progress: None):
-  done = synthesis.write(job, model, search, told)
+  (done,) = synthesis.write([job], model, search, told)
   return done, job.path.read_bytes()
 
 

@@ -1,6 +1,5 @@
 """T5X's calls in T5X's order, without T5X; see `t5x_test` for the real one."""
 
-import contextlib
 import dataclasses
 import functools
 import pathlib
@@ -359,9 +358,7 @@ def test_sparse_runs_are_the_same_and_t5x_goes_on_with_ours(make, sparse):
   expected, scalars = our_training(ours, 4, save_every=2)
   driver = sparse.start()
   half = driver.train(2)
-  with contextlib.closing(
-    checkpointing.Checkpoints(ours.model_dir, read_only=True)
-  ) as checkpoints:
+  with checkpointing.Checkpoints(ours.model_dir, read_only=True) as checkpoints:
     stored = checkpoints.restore(2, half, "the test")
   assert not differences(stored, half)
   save(stored, driver.run.model_dir, 2)
@@ -648,9 +645,7 @@ def test_refuses_to_go_on_with_other_batches(make, starter, changes, message):
     write_checkpoint(run.model_dir, 2)
   else:
     (pathlib.Path(run.model_dir) / t5x_data.DATA_FILE).unlink()
-    with contextlib.closing(
-      checkpointing.Checkpoints(run.model_dir)
-    ) as checkpoints:
+    with checkpointing.Checkpoints(run.model_dir) as checkpoints:
       checkpoints.save(2, {"step": np.zeros(())}, {"data": position})
   with pytest.raises(ValueError, match=message):
     start()

@@ -5,7 +5,7 @@ import pathlib
 from collections.abc import Iterator
 from typing import Any
 
-from basemt_jax.commands import configuration, console, evaluate, flags
+from basemt_jax.commands import configuration, console, flags, models
 
 SUMMARY = "Make training pairs of monolingual text, by translating it."
 
@@ -58,7 +58,7 @@ def synthetic_files(parser: argparse.ArgumentParser, label: str) -> None:
 
 def run(options: argparse.Namespace) -> None:
   """Translates the text; the same command goes on after a stop."""
-  from basemt_jax import checksums, synthesis, trained
+  from basemt_jax import checksums, synthesis
   from basemt_jax.data import languages
 
   text, other = (
@@ -68,10 +68,7 @@ def run(options: argparse.Namespace) -> None:
   direction = languages.Direction(written, text)
   path = pathlib.Path(options.output) / f"{direction}.train.tsv"
   model, search = loaded(options)
-  try:
-    tag = model.tag(options.to, options.source)
-  except trained.UnknownTagError as error:
-    raise configuration.UsageError(f"--to {options.to}: {error}") from error
+  tag = models.tag(model, options.to, options.source)
   job = synthesis.Job(
     path,
     direction,
@@ -90,7 +87,7 @@ def loaded(options: argparse.Namespace, n_best: int = 1) -> tuple[Any, Any]:
   from basemt_jax import trained
   from basemt_jax.commands import checks
 
-  run = evaluate.with_search(configuration.trained(options), options, n_best)
+  run = models.with_search(configuration.trained(options), options, n_best)
   search = run.search
   if options.batch_size is not None:
     search = dataclasses.replace(search, batch_size=options.batch_size)
@@ -115,11 +112,10 @@ def write(jobs: list[Any], model: Any, search: Any) -> None:
       f"{p.per_second:,.1f}/s, {minutes}:{seconds:02d} left"
     )
 
-  for job in jobs:
-    done = synthesis.write(job, model, search, told)
-    left -= job.count
+  for done in synthesis.write(jobs, model, search, told):
+    left -= done.job.count
     print(
-      f"{job.path}: {done.done - done.skipped:,} pairs of {done.done:,} "
+      f"{done.job.path}: {done.done - done.skipped:,} pairs of {done.done:,} "
       f"sentences ({done.skipped:,} left out: empty, too long, or translated "
       "to nothing)"
     )

@@ -181,6 +181,7 @@ def _store_there_is(run: Any) -> Any:
     run.task_feature_lengths,
     run.cache_dir or row_store.default_cache_dir(),
     long_pairs=run.long_pairs,
+    subwords=run.subwords,
   )
   if not (directory / "store.json").exists():
     return None

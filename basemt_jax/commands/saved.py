@@ -15,6 +15,7 @@ _OURS = (
   *("base_layer", "conversion", "evaluation", "experts", "heating", "layers"),
   *("losses", "metrics", "model", "optimizer", "routing", "run", "sampling"),
   *("steps", "translation", "commands.trackers", "data.languages"),
+  "data.subword_sampling",
 )
 
 

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-from basemt_jax.commands import configuration, console, flags, translate
+from basemt_jax.commands import configuration, console, flags, models, translate
 
 SUMMARY = "Log-probabilities of given pairs of sentences."
 
@@ -79,17 +79,12 @@ class _Scoring:
   """Scores lines of text; what cannot be scored has its `trouble`."""
 
   def __init__(self, model: Any, options: argparse.Namespace):
-    from basemt_jax import trained
-
     self._model, self._options = model, options
     self._scorer = model.scorer()
     alpha = options.alpha
     self._alpha = model.run.search.alpha if alpha is None else alpha
     if options.to:
-      try:
-        self._tag = model.tag(options.to, options.source)
-      except trained.UnknownTagError as error:
-        raise configuration.UsageError(f"--to {options.to}: {error}") from error
+      self._tag = models.tag(model, options.to, options.source)
 
   def __call__(self, lines: list[str]) -> Iterator[dict[str, Any]]:
     read = [self._read(line) for line in lines]

@@ -1,11 +1,9 @@
 """`basemt serve`: translations over HTTP, and a page."""
 
 import argparse
-import pathlib
 import signal
-from typing import Any
 
-from basemt_jax.commands import configuration, console, flags
+from basemt_jax.commands import configuration, console, flags, models
 
 SUMMARY = "Serve a model or an export over HTTP, with a page."
 _LOOPBACK = ("localhost", "127.0.0.1", "::1")
@@ -44,7 +42,7 @@ def run(options: argparse.Namespace) -> None:
       f"the service needs more packages ({error}): "
       "pip install 'basemt_jax[serve]'"
     ) from error
-  from basemt_jax.commands import checks, evaluate
+  from basemt_jax.commands import checks
 
   limits = service.Limits(
     **{
@@ -54,9 +52,11 @@ def run(options: argparse.Namespace) -> None:
     }
   )
   checks.check_fields(limits)
-  run = evaluate.with_search(configuration.trained(options), options)
+  run = models.with_search(configuration.trained(options), options)
   with service.listen(options.host, options.port) as socket:
-    model = load(run, options.checkpoint, options.device, options.threads)
+    model = models.load(
+      run, options.checkpoint, options.device, options.threads
+    )
     console.standard().message("translating a first sentence")
     service.warm_up(model)
     server = service.server(service.application(model, limits))
@@ -69,20 +69,3 @@ def run(options: argparse.Namespace) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
       signal.signal(number, lambda *_: setattr(server, "should_exit", True))
     server.run(sockets=[socket])
-
-
-def load(run: Any, which: str, device: str = "auto", threads: int = 0) -> Any:
-  """The model of a model directory or of an export for CTranslate2.
-
-  Args:
-    run: Of the directory.
-    which: Checkpoint; an export is one.
-    device: Of an export.
-    threads: Likewise.
-  """
-  from basemt_jax import trained
-  from basemt_jax.exports import ctranslate
-
-  if (pathlib.Path(run.model_dir) / ctranslate.MODEL_FILE).exists():
-    return ctranslate.load(run, device, threads)
-  return trained.load(run, console.standard(), which)

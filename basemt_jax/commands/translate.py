@@ -13,9 +13,8 @@ from typing import BinaryIO, NoReturn
 from basemt_jax.commands import (
   configuration,
   console,
-  evaluate,
   flags,
-  serve,
+  models,
 )
 
 SUMMARY = "Translate lines of text."
@@ -67,20 +66,16 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
   """Translates lines, of a file or standard input, into one language."""
   from basemt_jax import evaluation, files, processes
-  from basemt_jax import trained as trained_lib
 
   if options.output:
     files.check_writable(options.output)
   if options.input:
     check_text(options.input)
-  run = evaluate.with_search(
+  run = models.with_search(
     configuration.trained(options), options, options.n_best
   )
-  trained = serve.load(run, options.checkpoint)
-  try:
-    tag = trained.tag(options.to, options.source)
-  except trained_lib.UnknownTagError as error:
-    raise configuration.UsageError(f"--to {options.to}: {error}") from error
+  trained = models.load(run, options.checkpoint)
+  tag = models.tag(trained, options.to, options.source)
   translator = trained.translator(run.search)
   most = _WINDOW * run.search.batch_size
   done = 0

@@ -47,8 +47,7 @@ class Limits:
     files: Of all archives together, those within archives included.
     gigabytes: Of all their files.
     ratio: Of an archive's files to itself, once they are more than
-      `ratio_from` bytes.
-    ratio_from: See `ratio`. Text that repeats itself may be small.
+      `ratio_from` bytes: text that repeats itself may be small.
   """
 
   files: int = 100_000
@@ -73,13 +72,9 @@ def unpack(
   is_useful: Callable[[str], bool],
   limits: Limits | None = None,
 ) -> list[str]:
-  """Unpacks what is useful of all archives in `raw`, each once.
+  """Unpacks what is useful, by its path, of all archives in `raw`, each once.
 
-  Args:
-    raw: folder of downloaded files.
-    work: gets a folder for every archive; one that is there is left alone.
-    is_useful: whether a file is, by its path.
-    limits: for all of them.
+  In `work` every archive gets a folder; one that is there is left alone.
 
   Returns:
     Names of archives without anything useful.

@@ -18,7 +18,14 @@ from typing import Any
 import jax
 import numpy as np
 
-from basemt_jax import decoding, description, layers, trained, translation
+from basemt_jax import (
+  decoding,
+  description,
+  evaluation,
+  layers,
+  trained,
+  translation,
+)
 from basemt_jax import model as model_lib
 from basemt_jax import run as run_lib
 from basemt_jax.data import source_tags, vocabulary
@@ -223,12 +230,18 @@ class Exported:
     description: What it was trained as.
     pieces: The vocabulary.
     engine: A `ctranslate2.Translator`.
+    console: Takes progress.
+    step: An export does not say of which checkpoint it is.
+    weights: Which they are.
   """
 
   run: run_lib.Run
   description: description.Description
   pieces: vocabulary.Vocabulary
   engine: Any
+  console: run_lib.Console = run_lib.SILENT
+  step: None = None
+  weights: str = "exported"
 
   def translator(
     self, search: translation.SearchOptions | None = None
@@ -251,6 +264,12 @@ class Exported:
   def tag(self, to: str, source: str | None = None) -> source_tags.SourceTag:
     """What asks for a language; see `trained.Trained.tag`."""
     return trained.choose_tag(self.description.tags, to, source)
+
+  def texts(
+    self, direction: str, pairs: Sequence[tuple[str, str]]
+  ) -> evaluation.DirectionTexts:
+    """Tagged as in training; see `trained.Trained.texts`."""
+    return trained.tagged_texts(self.description, direction, pairs)
 
 
 def load(run: run_lib.Run, device: str = "auto", threads: int = 0) -> Exported:
@@ -285,6 +304,9 @@ class Translator:
   stops when nothing better can come, and CTranslate2's when it has so many
   hypotheses as it is told. So it finds more than are asked for, without a
   penalty, and they are ranked by our scores.
+
+  Attributes:
+    options: The SearchOptions.
   """
 
   def __init__(
@@ -294,7 +316,7 @@ class Translator:
     options: translation.SearchOptions,
   ):
     """Makes one of a `ctranslate2.Translator` and the names of its tokens."""
-    self._engine, self._names, self._options = engine, names, options
+    self._engine, self._names, self.options = engine, names, options
     self._ids = {name: i for i, name in enumerate(names)}
 
   def translate(
@@ -315,7 +337,7 @@ class Translator:
         "an export for CTranslate2 cannot begin translations as told: use the "
         "model directory it was made of"
       )
-    longest = self._options.max_source_length - 1
+    longest = self.options.max_source_length - 1
     read = [
       [*itertools.takewhile(lambda i: i != decoding.EOS_ID, ids)][:longest]
       for ids in sources
@@ -324,7 +346,7 @@ class Translator:
       (i for i, ids in enumerate(read) if ids), key=lambda i: len(read[i])
     )
     results = [[translation.Hypothesis(0.0, ())] for _ in read]
-    size = self._options.batch_size
+    size = self.options.batch_size
     for start in range(0, len(order), size):
       batch = order[start : start + size]
       found = self._search([read[i] for i in batch])
@@ -338,7 +360,7 @@ class Translator:
     self, sources: Sequence[Sequence[int]]
   ) -> list[list[translation.Hypothesis]]:
     """Hypotheses of sources that rise in length."""
-    options = self._options
+    options = self.options
     limits = [options.limit(len(ids) + 1) - 1 for ids in sources]
     is_simple = options.beam_size == 1 or (
       options.alpha == 0 and options.num_return == 1
@@ -371,7 +393,7 @@ class Translator:
     self, source: Sequence[str], result: Any, limit: int
   ) -> list[translation.Hypothesis]:
     """The best hypotheses of a source, with our scores."""
-    options = self._options
+    options = self.options
     hypotheses = []
     for log_probability, names in zip(
       result.scores, result.hypotheses, strict=True

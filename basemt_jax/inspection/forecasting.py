@@ -46,7 +46,7 @@ def sizes_of_store(store: row_store.Header) -> Sizes:
   return Sizes(
     store.directions,
     store.pairs("train"),
-    store.rows("train"),
+    store.epoch_rows("train"),
     np.array([s.source_tokens for s in stats]),
     np.array([s.target_tokens for s in stats]),
     dev,

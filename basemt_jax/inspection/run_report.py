@@ -6,7 +6,6 @@ Read from MODEL_DIR: checkpoints (any, T5X's too), `metrics.jsonl` and the
 scores of evaluations. What is not there is left out.
 """
 
-import contextlib
 import dataclasses
 import itertools
 import pathlib
@@ -108,9 +107,7 @@ def inspect_run(
   """
   trained = trained_lib.load(run, console, which)
   header, step = trained.description.header, trained.step
-  with contextlib.closing(
-    checkpointing.Checkpoints(run.model_dir, read_only=True)
-  ) as checkpoints:
+  with checkpointing.Checkpoints(run.model_dir, read_only=True) as checkpoints:
     steps = checkpoints.steps()
     position = checkpoints.position(step)
   model_dir = pathlib.Path(run.model_dir)
@@ -170,7 +167,7 @@ def _directions(
   series: Mapping[str, results.Series],
 ) -> list[DirectionRun]:
   """Planned against drawn, and how each direction fared."""
-  pairs, rows = store.pairs("train"), store.rows("train")
+  pairs, rows = store.pairs("train"), store.epoch_rows("train")
   plan = run.strategy.plan(
     store.directions, pairs, rows, run.batch_size, languages.meant
   )
@@ -197,7 +194,7 @@ def _directions(
           planned[i] * stats.target_tokens / max(1, stats.rows)
         ),
         trained_target_tokens=trained,
-        epochs=None if drawn is None else drawn / max(1, stats.rows),
+        epochs=None if drawn is None else drawn / max(1, rows[i]),
         loss=_last(series.get(f"loss/{name}"), step),
         dev_loss=_last(series.get(f"dev/loss/{name}"), step),
         scores={s: own[name] for s, own in scores.items() if name in own},

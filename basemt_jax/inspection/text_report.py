@@ -203,12 +203,12 @@ def _inspect_task(
   options: Options,
 ) -> Direction:
   """Looks at one direction."""
-  from basemt_jax.data import mixtures, store_building
+  from basemt_jax.data import mixtures, task_reading
 
   layout = packing.RowLayout.of(options.lengths, 1)
   long = packing.RowLayout(_LONGER * layout.inputs, _LONGER * layout.targets)
   head = _Head(
-    store_building.read_task(task, "train", long, texts=True), options.sample
+    task_reading.read_task(task, "train", long, texts=True), options.sample
   )
   limits = (layout.inputs, layout.targets)
   sides = [

@@ -253,8 +253,9 @@ class _Translator:
     try:
       tag = self._model.tag(request.target, request.source)
     except trained.UnknownTagError as error:
+      field = " (source)" if isinstance(error, trained.NoSourceError) else ""
       raise fastapi.HTTPException(
-        422, f"target {request.target!r}: {error}"
+        422, f"target {request.target!r}: {error}{field}"
       ) from error
     tagged = [
       tag(text) if text else "" for text in map(normalisation.normalise, texts)

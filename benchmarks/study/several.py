@@ -148,7 +148,13 @@ def make(
         store, "validation", plan.size.batch_size
       ),
       hooks=trainer.Hooks(message=lambda text: _say(plan, text)),
-      make_program=shared.program,
+      make_program=lambda phase: shared.program(
+        described.config(store),
+        described.settings,
+        phase,
+        described.mesh(),
+        len(store.directions),
+      ),
     )
     timer = threading.Timer(max(deadline - time.monotonic(), 0), loop.stop)
     timer.daemon = True
