@@ -30,14 +30,9 @@ def average(
 ) -> list[int]:
   """Writes a model whose weights are the mean of several checkpoints'.
 
-  Everything else (prices of experts, optimizer, place in the data) is the
+  They are the last of a run, dense or sparse, or those with the lowest dev
+  loss. Everything else (prices of experts, optimizer, place in the data) is the
   newest one's, whose step it has.
-
-  Args:
-    model_dir: Of a run, dense or sparse.
-    output: The new model directory.
-    count: How many checkpoints.
-    is_best: Those with the lowest dev loss, rather than the last.
 
   Returns:
     The steps of the checkpoints, rising.

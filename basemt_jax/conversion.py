@@ -145,14 +145,10 @@ def convert_params(
   rules: Sequence[Rule],
   options: Options | None = None,
 ) -> Tree:
-  """Sparse parameters from dense ones.
+  """Sparse parameters from dense ones, both nested dictionaries.
 
-  Args:
-    dense: Nested dict of the dense parameters.
-    sparse: Nested dict of freshly initialised sparse parameters, which new
-      parameters keep.
-    rules: See `Rule`.
-    options: `reinitialise`, `noise` and `seed` apply here.
+  New parameters keep what they are initialised with in `sparse`; of the options
+  `reinitialise`, `noise` and `seed` apply.
 
   Returns:
     Nested dict shaped like `sparse`.

@@ -132,12 +132,7 @@ class _Sublayer(nn.Module):
 class Experts(nn.Module):
   """Parameters of all experts, with a leading expert axis.
 
-  Attributes:
-    num_experts: E.
-    mlp_dim: F.
-    num_sublayers: Of an expert.
-    num_inputs: Matrices to the hidden units, one for each activation.
-    zero_init_output: Start with zero output weights.
+  Each has sublayers with a matrix to the hidden units for each activation.
   """
 
   num_experts: int

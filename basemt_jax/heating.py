@@ -86,17 +86,12 @@ def row_rates(
 ) -> np.ndarray:
   """Shares of packed rows under which *pairs* have `mixing_rates`' shares.
 
-  A row of direction i carries pairs_i / rows_i pairs on average, so that
-  q_i is proportional to p_i / (pairs_i / rows_i).
-
-  Args:
-    pairs: [N] training pairs.
-    rows: [N] packed rows; 0 only where `pairs` is 0.
-    temperature: scalar or [K].
-    sizes: [N] the n_i of the rates; None: `pairs`.
+  A row of direction i carries pairs_i / rows_i pairs on average, so that q_i is
+  proportional to p_i / (pairs_i / rows_i). Rows [N] are 0 only where pairs [N]
+  are; the rates are those of `sizes` [N], or of the pairs.
 
   Returns:
-    float64 [N] or [K, N]; every row sums to 1.
+    float64 [N], or [K, N] for K temperatures; every row sums to 1.
   """
   pairs = np.asarray(pairs, np.float64)
   rates = mixing_rates(pairs if sizes is None else sizes, temperature)

@@ -104,8 +104,7 @@ class Conversion:
   def compile(self, batch: steps.Batch) -> None:
     """Compiles conversion and sparse phase, in any thread.
 
-    Args:
-      batch: Global arrays, of which only the shapes count.
+    Of a batch of global arrays only the shapes count.
     """
     shapes = jax.tree.map(
       lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding),
@@ -125,11 +124,7 @@ class Conversion:
   def __call__(
     self, state: steps.TrainState, batch: steps.Batch
   ) -> tuple[steps.TrainState, float]:
-    """Converts.
-
-    Args:
-      state: After the last dense step.
-      batch: Global arrays.
+    """Converts the state after the last dense step, and proves it on a batch.
 
     Returns:
       The sparse state; and the relative error of the function (see

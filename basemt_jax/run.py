@@ -229,11 +229,8 @@ class Run:
 class Console:
   """Where a run speaks.
 
-  Attributes:
-    message: Takes one line.
-    progress: Takes a `trainer.Progress` and the temperature.
-    building: Takes progress of building a row store; see `store_building`.
-    translating: Takes (done, all) sentences.
+  Of a line; of a `trainer.Progress` and the temperature; of progress of
+  building a row store (see `store_building`); of (done, all) sentences.
   """
 
   message: Callable[[str], None]

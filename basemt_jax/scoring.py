@@ -80,11 +80,7 @@ class Scorer:
   def score(
     self, sources: Sequence[Sequence[int]], targets: Sequence[Sequence[int]]
   ) -> list[Score]:
-    """Scores of pairs, in their order.
-
-    Args:
-      sources: Token ids of each, tagged, without EOS.
-      targets: The same of its translation.
+    """Scores of pairs of token ids, tagged, without EOS; in their order.
 
     Raises:
       ValueError: A pair is too long; see `too_long`.

@@ -443,13 +443,9 @@ def learning_rate(
 def stopping_trainer(make: Callable[..., Any], **arguments: Any) -> Any:
   """T5X's trainer, which on SIGTERM saves a checkpoint and ends, with code 0.
 
-  T5X saves one when its trainer raises `PreemptionError`, which nothing in it
-  does. Here every step does after which all processes have agreed to stop,
-  because one of them was asked to.
-
-  Args:
-    make: Makes the trainer: T5X's `trainer.Trainer`.
-    **arguments: Its own.
+  T5X saves one when its trainer, which `make` makes, raises `PreemptionError`,
+  which nothing in it does. Here every step does after which all processes have
+  agreed to stop, because one of them was asked to.
   """
   from t5x import trainer as t5x_trainer
 
@@ -493,10 +489,6 @@ def partitioner(expert_devices: int = 1, model_devices: int = 1) -> Any:
   Its own meshes have no axis `expert`; that of `t5x.contrib.moe` has, but
   splits rows over it in another order than our layer, which would move every
   batch twice in every layer.
-
-  Args:
-    expert_devices: Size of the mesh axis `expert`.
-    model_devices: Size of the mesh axis `model`.
   """
   from t5x import partitioning as t5x_partitioning
 

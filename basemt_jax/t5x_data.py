@@ -347,14 +347,7 @@ def from_dense(
   copied, the optimizer. T5X gives no arrays, only what it knows of them, so
   the dense ones are read here; every host holds all experts in memory for
   that. `basemt convert` does not, and proves on real batches that the function
-  is the same.
-
-  Args:
-    ckpt_state: What the checkpoint holds; leaves say where.
-    optimizer_state: Shapes of the sparse train state, as T5X stores it.
-    path: Of the dense checkpoint.
-    run: The sparse run.
-    is_resuming: T5X goes on from a checkpoint of its own; nothing is done.
+  is the same. Where T5X goes on from a checkpoint of its own, nothing is done.
 
   Returns:
     {'target', 'state'} with parameters as numpy arrays.

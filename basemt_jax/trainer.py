@@ -110,11 +110,8 @@ class Hooks:
 class _Dispatched:
   """A step that the device need not have done yet.
 
-  Attributes:
-    step: Steps done when it is.
-    phase: 'dense' or 'sparse'.
-    sums: Of `steps.train_step` since the last report; ready when it is done.
-    learning_rate: The step's, where a report is due after it, else None.
+  Its sums of `steps.train_step`, since the last report, are ready when it is.
+  It has a learning rate where a report is due after it.
   """
 
   step: int
@@ -507,25 +504,14 @@ class Trainer:
       waiting.result()
     self._compiling_evaluation = None
     values = self._measured(self.program.averaged_variables(self.state))
-    own = {
-      f"dev/{name}": value
-      for name, value in values.items()
-      if name.partition("/")[0] != "loss"
-    }
     self.dev_losses = metrics.of_directions(values, "loss")
     mean = float(np.mean(list(self.dev_losses.values())))
     if mean < self._best_loss:
       self._best_loss, self._worse = mean, 0
     else:
       self._worse += 1
-    self._write(
-      self._step,
-      {
-        "dev/loss": mean,
-        **{f"dev/loss/{d}": v for d, v in self.dev_losses.items()},
-        **own,
-      },
-    )
+    named = {f"dev/{name}": value for name, value in values.items()}
+    self._write(self._step, {**named, "dev/loss": mean})
     if self._settings.average_decay:
       values = self._measured(self.program.variables(self.state))
       last = metrics.of_directions(values, "loss")

@@ -182,15 +182,9 @@ def convert(
   Vocabulary, lengths and directions are those that the dense model was trained
   with, whatever has become of its data. The sparse checkpoint has the dense
   one's step; the sparse run finds its own place in its data at that step, for
-  its sampling temperature may be another.
-
-  Args:
-    run: The sparse run.
-    dense_dir: Model directory of the dense run.
-    which: See `trained.load`.
-    console: Takes progress.
-    converted: Called when the function has proved to be the same, before the
-      checkpoint is written: one that is there is complete.
+  its sampling temperature may be another. `converted` is called when the
+  function has proved to be the same, before the checkpoint is written: one that
+  is there is complete.
 
   Returns:
     The step, and the relative error of the function on a training batch.

@@ -8,7 +8,6 @@ the archive and what to do about it.
 
 import bz2
 import dataclasses
-import functools
 import gzip
 import io
 import lzma
@@ -95,7 +94,10 @@ def unpack(
       partial = work / f"{name}.partial"
       shutil.rmtree(partial, ignore_errors=True)
       partial.mkdir(parents=True)
-      of_archive = functools.partial(_joined, is_useful, name)
+
+      def of_archive(member: str, archive: pathlib.Path = name) -> bool:
+        return is_useful(f"{archive}/{member}")
+
       _unpack_one(path, partial, of_archive, count)
       partial.rename(target)
     inner = files(target)
@@ -108,12 +110,6 @@ def unpack(
 def files(folder: pathlib.Path) -> list[pathlib.Path]:
   """All files in a folder and its folders, in the order of their names."""
   return sorted(p for p in folder.rglob("*") if p.is_file())
-
-
-def _joined(
-  is_useful: Callable[[str], bool], archive: pathlib.Path, member: str
-) -> bool:
-  return is_useful(f"{archive}/{member}")
 
 
 @dataclasses.dataclass

@@ -37,14 +37,10 @@ _SETS = {
 }
 # Sets of several splits: another word says which; otherwise they are tests.
 _BENCHMARK = "benchmark"
-_BENCHMARKS = (
-  " flores ",
-  " floresp ",
-  " floresv ",
-  " ntrex ",
-  " tico ",
-  " wmt news ",
-)
+_BENCHMARKS = [
+  f" {name} "
+  for name in ("flores", "floresp", "floresv", "ntrex", "tico", "wmt news")
+]
 _WORDS = {
   TRAIN: ("train", "training", "trainset"),
   TEST: ("test", "tests", "eval", "testdata"),

@@ -26,6 +26,7 @@ from basemt_jax.data import packing, pair_sample, permutation
 HEADER = "store.json"
 FORMAT = "basemt_jax row store"
 VERSION = 1
+_OPEN_ROWS = 32  # See `packing.RowLayout.pack`.
 
 PathLike = str | os.PathLike[str]
 
@@ -106,7 +107,6 @@ class RowStoreWriter:
     eos: bool = True,
     long_pairs: packing.LongPairs = "cut",
     chunk_pairs: int = 1 << 16,
-    open_rows: int = 32,
   ):
     """Opens the files, dropping what is not covered by a progress record.
 
@@ -133,7 +133,6 @@ class RowStoreWriter:
     self._eos = eos
     self._long_pairs = long_pairs
     self._chunk_pairs = chunk_pairs
-    self._open_rows = open_rows
     self._inputs = self._targets = packing.Ragged.of([])
     self._texts: list[Mapping[str, str]] = []
     self.stats = self._recover()
@@ -241,7 +240,7 @@ class RowStoreWriter:
       key = np.full(count, permutation.key_of("chunk", self._name, first))
       order = permutation.permuted(np.arange(count), size, key)
       inputs, targets = inputs.take(order), targets.take(order)
-    packed = self._layout.pack(inputs, targets, self._open_rows).tobytes()
+    packed = self._layout.pack(inputs, targets, _OPEN_ROWS).tobytes()
     lines = "".join(
       json.dumps(dict(text), ensure_ascii=False) + "\n" for text in texts
     ).encode()

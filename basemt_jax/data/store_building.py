@@ -50,39 +50,22 @@ def ensure_store(
   task_feature_lengths: Mapping[str, int],
   cache_dir: row_store.PathLike,
   *,
-  splits: Sequence[str] = SPLITS,
-  long_pairs: packing.LongPairs = "cut",
-  subwords: subword_sampling.SubwordSampling = _UNDRAWN,
   progress: Progress | None = None,
   verify: bool = True,
+  **packed: Any,
 ) -> row_store.RowStore:
-  """The store of a mixture, built at first use.
+  """The store of a mixture, built at first use in its `store_directory`.
 
-  Args:
-    mixture: a registered name, or a mixture or task.
-    task_feature_lengths: 'inputs' and 'targets'.
-    cache_dir: the store's folder in it is named after the mixture and the
-      fingerprint, so that changed data gets a store of its own.
-    splits: to build.
-    long_pairs: see `build_store`.
-    subwords: see `build_store`.
-    progress: see `build_store`.
-    verify: compare the files of a store that is there with their checksums.
-
-  Returns:
-    The open store.
+  `packed` are the options of `build_store` that decide what is in it.
   """
+  directory = store_directory(
+    mixture, task_feature_lengths, cache_dir, **packed
+  )
   return build_store(
-    mixture,
-    task_feature_lengths,
-    store_directory(
-      mixture, task_feature_lengths, cache_dir, splits, long_pairs, subwords
-    ),
-    splits=splits,
-    long_pairs=long_pairs,
-    subwords=subwords,
+    *(mixture, task_feature_lengths, directory),
     progress=progress,
     verify=verify,
+    **packed,
   )
 
 
@@ -90,13 +73,15 @@ def store_directory(
   mixture: mixtures.MixtureOrTask,
   task_feature_lengths: Mapping[str, int],
   cache_dir: row_store.PathLike,
-  splits: Sequence[str] = SPLITS,
-  long_pairs: packing.LongPairs = "cut",
-  subwords: subword_sampling.SubwordSampling = _UNDRAWN,
+  **packed: Any,
 ) -> pathlib.Path:
-  """Where `ensure_store` keeps a mixture's store, built or not."""
+  """Where `ensure_store` keeps a mixture's store, built or not.
+
+  Named after the mixture and the fingerprint, so that changed data gets a store
+  of its own.
+  """
   found = mixtures.get_mixture(mixture)
-  parts = fingerprint(found, task_feature_lengths, splits, long_pairs, subwords)
+  parts = fingerprint(found, task_feature_lengths, **packed)
   digest = _digest(json.dumps(parts, sort_keys=True).encode())
   name = re.sub(r"[^\w.-]", "-", found.name)
   return pathlib.Path(cache_dir) / f"{name}-{digest}"
@@ -111,7 +96,6 @@ def build_store(
   long_pairs: packing.LongPairs = "cut",
   subwords: subword_sampling.SubwordSampling = _UNDRAWN,
   progress: Progress | None = None,
-  overwrite: bool = False,
   verify: bool = False,
 ) -> row_store.RowStore:
   """Tokenises and packs every task of a mixture, direction by direction.
@@ -133,8 +117,7 @@ def build_store(
     subwords: which other versions of the training split there are.
     progress: called after every block with split, direction, pairs that are
       done, and pairs in all (None when not known).
-    overwrite: replace a store that was built from something else.
-    verify: see `ensure_store`.
+    verify: compare the files of a store that is there with their checksums.
 
   Returns:
     The open store.
@@ -170,7 +153,7 @@ def build_store(
     elif store:
       return store
     elif (directory / row_store.HEADER).exists():
-      _check_stale(directory, parts, overwrite)
+      _check_same(directory, parts)
     file = None if pieces.model is None else "vocabulary.model"
     if file:
       pieces.save(directory / file)
@@ -246,19 +229,15 @@ def _check_drawn(
       )
 
 
-def _check_stale(
-  directory: pathlib.Path, parts: Mapping[str, str], overwrite: bool
-) -> None:
-  """Removes what was built there from something else, or refuses to."""
+def _check_same(directory: pathlib.Path, parts: Mapping[str, str]) -> None:
+  """Refuses what was built there from something else."""
   header = row_store.read_header(directory)
   stale = _differences(header.get("fingerprint", {}), parts)
-  if stale and not overwrite:
+  if stale:
     raise ValueError(
       f"the row store in {directory} was built from something else (other "
       f"{', '.join(stale)}): delete it or choose another directory"
     )
-  if stale:
-    _remove_rows(directory)
 
 
 # Seconds in which a store is compared with its tasks, about, and at most.

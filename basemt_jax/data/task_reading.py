@@ -58,10 +58,8 @@ def read_task(
   Yields:
     Ids of both sides, and per pair `source`, `target` and `tagged_source`.
   """
-  if draw:
-    return _read_drawn(task, split, layout, skip, draw)
-  if is_of_texts(task):
-    return _read_texts(task, split, skip, texts, sampled)
+  if draw or is_of_texts(task):
+    return _read_texts(task, split, layout, skip, texts, sampled, draw)
   blocks = _read_tokens(task, split, layout, skip, texts)
   return _only_sample(blocks) if sampled else blocks
 
@@ -105,53 +103,37 @@ def _has_our_vocabulary(task: Any) -> bool:
 
 
 def _read_texts(
-  task: Any, split: str, skip: int, texts: bool, sampled: bool
+  task: Any,
+  split: str,
+  layout: packing.RowLayout,
+  start: int,
+  texts: bool,
+  sampled: bool,
+  draw: subword_sampling.Draw | None,
 ) -> Iterator[Block]:
   """Reads a task's texts and tokenises them here; arguments as `read_task`."""
   features = [task.output_features[name] for name in ("inputs", "targets")]
   pieces = vocabulary.Vocabulary.from_seqio(features[0].vocabulary)
-  pairs = itertools.islice(vocabulary.raw_pairs(task, split), skip, None)
-  start = 0
+  pairs = itertools.islice(vocabulary.raw_pairs(task, split), start, None)
   while block := list(itertools.islice(pairs, BLOCK)):
     if sampled:
       places = pair_sample.positions(start, start + len(block)) - start
       block = [block[i] for i in places]
-      start += BLOCK
     sources, targets = zip(*block, strict=True) if block else ((), ())
-    ids = [pieces.encode_batch(side) for side in (sources, targets)]
+    if draw:
+      ids = [
+        draw.sources(pieces, sources, start, layout.inputs),
+        draw.targets(pieces, targets, start, layout.targets),
+      ]
+    else:
+      ids = [pieces.encode_batch(side) for side in (sources, targets)]
+    start += BLOCK
     for side, feature in zip(ids, features, strict=True):
       if feature.add_eos:
         for sequence in side:
           sequence.append(packing.EOS_ID)
     inputs, outputs = map(packing.Ragged.of, ids)
     yield inputs, outputs, _texts(sources, targets) if texts else []
-
-
-def _read_drawn(
-  task: Any,
-  split: str,
-  layout: packing.RowLayout,
-  skip: int,
-  draw: subword_sampling.Draw,
-) -> Iterator[Block]:
-  """Reads a task's texts and draws their segmentations; as `read_task`."""
-  pieces = vocabulary.Vocabulary.from_seqio(
-    task.output_features["inputs"].vocabulary
-  )
-  eos = [task.output_features[side].add_eos for side in _SIDES]
-  pairs = itertools.islice(vocabulary.raw_pairs(task, split), skip, None)
-  while block := list(itertools.islice(pairs, BLOCK)):
-    sources, targets = zip(*block, strict=True)
-    sides = (
-      draw.sources(pieces, sources, skip, layout.inputs),
-      draw.targets(pieces, targets, skip, layout.targets),
-    )
-    inputs, outputs = (
-      packing.Ragged.of([ids + [packing.EOS_ID] * has_eos for ids in side])
-      for side, has_eos in zip(sides, eos, strict=True)
-    )
-    yield inputs, outputs, []
-    skip += len(block)
 
 
 def _read_tokens(

@@ -142,13 +142,11 @@ class Vocabulary:
       return [byte + _NUM_SPECIAL for byte in text.encode()]
     return self._pieces.encode(text)
 
-  def encode_batch(
-    self, texts: Sequence[str], num_threads: int = 1
-  ) -> list[list[int]]:
-    """`encode` of every text; several threads help SentencePiece only."""
+  def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+    """`encode` of every text."""
     if self._pieces is None:
       return [self.encode(text) for text in texts]
-    return self._pieces.encode(list(texts), num_threads=num_threads)
+    return self._pieces.encode(list(texts), num_threads=1)
 
   def sample_batch(
     self, texts: Sequence[str], alpha: float, seed: int
