@@ -15,6 +15,7 @@ import sys
 import numpy as np
 import pytest
 import seqio
+import simulated
 import tensorflow_datasets as tfds
 import toy
 
@@ -390,7 +391,7 @@ def test_two_devices_do_what_one_does(tmp_path):
     env={
       **os.environ,
       "PYTHONPATH": ".",
-      "XLA_FLAGS": os.environ["XLA_FLAGS"].replace("count=8", "count=2"),
+      "XLA_FLAGS": simulated.xla_flags(devices=2),
     },
     check=True,
   )

@@ -46,7 +46,7 @@ def write_run(directory, batch, losses, speed, hypotheses, search=None):
         *(scores.bleu, scores.chrf, "b", "c"),
       )
     ],
-    {"split": "test", "step": 400, "search": search or {"beam_size": 4}},
+    {"test_set": "test", "step": 400, "search": search or {"beam_size": 4}},
   )
   evaluation.write_translations(
     folder,

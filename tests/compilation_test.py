@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import simulated
 import toy
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -84,7 +85,7 @@ def in_own_process(code_or_flags, directory):
     cwd=ROOT,
     env={
       **{k: v for k, v in os.environ.items() if k != "TF_CPP_MIN_LOG_LEVEL"},
-      "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+      "XLA_FLAGS": simulated.xla_flags(devices=8),
       "TMPDIR": str(directory),
     },
     capture_output=True,

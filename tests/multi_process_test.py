@@ -15,6 +15,7 @@ import time
 import kill_test
 import numpy as np
 import pytest
+import simulated
 import toy
 
 from basemt_jax import checkpointing, cli, heating, sampling
@@ -55,9 +56,7 @@ class Group:
     self.environment = {
       **os.environ,
       "JAX_PLATFORMS": "cpu",
-      # Compiling takes longest.
-      "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} "
-      "--xla_backend_optimization_level=0",
+      "XLA_FLAGS": simulated.xla_flags(devices),
       "PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "tests"))),
       **environment,
     }

@@ -108,9 +108,9 @@ def text_data(count):
     )
 
   names = names_of(count)
-  example = text_report.Example(
-    *(HOSTILE, f"<2de> {HOSTILE}", "שלום"),
-    *(("<0xE1>", "</s>"), ("שלום", "</s>"), HOSTILE, "שלום"),
+  example = (
+    text_report.Shown(HOSTILE, f"<2de> {HOSTILE}", ("<0xE1>", "</s>"), HOSTILE),
+    text_report.Shown("שלום", "שלום", ("שלום", "</s>"), "שלום"),
   )
   return text_report.Data(
     "<title>",

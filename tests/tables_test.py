@@ -4,7 +4,7 @@ import io
 
 import pytest
 import rich.console
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from basemt_jax.inspection import tables
@@ -66,6 +66,7 @@ WIDE = tables.Table(
 )
 
 
+@settings(deadline=None)
 @given(st.integers(40, 200))
 def test_every_number_is_whole_at_any_width(width):
   shown = lines(WIDE, width)

@@ -22,16 +22,12 @@ from basemt_jax import metrics
 
 @dataclasses.dataclass(frozen=True)
 class Tracker:
-  """A place for metrics, out of a library's functions.
+  """A place for metrics, out of a library's functions."""
 
-  Attributes:
-    write_scalars: (step, values by name or tag).
-    flush: writes out what is buffered.
-    close: ends files and connections; nothing is written afterwards.
-  """
-
+  # (step, values by name or tag)
   write_scalars: Callable[[int, Mapping[str, float]], Any]
-  flush: Callable[[], Any] = lambda: None
+  flush: Callable[[], Any] = lambda: None  # writes out what is buffered
+  # ends files and connections; nothing is written afterwards
   close: Callable[[], Any] = lambda: None
 
 

@@ -68,7 +68,9 @@ class Compared:
 def compare(
   model_dirs: Sequence[pathlib.Path], num_samples: int = 1000
 ) -> list[Compared]:
-  """Reads runs and compares them with the first; the bootstrap's so often.
+  """Reads runs and compares them with the first.
+
+  Differences are tested on so many samples of the sentences.
 
   Raises:
     ValueError: a directory that holds nothing of a run.

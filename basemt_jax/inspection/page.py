@@ -68,17 +68,17 @@ def print_sections(sections: Sequence[Section]) -> None:
 
 def _example(example: text_report.Example) -> list[dict[str, Any]]:
   """Lines of a pair: label, text, and for tokens their pieces."""
-  lines: list[dict[str, Any]] = [{"label": "source", "text": example.source}]
-  for label, side, text in (
-    ("tagged", "source", example.tagged),
-    ("target", "target", example.target),
+  lines: list[dict[str, Any]] = [{"label": "source", "text": example[0].text}]
+  for label, side, own in (
+    ("tagged", "source", example[0]),
+    ("target", "target", example[1]),
   ):
-    pieces = getattr(example, f"{side}_pieces")
-    decoded = getattr(example, f"{side}_decoded")
+    tokens = {"text": " ".join(own.pieces), "pieces": own.pieces}
+    differs = own.decoded != own.tagged
     lines += [
-      {"label": label, "text": text},
-      {"label": f"{side} tokens", "text": " ".join(pieces), "pieces": pieces},
-      {"label": "decoded", "text": decoded, "differs": decoded != text},
+      {"label": label, "text": own.tagged},
+      {"label": f"{side} tokens", **tokens},
+      {"label": "decoded", "text": own.decoded, "differs": differs},
     ]
   return lines
 

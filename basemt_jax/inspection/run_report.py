@@ -100,7 +100,9 @@ def inspect_run(
   console: run_lib.Console,
   which: str | int = "latest",
 ) -> RunReport:
-  """Looks at a run's model directory, and its 'latest', 'best' or any step.
+  """Looks at a run's model directory.
+
+  The checkpoint is the 'latest', the 'best', or that of a step.
 
   Raises:
     ValueError: no checkpoints, no such one, or they are of another model.

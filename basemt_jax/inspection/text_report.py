@@ -53,17 +53,16 @@ class Options:
 
 
 @dataclasses.dataclass(frozen=True)
-class Example:
-  """A training pair as the model gets it."""
+class Shown:
+  """A side of a training pair as the model gets it."""
 
-  source: str  # without the tag
-  tagged: str  # source with the tag
-  target: str
-  # tokens as text, EOS and tag included, not cut
-  source_pieces: tuple[str, ...]
-  target_pieces: tuple[str, ...]  # likewise
-  source_decoded: str  # text that the ids, cut to the limit, stand for
-  target_decoded: str  # likewise
+  text: str  # without the tag
+  tagged: str
+  pieces: tuple[str, ...]  # tokens as text, EOS and tag included, not cut
+  decoded: str  # text that the ids, cut to the limit, stand for
+
+
+Example = tuple[Shown, Shown]  # Source and target.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -360,25 +359,24 @@ def _examples(
   """Some pairs, spread evenly over a block."""
   count = min(count, len(records))
   examples = []
-  for i in ((2 * j + 1) * len(records) // (2 * count) for j in range(count)):
-    pieces, decoded = [], []
-    for side, ids in zip(sides, (inputs, targets), strict=True):
+  for j in range(count):
+    i = (2 * j + 1) * len(records) // (2 * count)
+    pair = []
+    for side, ids, text, tagged in (
+      (sides[0], inputs, "source", "tagged_source"),
+      (sides[1], targets, "target", "target"),
+    ):
       own = ids.take(np.array([i]))
       cut, _ = own.truncate(side.limit, eos=True)
-      pieces.append(tuple(side.pieces.piece(t) for t in own.values.tolist()))
-      decoded.append(side.pieces.decode(cut.values.tolist()))
-    record = records[i]
-    examples.append(
-      Example(
-        record["source"],
-        record["tagged_source"],
-        record["target"],
-        pieces[0],
-        pieces[1],
-        decoded[0],
-        decoded[1],
+      pair.append(
+        Shown(
+          records[i][text],
+          records[i][tagged],
+          tuple(side.pieces.piece(t) for t in own.values.tolist()),
+          side.pieces.decode(cut.values.tolist()),
+        )
       )
-    )
+    examples.append((pair[0], pair[1]))
   return examples
 
 

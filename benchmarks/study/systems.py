@@ -85,7 +85,11 @@ SYSTEMS: dict[str, System] = {
     router=routing.BalancedRouter(prices_at_test=False), placement="insert"
   ),
   "recommended": System(
-    schedule="there_and_back", top=3.0, end=1.5, heating_share=0.2
+    schedule="there_and_back",
+    top=3.0,
+    end=1.5,
+    heating_share=0.2,
+    learning_rate=6e-3,
   ),
   "dense_heated": System("dense", schedule="linear", **_DENSE),
 }
