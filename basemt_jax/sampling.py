@@ -132,8 +132,8 @@ class Strategy:
       rows: [N] packed rows; `pairs` where nothing is packed.
       batch_size: rows of a global batch.
       meant: which of the directions a name in `joins` and `sizes` means, such
-        as `languages.meant`, which knows every spelling; None: those that are
-        spelled so.
+        as `languages.meant`, which knows every spelling; None: the direction
+        of that very name.
 
     Raises:
       ValueError: names that no direction has, directions without a size, no
@@ -367,10 +367,15 @@ def _cap(
 ) -> np.ndarray | None:
   """Multipliers under which no direction is drawn more than its limit.
 
-  Of logarithms of weights [G, N], -inf for 0, draws with each row of them [G],
-  and limits [N] above 0: [N] in (0, 1], such that with the expected draws d_i =
-  sum_g draws_g softmax(logs_g + log c)_i, either c_i = 1 and d_i <= limits_i,
-  or d_i = limits_i. None where there are none, or not to the tolerance.
+  Args:
+    logs: [G, N] logarithms of weights, -inf for 0.
+    draws: [G] draws with each row of weights.
+    limits: [N] above 0.
+
+  Returns:
+    [N] in (0, 1]: with the expected draws d_i = sum_g draws_g softmax(logs_g +
+    log c)_i, either c_i = 1 and d_i <= limits_i, or d_i = limits_i. None where
+    there are none, or not to the tolerance.
   """
   x = np.zeros(len(limits))
   capped = np.zeros(len(limits), bool)
