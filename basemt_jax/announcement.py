@@ -17,16 +17,12 @@ def lines(
 ) -> list[str]:
   """Data, lengths, vocabulary, network, phases, schedules and places.
 
-  Args:
-    run: The run.
-    store: Its rows.
-    program: Of its last phase.
+  Of a run, its rows, and the program of its last phase.
   """
   return [
     *_data(run, store),
     _lengths(store),
-    f"vocabulary  {store.vocab_size:,} "
-    + ("bytes" if store.vocabulary_kind == "bytes" else "SentencePiece pieces"),
+    f"vocabulary  {_vocabulary(store)}",
     f"network     {_network(run, program)}",
     f"training    {_training(run)}",
     f"sampling    {_sampling(run)}",
@@ -37,9 +33,8 @@ def lines(
 def parameters(params: Any, num_experts: int) -> tuple[int, int]:
   """Numbers of parameters: all, and those that a token passes through.
 
-  Args:
-    params: A tree of arrays or of their shapes.
-    num_experts: E; each layer of experts sends a token through one.
+  Of a tree of arrays or shapes; each layer of E experts sends a token through
+  one.
   """
   total = active = 0
   for path, leaf in jax.tree_util.tree_leaves_with_path(params):
@@ -97,14 +92,23 @@ def _lengths(store: row_store.RowStore) -> str:
   )
 
 
+def _vocabulary(store: row_store.RowStore) -> str:
+  kind = store.vocabulary_kind
+  pieces = "bytes" if kind == "bytes" else "SentencePiece pieces"
+  subwords = store.fingerprint.get("subwords")
+  drawn = f", drawn anew for repeated text ({subwords})" if subwords else ""
+  return f"{store.vocab_size:,} {pieces}{drawn}"
+
+
 def _network(run: run_lib.Run, program: steps.Program) -> str:
   config = program.model.config
+  blocks = *config.encoder_expert_blocks, *config.decoder_expert_blocks
   is_sparse = config.feed_forward == "experts"
   total, active = parameters(
     program.shapes.params, config.num_experts if is_sparse else 1
   )
   experts = (
-    f", {config.num_experts} experts in {_layers(config)} of the blocks"
+    f", {config.num_experts} experts in {len(blocks)} of the blocks"
     if is_sparse
     else ""
   )
@@ -113,10 +117,6 @@ def _network(run: run_lib.Run, program: steps.Program) -> str:
     f"width {config.emb_dim}{experts}; {total:,} parameters, {active:,} for a "
     "token"
   )
-
-
-def _layers(config: Any) -> int:
-  return len(config.encoder_expert_blocks) + len(config.decoder_expert_blocks)
 
 
 def _training(run: run_lib.Run) -> str:

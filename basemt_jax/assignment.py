@@ -25,7 +25,6 @@ step 4 the slots are a one-to-one map of tokens whatever the scores were.
 """
 
 import functools
-import math
 from typing import NamedTuple
 
 import jax
@@ -191,13 +190,9 @@ def _typical(row_values: jax.Array, mask: jax.Array) -> jax.Array:
 def _normalise(values: jax.Array, mask: jax.Array) -> _Scores:
   """Centres tokens by their maximum, experts by a robust mean; unit spread.
 
-  Subtracting an expert's mean changes the prices only. It matters because
-  features with a large common part give every expert an offset that dwarfs
-  what tells the tokens apart.
-
-  Args:
-    values: [E, S] finite scores.
-    mask: [S] bool.
+  Of finite scores [E, S] and mask [S]. Subtracting an expert's mean changes the
+  prices only. It matters because features with a large common part give every
+  expert an offset that dwarfs what tells the tokens apart.
   """
   inverse_experts = 1.0 / values.shape[0]
   values = values - jnp.max(values, axis=0, keepdims=True)
@@ -314,13 +309,9 @@ def _order(
   """Tokens by expert, and within an expert by falling gain.
 
   Expert, gain and token are packed in one 32-bit key where the gain keeps at
-  least 8 bits, because sorting single keys is several times faster. The gain is
-  rounded most finely near zero, where the order matters.
-
-  Args:
-    choice: [S] int32, E on padding.
-    gain: [S], what the token would lose by moving, in units of the spread.
-    num_experts: E.
+  least 8 bits, because sorting single keys is several times faster. The gain,
+  what a token would lose by moving, is rounded most finely near zero, where the
+  order matters. On padding `choice` [S] is E.
 
   Returns:
     The tokens in order, and their experts; [S] int32 each.
@@ -449,10 +440,9 @@ def _movable(
 def _slots(
   choice: _Choice, settled: jax.Array, tokens: jax.Array, capacity: int
 ) -> tuple[jax.Array, jax.Array]:
-  """Settled tokens by rank, the window's after them; -1 for all others.
+  """Slots [S] int32 and those taken of each expert, [E] int32.
 
-  Returns:
-    [S] int32; and the slots taken of each expert, [E] int32.
+  Settled tokens come by rank, the window's after them; all others have -1.
   """
   num_tokens, num_experts = choice.order.shape[0], settled.shape[0]
   experts = jnp.arange(num_experts, dtype=jnp.int32)
@@ -475,8 +465,3 @@ def _slots(
   )
   taken = settled + jnp.sum(filled, axis=1, dtype=jnp.int32)
   return slot, jnp.minimum(taken, capacity)
-
-
-def capacity_of(num_tokens: int, num_experts: int) -> int:
-  """The slots C of an expert for a group of `num_tokens` tokens."""
-  return math.ceil(num_tokens / num_experts)

@@ -4,7 +4,6 @@ Averaging the last checkpoints of a run is worth a few tenths of BLEU
 (Vaswani et al., arXiv:1706.03762, section 6.1).
 """
 
-import contextlib
 import pathlib
 import shutil
 
@@ -31,14 +30,9 @@ def average(
 ) -> list[int]:
   """Writes a model whose weights are the mean of several checkpoints'.
 
-  Everything else (prices of experts, optimizer, place in the data) is the
+  They are the last of a run, dense or sparse, or those with the lowest dev
+  loss. Everything else (prices of experts, optimizer, place in the data) is the
   newest one's, whose step it has.
-
-  Args:
-    model_dir: Of a run, dense or sparse.
-    output: The new model directory.
-    count: How many checkpoints.
-    is_best: Those with the lowest dev loss, rather than the last.
 
   Returns:
     The steps of the checkpoints, rising.
@@ -48,18 +42,12 @@ def average(
       from after it, or the new directory holds checkpoints already.
   """
   with (
-    contextlib.closing(
-      checkpointing.Checkpoints(model_dir, read_only=True)
-    ) as source,
+    checkpointing.Checkpoints(model_dir, read_only=True) as source,
     locking.only_writer(output, "the model directory"),
   ):
     steps = _chosen(source, count, is_best)
-    with contextlib.closing(checkpointing.Checkpoints(output)) as target:
-      if target.latest_step() is not None:
-        raise ValueError(
-          f"{output} already holds checkpoint_{target.latest_step()}; choose "
-          "an empty directory"
-        )
+    with checkpointing.Checkpoints(output) as target:
+      target.check_empty()
       tree = _mean(source, steps)
       for name in _FILES:
         if (pathlib.Path(model_dir) / name).exists():

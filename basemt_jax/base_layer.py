@@ -214,16 +214,12 @@ class BaseLayer(nn.Module):
           f"the mesh has the axes {tuple(mesh.axis_names)}; BaseLayer needs "
           "data, expert and model, of size 1 where not used"
         )
-      if self.num_experts % mesh.shape["expert"]:
-        raise ValueError(
-          f"num_experts is {self.num_experts}, but the mesh's expert axis has "
-          f"{mesh.shape['expert']} devices; use a multiple of that"
-        )
-      if self.mlp_dim % mesh.shape["model"]:
-        raise ValueError(
-          f"mlp_dim is {self.mlp_dim}, but the mesh's model axis has "
-          f"{mesh.shape['model']} devices; use a multiple of that"
-        )
+      for name, axis in (("num_experts", "expert"), ("mlp_dim", "model")):
+        if getattr(self, name) % mesh.shape[axis]:
+          raise ValueError(
+            f"{name} is {getattr(self, name)}, but the mesh's {axis} axis has "
+            f"{mesh.shape[axis]} devices; use a multiple of that"
+          )
       if mesh.size == 1:
         mesh = None
     return experts.Settings(
@@ -236,13 +232,10 @@ class BaseLayer(nn.Module):
 
 
 def rows_in_group(batch: int, wanted: int, devices: int) -> int:
-  """Rows of the groups that a training batch is routed in.
+  """Rows of the groups that a training batch of B rows is routed in.
 
-  Args:
-    batch: B.
-    wanted: Rows that compete for experts together; fewer on one device whose
-      batch is smaller.
-    devices: Of the mesh axes data x expert.
+  As many as wanted; on one device fewer where the batch is smaller. `devices`
+  are those of the mesh axes data x expert.
 
   Raises:
     ValueError: Groups would not lie on one device each.

@@ -43,11 +43,8 @@ def state_dict(
 ) -> dict[str, Any]:
   """The nested dictionary T5X stores for the same train state.
 
-  Args:
-    params: Nested dict of parameters.
-    opt_state: The Optax state; its empty parts are left out, as in T5X.
-    step: Training step, int32 [].
-    mutables: Other collections by name (`prices`); may be empty.
+  Of the Optax state its empty parts are left out, as in T5X; `mutables` are the
+  other collections by name (`prices`), and may be empty.
   """
   param_states = serialization.to_state_dict(opt_state)
   flat = traverse_util.flatten_dict(param_states, sep="/")
@@ -90,7 +87,7 @@ class _Manager(ocp.CheckpointManager):
 
 
 class Checkpoints:
-  """The checkpoints of one model directory.
+  """The checkpoints of one model directory; closed at the end of `with`.
 
   With several processes all of them call the same functions in the same order,
   and write their parts of one checkpoint into the one directory. Orbax then has
@@ -141,7 +138,14 @@ class Checkpoints:
     if not read_only:
       processes.in_turn(self._set_damaged_aside)
     try:
-      self._idle_manager = self._opened(options)
+      self._idle_manager = _Manager(
+        epath.Path(self.directory).absolute(),
+        options=options,
+        item_handlers={
+          "state": ocp.PyTreeCheckpointHandler(),
+          "position": ocp.JsonCheckpointHandler(),
+        },
+      )
     except Exception as error:  # Orbax reads all metrics.
       there = self._steps_there()
       bad = [n for n in there if self.damage(n)]
@@ -155,16 +159,6 @@ class Checkpoints:
     self._thread = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
     self._start: concurrent.futures.Future[Any] | None = None
     self._room: dict[int, bool] = {}
-
-  def _opened(self, options: ocp.CheckpointManagerOptions) -> _Manager:
-    return _Manager(
-      epath.Path(self.directory).absolute(),
-      options=options,
-      item_handlers={
-        "state": ocp.PyTreeCheckpointHandler(),
-        "position": ocp.JsonCheckpointHandler(),
-      },
-    )
 
   def _seal(self) -> None:
     """Adds checksums to a checkpoint that is complete but for its name."""
@@ -456,6 +450,14 @@ class Checkpoints:
     with self._writing():
       manager.wait_until_finished()
 
+  def check_empty(self) -> None:
+    """Refuses to add a checkpoint to others."""
+    if self.latest_step() is not None:
+      raise ValueError(
+        f"{self.directory} already holds checkpoint_{self.latest_step()}; "
+        "choose an empty directory"
+      )
+
   def close(self) -> None:
     """Waits, then frees the background threads."""
     try:
@@ -463,6 +465,12 @@ class Checkpoints:
     finally:
       self._idle_manager.close()
       self._thread.shutdown()
+
+  def __enter__(self) -> "Checkpoints":
+    return self
+
+  def __exit__(self, *exception: object) -> None:
+    self.close()
 
 
 def _first_line(error: BaseException) -> str:

@@ -65,13 +65,10 @@ def bytes_checksum(data: bytes) -> str:
 
 
 def seal(directory: str | os.PathLike[str], but: Container[str] = ()) -> None:
-  """Writes the checksums of all files that a finished directory holds.
+  """Writes the checksums of all files of a directory that will not change.
 
-  Files whose names begin with a dot (locks, half-written ones) do not count.
-
-  Args:
-    directory: whose files will not change any more.
-    but: names of those that will.
+  But for those named, and those whose names begin with a dot (locks,
+  half-written ones).
   """
   root = pathlib.Path(directory)
   names = sorted(
@@ -82,9 +79,7 @@ def seal(directory: str | os.PathLike[str], but: Container[str] = ()) -> None:
     and not _is_left_out(path.relative_to(root))
   )
   sums = _all(root, names)
-  files.write_atomically(
-    root / FILE, files.json_text({"method": _METHOD, "files": sums})
-  )
+  files.write_json(root / FILE, {"method": _METHOD, "files": sums})
 
 
 def _is_left_out(path: pathlib.Path) -> bool:
@@ -106,8 +101,7 @@ def is_sealed(directory: str | os.PathLike[str]) -> bool:
 def damage(directory: str | os.PathLike[str]) -> list[str]:
   """What of a sealed directory is missing or differs, a phrase for each file.
 
-  Returns:
-    None at all for a directory that is whole, or was never sealed.
+  Nothing of a directory that is whole, or was never sealed.
   """
   root = pathlib.Path(directory)
   try:

@@ -28,6 +28,7 @@ Array = jax.Array
 Tree = Any
 
 TOLERANCE = 1e-5
+_K_MEANS_STEPS = 10
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,14 +145,10 @@ def convert_params(
   rules: Sequence[Rule],
   options: Options | None = None,
 ) -> Tree:
-  """Sparse parameters from dense ones.
+  """Sparse parameters from dense ones, both nested dictionaries.
 
-  Args:
-    dense: Nested dict of the dense parameters.
-    sparse: Nested dict of freshly initialised sparse parameters, which new
-      parameters keep.
-    rules: See `Rule`.
-    options: `reinitialise`, `noise` and `seed` apply here.
+  New parameters keep what they are initialised with in `sparse`; of the options
+  `reinitialise`, `noise` and `seed` apply.
 
   Returns:
     Nested dict shaped like `sparse`.
@@ -232,18 +229,10 @@ def convert_opt_state(
 ) -> Tree:
   """The sparse model's optimizer state, with the dense moments carried over.
 
-  Works on any Optax state: a leaf below a path that ends in a parameter's
-  path follows that parameter's rule. Leaves whose shape does not fit (factored
-  moments of small matrices, moments of new parameters) start anew; leaves of
-  no parameter (counts) are copied.
-
-  Args:
-    dense: Optax state of the dense model.
-    fresh: Optax state of the sparse model, as initialised.
-    rules: As for the parameters.
-
-  Returns:
-    State shaped like `fresh`.
+  Works on any Optax state: a leaf below a path that ends in a parameter's path
+  follows that parameter's rule. Leaves whose shape does not fit (factored
+  moments of small matrices, moments of new parameters) start anew, as in
+  `fresh`; leaves of no parameter (counts) are copied.
   """
   flat_dense = _flat_state(dense)
   flat = {}
@@ -287,19 +276,12 @@ def cluster_centroids(
   variables: Tree,
   batch: dict[str, Array],
   options: Options,
-  iterations: int = 10,
 ) -> dict[str, np.ndarray]:
-  """Expert centroids from the tokens that reach each layer of experts.
+  """Expert centroids from a batch's tokens that reach each layer of experts.
 
   Spherical k-means (Dhillon & Modha, 2001) over the layer's inputs, centred,
-  so that a direction all tokens share does not count.
-
-  Args:
-    model: The sparse Transformer.
-    variables: Its variables after `convert_params`.
-    batch: One training batch.
-    options: `seed` picks the first centroids.
-    iterations: Of k-means.
+  so that a direction all tokens share does not count. `variables` are those of
+  the sparse model after `convert_params`; `options.seed` picks the first ones.
 
   Returns:
     By path of the centroids' parameter: [E, D] float32, rows of norm
@@ -321,19 +303,19 @@ def cluster_centroids(
     tokens /= np.linalg.norm(tokens, axis=-1, keepdims=True) + 1e-9
     flat = traverse_util.flatten_dict(variables["params"], sep="/")
     centroids[path] = base_layer.CONVERTED_NORM * _spherical_k_means(
-      tokens, flat[path].shape[0], iterations, options.seed
+      tokens, flat[path].shape[0], options.seed
     )
   return centroids
 
 
 def _spherical_k_means(
-  tokens: np.ndarray, clusters: int, iterations: int, seed: int
+  tokens: np.ndarray, clusters: int, seed: int
 ) -> np.ndarray:
   """Unit centroids [clusters, D] of unit tokens [T, D]."""
   draw = np.random.RandomState(seed)  # A stream NumPy keeps for ever.
   replace = len(tokens) < clusters
   centroids = tokens[draw.choice(len(tokens), clusters, replace=replace)]
-  for _ in range(iterations):
+  for _ in range(_K_MEANS_STEPS):
     nearest = np.argmax(tokens @ centroids.T, axis=1)
     for i in range(clusters):
       members = tokens[nearest == i]
@@ -348,22 +330,10 @@ def relative_error(
 ) -> Array:
   """Largest difference of logits of real tokens, relative to the largest.
 
-  Args:
-    dense_logits: [B, L, V] float32.
-    sparse_logits: [B, L, V] float32.
-    weights: [B, L], 0 on padding.
-
-  Returns:
-    [] float32.
+  Of logits [B, L, V] float32 and weights [B, L], 0 on padding; [] float32.
   """
   is_real = weights[..., None] > 0
   error = jnp.max(
     jnp.where(is_real, jnp.abs(sparse_logits - dense_logits), 0.0)
   )
   return error / jnp.max(jnp.where(is_real, jnp.abs(dense_logits), 0.0))
-
-
-def replace_leaves(tree: Tree, leaves: dict[str, Any]) -> Tree:
-  """The tree with some leaves, named by path, replaced."""
-  flat = traverse_util.flatten_dict(tree, sep="/")
-  return traverse_util.unflatten_dict({**flat, **leaves}, sep="/")

@@ -136,18 +136,8 @@ def sample(
   """Draws hypotheses independently, token by token.
 
   What is drawn for a source depends on the seed, the source's number and its
-  logits: not on the batch, nor on the devices.
-
-  Args:
-    tokens_to_logits: See the module; N = B * num_samples.
-    cache: The first step's cache, of N rows (`repeat_for_beams`).
-    limits: [B], see `greedy_search`.
-    max_length: L, static.
-    sampling: How to draw.
-    numbers: [B] int32, of the sources.
-    num_samples: K.
-    alpha: Exponent of the length penalty in the scores.
-    prefixes: [B, L], see `greedy_search`.
+  logits: not on the batch, nor on the devices. K is `num_samples`, N = B * K,
+  and `numbers` [B] int32 are the sources'; the rest is as in `greedy_search`.
 
   Returns:
     Hypotheses in the order in which they were drawn; some may be equal. Scores
@@ -203,15 +193,8 @@ def _one_by_one(
 ) -> tuple[Array, Array]:
   """Extends N sequences by a token each until all have ended.
 
-  Args:
-    tokens_to_logits: See `greedy_search`, as the next five, with N for B.
-    cache: Of N rows.
-    limits: [N].
-    max_length: L.
-    alpha: Of the scores.
-    prefixes: [N, L] or None.
-    choose: Log-probabilities [N, V], -inf where a token may not follow, and
-      the step to tokens [N].
+  `choose` takes log-probabilities [N, V], -inf where a token may not follow,
+  and the step, and gives tokens [N]; the rest is as in `greedy_search`.
 
   Returns:
     Ids [N, L] int32 and scores [N] float32.
@@ -413,13 +396,9 @@ def _best_extensions(
   The best of every beam come first, so that rounding of summed
   log-probabilities cannot change the order within a beam.
 
-  Args:
-    choices: [B * K, V] float32 log-probabilities of tokens.
-    live_log_probs: [B, K] float32.
-
   Returns:
-    Beam, token (int32) and log-probability (float32), each [B, 2K] (fewer
-    where V < 2), most probable first.
+    Beam, token (int32) and log-probability (float32), each [B, 2K] (fewer where
+    V < 2), most probable first, of choices [B * K, V] and prefixes [B, K].
   """
   batch, beam_size = live_log_probs.shape
   width = min(2 * beam_size, choices.shape[-1])

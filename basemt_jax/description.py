@@ -133,16 +133,14 @@ def write(
   if pieces.model is not None:
     files.write_atomically(root / VOCABULARY_FILE, pieces.model)
   values = description.to_json()
-  files.write_atomically(
+  files.write_json(
     root / FILE,
-    files.json_text(
-      {
-        "format": _FORMAT,
-        "version": _VERSION,
-        "checksum": _checksum(values),
-        "description": values,
-      }
-    ),
+    {
+      "format": _FORMAT,
+      "version": _VERSION,
+      "checksum": _checksum(values),
+      "description": values,
+    },
   )
 
 
@@ -235,11 +233,7 @@ def _pieces(
 def differences(
   old: Description, new: Description
 ) -> tuple[list[str], list[str]]:
-  """What a run that goes on would do otherwise, in words.
-
-  Returns:
-    What it may not, and what it may.
-  """
+  """What a run that goes on may not do otherwise, and what it may, in words."""
   before, after = old.to_json(), new.to_json()
   both = before.keys() & after.keys()
   refused, told = _differences(
@@ -256,12 +250,7 @@ def differences(
 def check_network(
   known: Description, network: Mapping[str, Any], directory: str
 ) -> None:
-  """Refuses to use a model as another network than was trained.
-
-  Args:
-    known: what was trained.
-    network: as it is configured now, as plain data.
-    directory: of the model, for the error.
+  """Refuses to use a model as another network, as plain data, than was trained.
 
   Raises:
     ValueError: naming what differs.

@@ -82,15 +82,11 @@ class Draw:
 def draws_of(
   found: list[tuple[Array, Callable]], params: Tree
 ) -> dict[Path, Draw] | None:
-  """How every parameter comes to be.
+  """How every parameter of `Module.init` comes to be, by path.
 
-  Args:
-    found: What `recording` kept.
-    params: The parameters that `Module.init` gave in the same trace.
-
-  Returns:
-    By path; or None if some have another initialiser than `Initializer`, so
-    that all must be drawn by `Module.init` itself.
+  `found` is what `recording` kept in the same trace. None if some parameters
+  have another initialiser than `Initializer`, so that `Module.init` must draw
+  all.
   """
   order = {id(value): i for i, (value, _) in enumerate(found)}
   paths = {
@@ -111,13 +107,9 @@ def draws_of(
 def drawn(
   draws: Mapping[Path, Draw], shapes: Tree, shardings: Tree, key: Array
 ) -> dict[Path, Array]:
-  """The parameters of some paths.
+  """The parameters that `draws` has, for the key of an initialisation.
 
-  Args:
-    draws: By path, of `record`.
-    shapes: All parameters' shapes and types.
-    shardings: Where they lie.
-    key: Of the initialisation.
+  Shapes, types and shardings are trees of all parameters.
   """
   shapes, shardings = map(traverse_util.flatten_dict, (shapes, shardings))
 

@@ -59,13 +59,9 @@ def has_mecab(writing: str) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class Scores:
-  """Corpus scores of translations into one language.
+  """Corpus scores of translations into one language, 0 to 100.
 
-  Attributes:
-    bleu: 0 to 100.
-    chrf: chrF++, 0 to 100.
-    bleu_signature: How BLEU was computed.
-    chrf_signature: How chrF++ was computed.
+  Each with sacreBLEU's signature, which says how it was computed.
   """
 
   bleu: float
@@ -124,14 +120,8 @@ def paired_bootstrap(
   """Tests whether a system translates better or worse than a baseline.
 
   Koehn, "Statistical Significance Tests for Machine Translation Evaluation"
-  (EMNLP 2004), as sacreBLEU implements it (seed: SACREBLEU_SEED or 12345).
-
-  Args:
-    baseline: Its hypotheses.
-    system: The hypotheses to compare, of the same sentences.
-    references: One for each sentence.
-    language: The target language.
-    num_samples: Bootstrap samples.
+  (EMNLP 2004), as sacreBLEU implements it (seed: SACREBLEU_SEED or 12345). Both
+  are hypotheses of the same sentences, each of which has a reference.
 
   Returns:
     BLEU's and chrF++'s result.
@@ -175,16 +165,10 @@ def bootstrap_scores(
   language: str,
   num_samples: int = 1000,
 ) -> dict[str, np.ndarray]:
-  """Scores of resampled sentences, the same ones for every system.
+  """Scores of K resamples of sentences, the same ones for every system.
 
   So the differences of two systems are those of a paired bootstrap, and can be
   averaged over directions before they are tested.
-
-  Args:
-    hypotheses: A system's.
-    references: One for each.
-    language: The target language.
-    num_samples: K, bootstrap samples.
 
   Returns:
     'bleu' and 'chrf': float64 [K].
@@ -319,14 +303,13 @@ def translate_texts(
   prefixes: Sequence[str] = (),
   first: int = 0,
 ) -> list[list[tuple[float, str]]]:
-  """Translates lines of text.
+  """Translates lines of text; blank ones to blank ones.
 
   Args:
     translator: The model.
     vocabulary: Of the model.
-    texts: Lines. Blank ones translate to blank ones.
-    tag: Puts around a line what asks for the language wanted; nothing unless
-      given.
+    texts: Lines.
+    tag: Puts around a line what asks for the language wanted.
     progress: See `Translator.translate`.
     prefixes: What the translation of each begins with, whole words.
     first: Number of the first line, of all that are translated with a seed.
@@ -362,15 +345,8 @@ def evaluate(
   """Translates and scores all directions.
 
   The sentences of all directions are translated together, in batches of like
-  length, so that many small directions cost no more than a large one.
-
-  Args:
-    translator: The model.
-    vocabulary: Of the model.
-    texts: The directions.
-    losses: Loss of each direction, where known (nats per target token).
-    thresholds: Of the bands.
-    progress: See `Translator.translate`.
+  length, so that many small directions cost no more than a large one. Losses,
+  in nats per target token, are added where they are known.
 
   Returns:
     Results and translations, most training pairs first. A direction without
@@ -466,10 +442,8 @@ class Mean:
   metrics: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
 
-def summarise(
-  results: Sequence[DirectionResult], pivot: str = "en"
-) -> list[Mean]:
-  """Means per band, from and to the pivot language, and of all directions.
+def summarise(results: Sequence[DirectionResult]) -> list[Mean]:
+  """Means per band, from and to English, and of all directions.
 
   Only directions that were measured count, each the same; groups without any
   are left out.
@@ -479,11 +453,11 @@ def summarise(
     name: [r for r in results if r.band == name] for name in languages.BANDS
   }
   directions = [languages.Direction.parse(r.direction) for r in results]
-  for side, name in enumerate((f"{pivot}->xx", f"xx->{pivot}")):
+  for side, name in enumerate(("en->xx", "xx->en")):
     groups[name] = [
       r
       for r, direction in zip(results, directions, strict=True)
-      if direction[side].fits(pivot)
+      if direction[side].fits("en")
     ]
   groups["all"] = list(results)
   return [
@@ -515,10 +489,7 @@ def scalars(
 ) -> dict[str, float]:
   """BLEU, chrF++ and others of means and directions by a metric's full name.
 
-  Args:
-    split: 'dev' or 'test'.
-    results: of the directions.
-    means: of the groups.
+  Of split 'dev' or 'test'.
   """
   rows = [(m.name, m) for m in means] + [(r.direction, r) for r in results]
   return {
@@ -551,7 +522,6 @@ def write_scores(
   path: str | os.PathLike[str],
   results: Sequence[DirectionResult],
   extra: Mapping[str, Any] | None = None,
-  pivot: str = "en",
 ) -> None:
   """Writes results and means, atomically; values that are not finite as null.
 
@@ -559,14 +529,13 @@ def write_scores(
     path: The file. Its folder is made.
     results: In the order to write.
     extra: More entries (checkpoint, step, search options).
-    pivot: See `evaluation.summarise`.
   """
   contents = {
     **(extra or {}),
     "directions": [dataclasses.asdict(r) for r in results],
-    "means": [dataclasses.asdict(m) for m in summarise(results, pivot)],
+    "means": [dataclasses.asdict(m) for m in summarise(results)],
   }
-  files.write_atomically(path, files.json_text(contents))
+  files.write_json(path, contents)
 
 
 def write_translations(

@@ -132,12 +132,7 @@ class _Sublayer(nn.Module):
 class Experts(nn.Module):
   """Parameters of all experts, with a leading expert axis.
 
-  Attributes:
-    num_experts: E.
-    mlp_dim: F.
-    num_sublayers: Of an expert.
-    num_inputs: Matrices to the hidden units, one for each activation.
-    zero_init_output: Start with zero output weights.
+  Each has sublayers with a matrix to the hidden units for each activation.
   """
 
   num_experts: int
@@ -415,13 +410,8 @@ def _scan(
 ) -> jax.Array:
   """Changes [R, M, D] of the blocks in turn: plain JAX, for any platform.
 
-  Args:
-    settings: The layer's.
-    rows: [R, M, D] in the compute type, the rows of R blocks.
-    block_expert: [R] int32.
-    used: [] int32; blocks from this one on may be skipped.
-    weights: Of the local experts.
-    key: Of dropout, or None.
+  Of the rows [R, M, D] of R blocks, whose experts are `block_expert` [R] int32;
+  blocks from `used` [] on may be skipped. `key` is of dropout, or None.
   """
   if key is not None:
     key = jax.random.fold_in(key, settings.axis_index("data"))

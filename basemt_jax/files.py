@@ -1,4 +1,4 @@
-"""Files written so that a reader sees all of them or none; quiet output."""
+"""Files that readers see whole or not at all; what libraries print."""
 
 import contextlib
 import errno
@@ -89,11 +89,8 @@ def new_directory(path: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
 
   If that fails, nothing is there.
 
-  Args:
-    path: the name; what is there already has to be an empty folder.
-
   Raises:
-    ValueError: something is.
+    ValueError: there is something by that name, and not an empty folder.
   """
   target = pathlib.Path(path).absolute()
   if target.exists() and not (target.is_dir() and not os.listdir(target)):
@@ -150,9 +147,7 @@ def write_atomically(
 ) -> None:
   """Writes a file so that a reader sees all of it or the file before.
 
-  Args:
-    path: the file; its folder is made.
-    content: text is written in UTF-8.
+  Its folder is made; text is written in UTF-8.
   """
   data = content.encode("utf-8") if isinstance(content, str) else content
   with atomic(path) as file:
@@ -165,11 +160,8 @@ def locked(
 ) -> Iterator[None]:
   """Alone among processes that lock the folder; waits for the others.
 
-  The lock goes when its process ends, however it ends, and leaves no file.
-
-  Args:
-    directory: that is there.
-    waiting: is called if another process has the lock.
+  The lock goes when its process ends, however it ends, and leaves no file;
+  `waiting` is called if another process has it.
   """
   handle = os.open(directory, os.O_RDONLY)
   try:
@@ -183,6 +175,11 @@ def locked(
     yield
   finally:
     os.close(handle)
+
+
+def write_json(path: str | os.PathLike[str], value: Any) -> None:
+  """Writes `json_text`, atomically; bytes that are no UTF-8 are written out."""
+  write_atomically(path, json_text(value).encode("utf-8", "backslashreplace"))
 
 
 def json_text(value: Any) -> str:
@@ -222,19 +219,27 @@ def printable(text: str) -> str:
 
 
 @contextlib.contextmanager
-def native_output_hidden() -> Iterator[None]:
-  """Hides what C++ libraries print when they are loaded.
+def native_output_captured() -> Iterator[list[str]]:
+  """Keeps what is written to standard error from it, C++ libraries' too.
 
-  TensorFlow greets on standard error whatever its log level. Exceptions are
-  Python's and not touched.
+  TensorFlow greets there when it is loaded, whatever its log level. Exceptions
+  are Python's and not touched.
+
+  Yields:
+    The lines; filled at the end.
   """
+  lines: list[str] = []
   sys.stderr.flush()
   saved = os.dup(2)
   try:
-    with open(os.devnull, "wb") as nowhere:
-      os.dup2(nowhere.fileno(), 2)
-    yield
+    with tempfile.TemporaryFile() as file:
+      os.dup2(file.fileno(), 2)
+      try:
+        yield lines
+      finally:
+        sys.stderr.flush()
+        os.dup2(saved, 2)
+        file.seek(0)
+        lines += file.read().decode(errors="replace").splitlines()
   finally:
-    sys.stderr.flush()
-    os.dup2(saved, 2)
     os.close(saved)

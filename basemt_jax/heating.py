@@ -86,17 +86,12 @@ def row_rates(
 ) -> np.ndarray:
   """Shares of packed rows under which *pairs* have `mixing_rates`' shares.
 
-  A row of direction i carries pairs_i / rows_i pairs on average, so that
-  q_i is proportional to p_i / (pairs_i / rows_i).
-
-  Args:
-    pairs: [N] training pairs.
-    rows: [N] packed rows; 0 only where `pairs` is 0.
-    temperature: scalar or [K].
-    sizes: [N] the n_i of the rates; None: `pairs`.
+  A row of direction i carries pairs_i / rows_i pairs on average, so that q_i is
+  proportional to p_i / (pairs_i / rows_i). Rows [N] are 0 only where pairs [N]
+  are; the rates are those of `sizes` [N], or of the pairs.
 
   Returns:
-    float64 [N] or [K, N]; every row sums to 1.
+    float64 [N], or [K, N] for K temperatures; every row sums to 1.
   """
   pairs = np.asarray(pairs, np.float64)
   rates = mixing_rates(pairs if sizes is None else sizes, temperature)
@@ -105,14 +100,9 @@ def row_rates(
 
 
 def temperatures(schedule: Schedule, steps: np.ndarray) -> np.ndarray:
-  """Evaluates any schedule on an array of steps.
+  """A schedule's temperatures at steps, int [K]; float64 [K].
 
-  Args:
-    schedule: vectorised over steps, or constant (a scalar is broadcast).
-    steps: int [K].
-
-  Returns:
-    float64 [K].
+  Schedules are vectorised over steps, or constant (a scalar is broadcast).
 
   Raises:
     ValueError: a temperature that is not above 0.
@@ -192,11 +182,6 @@ class Tabulated:
   """A schedule by its values at some steps, even between them, flat after.
 
   What is kept of a schedule that is somebody's function.
-
-  Attributes:
-    name: Of the function.
-    steps: Rising.
-    temperatures: At the steps.
   """
 
   name: str
@@ -269,17 +254,11 @@ def stepwise(
 ) -> Schedule:
   """`temperatures[j]` from step `boundaries[j - 1]` on.
 
-  Args:
-    boundaries: steps at which the temperature changes, rising.
-    temperatures: one more than boundaries.
-
-  Returns:
-    The schedule; a stepwise fall is the Cooldown recipe (5 for half of the
-    run, then 1).
+  A stepwise fall is the Cooldown recipe (5 for half of the run, then 1).
 
   Raises:
-    ValueError: wrong number of temperatures, boundaries that do not rise, or
-      a temperature that is not above 0.
+    ValueError: not one temperature more than boundaries, boundaries that do not
+      rise, or a temperature that is not above 0.
   """
   if len(temperatures) != len(boundaries) + 1:
     raise ValueError(
@@ -299,13 +278,8 @@ def linear(
 ) -> Schedule:
   """Temperature changes by the same amount every step (Wang et al. 2020).
 
-  Args:
-    start: temperature at step 0.
-    end: temperature from step `steps` on.
-    steps: 0: `end` at once.
-
-  Returns:
-    The schedule, as `square_root` and `cosine` do of the same arguments.
+  From `start` at step 0 to `end` from step `steps` on; 0 steps: `end` at once.
+  So do `square_root` and `cosine`.
 
   Raises:
     ValueError: a temperature that is not above 0 or not finite, steps below 0.
@@ -340,14 +314,8 @@ def there_and_back(
   """Heating, then back: T rises linearly to `top`, then falls to `end`.
 
   The small languages are seen early, and the large ones' share is restored
-  before the run ends.
-
-  Args:
-    start: temperature at step 0.
-    top: temperature at step `top_steps`.
-    end: temperature from step `end_steps` on.
-    top_steps: 0: `top` at once.
-    end_steps: at least `top_steps`.
+  before the run ends. `top` is reached at step `top_steps`, `end` at
+  `end_steps`.
 
   Raises:
     ValueError: a temperature that is not above 0 or not finite, steps below 0

@@ -21,11 +21,7 @@ def only_writer(directory: str | os.PathLike[str], what: str) -> Iterator[None]:
   """Holds a directory, made if need be, for this process alone.
 
   One that was made and into which nothing was written is gone afterwards: what
-  fails at its start leaves nothing behind.
-
-  Args:
-    directory: MODEL_DIR.
-    what: names it in errors, 'the model directory'.
+  fails at its start leaves nothing behind. `what` names it in errors.
 
   Raises:
     ValueError: another process holds it, which is named; or it cannot be made

@@ -37,10 +37,9 @@ def token_losses(
   Returns:
     loss: [B, L] float32, z-loss included, in nats.
     nll: [B, L] float32, the plain negative log-likelihood.
-    correct: [B, L] bool, whether the target has the largest logit.
+    correct: [B, L] bool, whether no logit is larger than the target's.
   """
-  loss, nll, favourite = _token_losses(label_smoothing, z_loss, logits, targets)
-  return loss, nll, favourite == targets
+  return _token_losses(label_smoothing, z_loss, logits, targets)
 
 
 # Logits are the largest array of a step by far, so passes over them count:
@@ -49,20 +48,20 @@ def token_losses(
 def _token_losses(
   label_smoothing: float, z_loss: float, logits: Array, targets: Array
 ) -> tuple[Array, Array, Array]:
-  """`token_losses`, with the token of the largest logit in the last place."""
+  """`token_losses`, whose gradient is below."""
   return _token_losses_forward(label_smoothing, z_loss, logits, targets)[0]
 
 
 def _token_losses_forward(label_smoothing, z_loss, logits, targets):
   vocab_size = logits.shape[-1]
-  favourite = jnp.argmax(logits, axis=-1).astype(jnp.int32)
-  largest = _pick(logits, favourite)
+  largest = jnp.max(logits, axis=-1)
   # An infinite largest logit makes the loss infinite or NaN, never the
   # difference of two infinities hidden here.
   log_z = largest + jnp.log(
     jnp.sum(jnp.exp(logits - largest[..., None]), axis=-1)
   )
-  nll = log_z - _pick(logits, targets)
+  of_target = _pick(logits, targets)
+  nll = log_z - of_target
   loss = nll
   if label_smoothing:
     confidence, low = _target_distribution(label_smoothing, vocab_size)
@@ -74,7 +73,7 @@ def _token_losses_forward(label_smoothing, z_loss, logits, targets):
     )
     loss = (confidence - low) * nll + low * all_nll - entropy
   loss = loss + z_loss * jnp.square(log_z)
-  return (loss, nll, favourite), (logits, targets, log_z)
+  return (loss, nll, of_target == largest), (logits, targets, log_z)
 
 
 def _token_losses_backward(label_smoothing, z_loss, saved, cotangents):
@@ -116,15 +115,11 @@ def loss_sums(
 ) -> dict[str, Array]:
   """Sums over each row; dividing is left to whoever knows the whole batch.
 
-  Args:
-    logits: [B, L, V] float32.
-    targets: [B, L] int32.
-    weights: [B, L] float32, 0 on padding.
-    label_smoothing: See `token_losses`.
-    z_loss: See `token_losses`.
+  Of `token_losses`, whose arguments these are, and weights [B, L] float32, 0 on
+  padding.
 
   Returns:
-    `loss`, `nll`, `correct` (argmax is the target) and `weight`, each [B]
+    `loss`, `nll`, `correct` (no logit is larger) and `weight`, each [B]
     float32.
   """
   loss, nll, correct = token_losses(logits, targets, label_smoothing, z_loss)
@@ -146,13 +141,8 @@ def router_sums(
 ) -> dict[str, dict[str, Array]]:
   """What the experts' routers did, added up per layer and direction.
 
-  Args:
-    intermediates: Flax's collection of that name: layers sow `expert` and
-      `favourite` [B, L] int32 (-1 on padding), `routing_entropy` [] and
-      `auxiliary_loss` [].
-    direction: [B] int32.
-    count: N.
-    num_experts: E.
+  Of what layers sow as `intermediates`: `expert` and `favourite` [B, L] int32
+  (-1 on padding), `routing_entropy` [] and `auxiliary_loss` [].
 
   Returns:
     By layer path ('decoder/layers_1'): `expert` and `favourite` [N, E], tokens

@@ -26,12 +26,10 @@ def with_metrics(
   results: Sequence[evaluation.DirectionResult],
   translations: Sequence[evaluation.DirectionTranslations],
 ) -> list[evaluation.DirectionResult]:
-  """Results with the scores of an external command.
+  """Results with the scores of an external command, by direction.
 
-  Args:
-    command: Is run once, on the sentences of all directions.
-    results: In the order of `translations`.
-    translations: With sources as people write them.
+  It is run once, on the sentences of all directions; results are in the order
+  of the translations, whose sources are as people write them.
 
   Raises:
     ValueError: See `scores`.
@@ -66,11 +64,11 @@ def with_metrics(
 def scores(
   command: str, records: Sequence[Mapping[str, str]]
 ) -> dict[str, list[float]]:
-  """Runs a command once, on all sentences.
+  """Runs a command, as a shell reads its words, once; no shell runs it.
 
   Args:
-    command: as a shell reads its words; no shell runs it.
-    records: what it is given, an object a line.
+    command: The command.
+    records: What it is given, an object a line.
 
   Returns:
     By name of the metric, a score for each record.

@@ -235,10 +235,7 @@ def scalars(
 ) -> dict[str, float]:
   """Values by full name, from sums on the host; NaN (of no tokens) left out.
 
-  Args:
-    sums: see `computed`; NumPy's.
-    directions: N names.
-    known: the metrics to compute.
+  Arguments as of `computed`.
   """
   with np.errstate(divide="ignore", invalid="ignore"):
     values = {
@@ -265,13 +262,8 @@ def band_means(
 ) -> dict[str, float]:
   """Means over the directions of each band, of the main metrics.
 
-  Args:
-    values: by full name.
-    bands: of the directions.
-    known: the metrics that a run measures.
-
-  Returns:
-    By full name, such as 'dev/loss/low'; without those that `values` has.
+  By full name, such as 'dev/loss/low', of values by full name, whose names they
+  are not, and the bands of directions.
   """
   groups: dict[str, list[float]] = {}
   for name, value in values.items():

@@ -136,11 +136,8 @@ class TransformerConfig:
 class Block(nn.Module):
   """One Transformer block: attention, (cross-attention,) feed-forward.
 
-  Attributes:
-    config: The network's configuration.
-    kind: Its own feed-forward: 'dense', 'dense_wide' or 'experts'.
-    is_decoder: Whether attention is causal and a source is attended to.
-    mesh: The device mesh, for experts; None: one device.
+  Its own feed-forward is of a kind: 'dense', 'dense_wide' or 'experts'; without
+  a mesh experts are on one device.
   """
 
   config: TransformerConfig
@@ -303,15 +300,13 @@ class Stack(nn.Module):
     own: Sequence[Any],
     keys: Array | None,
   ) -> Array:
-    """Applies blocks; those of a kind are traced once.
+    """Applies blocks to x [B, L, D]; those of a kind are traced once.
 
-    Args:
-      blocks: Without a parent; equal ones make equal programs. The variables
-        of block i are `layers_i`; what it changes in collections is put there.
-      x: [B, L, D].
-      arguments: Further ones of every block; what is not an array is static.
-      own: One more of each block.
-      keys: Of the blocks' random stream `dropout`, or None.
+    Blocks have no parent; equal ones make equal programs. The variables of
+    block i are `layers_i`; what it changes in collections is put there.
+    `arguments` are further ones of every block, of which what is no array is
+    static, `own` one more of each, `keys` of their random stream `dropout`, or
+    None.
     """
     unchanged = flax_scope.DenyList(("params", "params_axes"))
     assert self.scope is not None
@@ -350,10 +345,8 @@ class Stack(nn.Module):
 class Transformer(nn.Module):
   """The network, with T5X's call signature.
 
-  Attributes:
-    config: The network's configuration.
-    mesh: Mesh of `partitioning.make_mesh`, for the exchange of tokens between
-      experts; None: the unsharded path, the same function.
+  The mesh, of `partitioning.make_mesh`, is for the exchange of tokens between
+  experts; None: the unsharded path, the same function.
   """
 
   config: TransformerConfig
@@ -566,9 +559,9 @@ def forward(
     network: The Transformer.
     variables: {'params': ..., 'prices': ...}.
     batch: T5X's features; others are ignored.
-    train: See `Transformer.__call__`.
-    enable_dropout: See `Transformer.__call__`.
-    dropout_rng: Key, needed with dropout.
+    train: See `Transformer.__call__`, as for `enable_dropout`.
+    enable_dropout: With a key of it.
+    dropout_rng: The key.
     reported: Collections of what modules tell: `intermediates` of routers,
       `expert_inputs`.
 

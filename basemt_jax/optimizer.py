@@ -84,17 +84,11 @@ def _with_rounded_moments(
 
 
 def round_at_random(x: jax.Array, salt: jax.Array) -> jax.Array:
-  """Rounds to bfloat16, up or down so that the expectation is x itself.
+  """Rounds float32 to bfloat16, up or down so that the expectation is x itself.
 
-  The random bits are a hash of an element's index and of the salt: no memory is
-  read or written for them, and they are the same on any devices.
-
-  Args:
-    x: float32, any shape.
-    salt: [] int32; other values give other bits.
-
-  Returns:
-    Like x, bfloat16; what is not finite is rounded as usual.
+  The random bits are a hash of an element's index and of the salt, [] int32: no
+  memory is read or written for them, and they are the same on any devices. What
+  is not finite is rounded as usual.
   """
   index = jnp.zeros(x.shape, jnp.uint32)
   for axis, size in enumerate(x.shape):
@@ -126,15 +120,9 @@ def adafactor(
   """Adafactor (arXiv:1804.04235): second moments factored by row and column.
 
   Updates are not scaled by the parameters' size, so the learning rate means
-  the same as for `adamw`.
-
-  Args:
-    learning_rate: Scales the updates.
-    decay_rate: Exponent of the decay of second moments.
-    weight_decay: As in `adamw`.
-    max_grad_norm: As in `adamw`; updates are clipped to a root mean square of
-      1 in any case.
-    min_dim_size_to_factor: Smaller matrices keep a full second moment.
+  the same as for `adamw`, as do decay and norm; updates are clipped to a root
+  mean square of 1 in any case. `decay_rate` is the exponent of the decay of
+  second moments, which smaller matrices keep in full.
   """
   return _chain(
     max_grad_norm,
@@ -165,18 +153,11 @@ def muon(
   matrix orthogonal. Its updates are scaled to the root mean square 0.2 that
   Adam's have (arXiv:2502.16982), so the learning rate means the same as for
   `adamw`. Embeddings, centroids, gates and norms are NAdam's: both have
-  Nesterov's momentum.
+  Nesterov's momentum. Arguments besides these are as of `adamw`.
 
-  Args:
-    learning_rate: Scales the updates.
-    momentum: Decay of the mean of a matrix's gradients.
-    b1: As in `adamw`.
-    b2: As in `adamw`.
-    eps: As in `adamw`.
-    weight_decay: As in `adamw`.
-    max_grad_norm: As in `adamw`.
-    dtype: In which matrices are made orthogonal. The iteration does not
-      converge in any case, so bfloat16, the method's own, serves as well.
+  `momentum` is the decay of the mean of a matrix's gradients, `dtype` that in
+  which matrices are made orthogonal: the iteration does not converge in any
+  case, so bfloat16, the method's own, serves as well.
   """
   direction = optax.partition(
     {
@@ -244,16 +225,9 @@ def _orthogonal_momentum(
 def _orthogonal(x: jax.Array, eps: float, dtype: jnp.dtype) -> jax.Array:
   """Nearly the closest orthogonal matrices, of root mean square 0.2.
 
-  Five steps of the quintic Newton-Schulz iteration: singular values come to
-  about 0.7 to 1.2.
-
-  Args:
-    x: [..., M, N] float32.
-    eps: Added to the norms that it is divided by.
-    dtype: Of the products.
-
-  Returns:
-    Like x.
+  Of [..., M, N]: five steps of the quintic Newton-Schulz iteration with
+  products in `dtype`; singular values come to about 0.7 to 1.2. `eps` is added
+  to norms.
   """
   wide = x.shape[-2] <= x.shape[-1]
   made = x if wide else x.mT
@@ -278,12 +252,11 @@ def _chain(
     parts.insert(0, optax.clip_by_global_norm(max_grad_norm))
   if weight_decay:
     # Norm scales, gates and prices of experts are not matrices.
-    parts.append(optax.add_decayed_weights(weight_decay, mask=_matrices))
+    def matrices(params: Tree) -> Tree:
+      return jax.tree.map(lambda p: p.ndim >= 2, params)
+
+    parts.append(optax.add_decayed_weights(weight_decay, mask=matrices))
   return optax.chain(*parts, optax.scale_by_learning_rate(learning_rate))
-
-
-def _matrices(params):
-  return jax.tree.map(lambda p: p.ndim >= 2, params)
 
 
 def map_moments(
@@ -342,10 +315,6 @@ def averaged(
   After update t the average moves by 1 - min(decay, (1 + t) / (10 + t)) of its
   distance to the new parameters: at first it spans the last ninth of the
   updates, later the last 1 / (1 - decay).
-
-  Args:
-    optimizer: Its updates, as they are added to the parameters.
-    decay: In (0, 1).
   """
   if not 0.0 < decay < 1.0:
     raise ValueError(f"the decay of averaged weights is {decay}, not in (0, 1)")

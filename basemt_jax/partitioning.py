@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 from flax import traverse_util
+from flax.core import unfreeze
 from flax.linen import partitioning as nn_partitioning
 from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -41,15 +42,10 @@ def make_mesh(
   model: int = 1,
   devices: Sequence[jax.Device] | None = None,
 ) -> Mesh:
-  """A mesh over all devices: data x expert x model.
+  """A mesh over all devices of all hosts, or some: data x expert x model.
 
-  Any sizes whose product divides the number of devices will do, on any
-  topology.
-
-  Args:
-    expert: Size of the `expert` axis.
-    model: Size of the `model` axis.
-    devices: Defaults to all devices of all hosts.
+  Any sizes of the axes `expert` and `model` whose product divides the number of
+  devices will do, on any topology.
 
   Raises:
     ValueError: The number of devices is not a multiple of expert * model.
@@ -119,22 +115,16 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def variable_shardings(shapes: Any, axes: Any, mesh: Mesh) -> Any:
-  """Shardings of a tree of parameters (or other variables).
+  """Shardings of a nested dict of arrays or shapes; shaped like it.
 
-  Args:
-    shapes: Nested dict of arrays or `jax.ShapeDtypeStruct`.
-    axes: The matching `params_axes` (`prices_axes`) collection that the model
-      emits: the logical names of each array's axes.
-    mesh: See `make_mesh`.
-
-  Returns:
-    Nested dict of `NamedSharding`, shaped like `shapes`.
+  `axes` is the matching `params_axes` (`prices_axes`) collection that the model
+  emits: the logical names of each array's axes.
 
   Raises:
     ValueError: A parameter has no axes, or an axis does not divide.
   """
   names = traverse_util.flatten_dict(
-    _unfrozen(nn_partitioning.get_axis_names(axes)), sep="/"
+    unfreeze(nn_partitioning.get_axis_names(axes)), sep="/"
   )
   shardings = {}
   for path, leaf in traverse_util.flatten_dict(shapes, sep="/").items():
@@ -186,12 +176,6 @@ def moment_axes(
   )
 
 
-def _unfrozen(tree: Any) -> Any:
-  from flax.core import unfreeze
-
-  return unfreeze(tree)
-
-
 def host_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
   """The rows of a global batch that this host's devices hold, ascending; int.
 
@@ -225,11 +209,7 @@ def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, Any]:
   ways = mesh.shape["data"] * mesh.shape["expert"]
   held = host_rows(mesh, ways)
   batch_size = rows * ways // len(held)
-  if rows % len(held):
-    raise ValueError(
-      f"a batch of {batch_size} rows does not divide over data x expert = "
-      f"{ways} devices; make the batch size a multiple of it"
-    )
+  host_rows(mesh, batch_size)  # Refuses rows that are not as many on each.
   sharding, share = batch_sharding(mesh), rows // len(held)
 
   def put(array: np.ndarray) -> jax.Array:
@@ -247,12 +227,13 @@ class Compiled:
   """A jitted function that can be compiled before it is first called.
 
   Args:
-    function: Of `jax.jit`.
+    function: To be traced.
     mesh: Where logical axis names have their meaning.
+    **options: Of `jax.jit`.
   """
 
-  def __init__(self, function: Any, mesh: Mesh):
-    self._function, self._mesh = function, mesh
+  def __init__(self, function: Callable[..., Any], mesh: Mesh, **options: Any):
+    self._function, self._mesh = jax.jit(function, **options), mesh
     self._compiled: Any = None
 
   def __call__(self, *args: Any) -> Any:
@@ -264,8 +245,9 @@ class Compiled:
     return self._in_scope(self._function.lower, *args)
 
   def compile(self, *args: Any) -> None:
-    """Compiles; any thread may do so while others run programs."""
-    self._compiled = self.lower(*args).compile()
+    """Compiles, once; any thread may do so while others run programs."""
+    if self._compiled is None:
+      self._compiled = self.lower(*args).compile()
 
   def trace(self, *args: Any) -> Any:
     """The shapes of what it returns."""

@@ -83,23 +83,18 @@ class Conversion:
     self._new_paths = [p for p in shapes if plan["/".join(p)][1] is None]
     self._new: dict[tuple[str, ...], jax.Array] | None = None
     self._convert = partitioning.Compiled(
-      jax.jit(self._converted, out_shardings=sparse.shardings.params),
-      sparse.mesh,
+      self._converted, sparse.mesh, out_shardings=sparse.shardings.params
     )
     self._copy_moments = partitioning.Compiled(
-      jax.jit(
-        lambda old, new: conversion.convert_opt_state(old, new, self._rules),
-        out_shardings=sparse.shardings.opt_state,
-        donate_argnums=1,
-      ),
+      lambda old, new: conversion.convert_opt_state(old, new, self._rules),
       sparse.mesh,
+      out_shardings=sparse.shardings.opt_state,
+      donate_argnums=1,
     )
     self._error = partitioning.Compiled(
-      jax.jit(
-        self._function_error,
-        out_shardings=partitioning.replicated(sparse.mesh),
-      ),
+      self._function_error,
       sparse.mesh,
+      out_shardings=partitioning.replicated(sparse.mesh),
     )
 
   def check(self, batch: steps.Batch) -> None:
@@ -109,8 +104,7 @@ class Conversion:
   def compile(self, batch: steps.Batch) -> None:
     """Compiles conversion and sparse phase, in any thread.
 
-    Args:
-      batch: Global arrays, of which only the shapes count.
+    Of a batch of global arrays only the shapes count.
     """
     shapes = jax.tree.map(
       lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding),
@@ -130,11 +124,7 @@ class Conversion:
   def __call__(
     self, state: steps.TrainState, batch: steps.Batch
   ) -> tuple[steps.TrainState, float]:
-    """Converts.
-
-    Args:
-      state: After the last dense step.
-      batch: Global arrays.
+    """Converts the state after the last dense step, and proves it on a batch.
 
     Returns:
       The sparse state; and the relative error of the function (see
@@ -196,7 +186,8 @@ class Conversion:
     centroids = conversion.cluster_centroids(
       sparse.model, sparse.variables(state), self._rows(batch), self._options
     )
-    params = conversion.replace_leaves(state.params, centroids)
+    params = traverse_util.flatten_dict(state.params, sep="/")
+    params = traverse_util.unflatten_dict({**params, **centroids}, sep="/")
     return dataclasses.replace(
       state, params=jax.device_put(params, sparse.shardings.params)
     )

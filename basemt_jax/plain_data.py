@@ -54,9 +54,7 @@ def to_plain(value: Any) -> Any:
 def call_to_plain(function: Callable[..., Any]) -> dict[str, Any]:
   """A function with the arguments that it will be called with, to compare.
 
-  Args:
-    function: with `functools.partial` around it where some are given; others
-      have their defaults.
+  Some are given by `functools.partial` around it; others have their defaults.
   """
   given: dict[str, Any] = {}
   while isinstance(function, functools.partial):
@@ -90,10 +88,8 @@ def _name(value: Any) -> str:
 def from_plain(value: Any, modules: Sequence[str] = ()) -> Any:
   """What `to_plain` was given; lists come back as tuples.
 
-  Args:
-    value: of JSON.
-    modules: names of modules, besides this package's, of which dataclasses may
-      be made; they are imported.
+  Of `modules`, besides this package's, dataclasses may be made; they are
+  imported.
 
   Raises:
     ValueError: it names a class of another module, or none that fits.

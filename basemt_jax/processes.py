@@ -130,12 +130,7 @@ def join(
 ) -> None:
   """Joins the other processes; see `together` for the arguments.
 
-  Args:
-    coordinator_address: HOST:PORT of the first process.
-    num_processes: How many.
-    process_id: This one's number.
-    heartbeat_seconds: After which a silent one counts as dead.
-    give: What to say them with, where JAX cannot find out.
+  `give` is what to say them with, where JAX cannot find out.
 
   Raises:
     ValueError: They cannot be found, or do not answer.
@@ -220,10 +215,7 @@ def are_several() -> bool:
 
 
 def check_joined(give: str = "--distributed") -> None:
-  """Refuses devices of processes that have not joined.
-
-  Args:
-    give: What to join them with.
+  """Refuses devices of processes that have not joined; `give` joins them.
 
   Raises:
     ValueError: JAX sees several processes (it does on TPU pods).
@@ -298,14 +290,12 @@ def check_shared(directory: str | os.PathLike[str]) -> None:
     )
 
 
-def _appears(path: pathlib.Path, seconds: float = 10.0) -> bool:
+def _appears(path: pathlib.Path) -> bool:
   """Whether a file is there, or comes: network file systems may be late."""
-  end = time.monotonic() + seconds
-  while not path.exists():
-    if time.monotonic() > end:
-      return False
+  end = time.monotonic() + 10.0
+  while not path.exists() and time.monotonic() < end:
     time.sleep(0.2)
-  return True
+  return path.exists()
 
 
 def ask_to_stop() -> None:

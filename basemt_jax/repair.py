@@ -202,12 +202,8 @@ def _best_to_send(
 ) -> tuple[jax.Array, jax.Array]:
   """The tokens to send from each window, best first.
 
-  Args:
-    change: [E, W] what the score of each token would change by.
-    max_moves: Q.
-
-  Returns:
-    Their places, [E, Q] int32; and how many are about as good, [E] int32.
+  By what the score of each token would change, [E, W]: their places, [E, Q]
+  int32; and how many are about as good, [E] int32.
   """
   places = jnp.arange(change.shape[1], dtype=jnp.int32)
   top = jnp.max(change, axis=1, keepdims=True)
@@ -326,13 +322,7 @@ def bid(
 def fill(slot: jax.Array, load: jax.Array, capacity: int) -> jax.Array:
   """Gives tokens without a slot (-1) the free slots `[load_e, C)`, in order.
 
-  Args:
-    slot: [S] int32.
-    load: [E] int32, slots taken.
-    capacity: C.
-
-  Returns:
-    [S] int32, all different.
+  Of slots [S] int32 and the slots taken [E]; [S] int32, all different.
   """
   missing = slot < 0
   turn = jnp.cumsum(missing, dtype=jnp.int32) - 1

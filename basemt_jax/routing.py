@@ -114,7 +114,7 @@ class BalancedRouter:
 
   def capacity(self, num_tokens: int, num_experts: int) -> int:
     """Slots of an expert, `C = ceil(S / E)`."""
-    return assignment.capacity_of(num_tokens, num_experts)
+    return math.ceil(num_tokens / num_experts)
 
   def even_gate(self, num_experts: int) -> float:
     """The sigmoid's, 1 / 2."""

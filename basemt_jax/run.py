@@ -37,6 +37,7 @@ from basemt_jax.data import (
   packing,
   row_store,
   source_tags,
+  subword_sampling,
 )
 
 
@@ -75,6 +76,7 @@ class Run:
     bleu_sentences: Dev sentences per direction for that.
     long_pairs: What becomes of training pairs that are longer than the feature
       lengths: 'cut' to them, 'drop'ped, or 'refuse'd; see `store_building`.
+    subwords: In which segmentations training text is seen.
     verify: Compare the bytes of rows and checkpoints with their checksums.
     trackers: Where metrics go besides `metrics.jsonl` and TensorBoard; see
       `commands.trackers`.
@@ -99,6 +101,9 @@ class Run:
   bleu_every: ranges.Steps = 0
   bleu_sentences: ranges.Count = 50
   long_pairs: packing.LongPairs = "cut"
+  subwords: subword_sampling.SubwordSampling = (
+    subword_sampling.SubwordSampling()  # noqa: RUF009
+  )
   verify: bool = True
   trackers: Sequence[Callable[[str], Any]] = ()
   use_average: bool = True
@@ -115,18 +120,16 @@ class Run:
         f"the batch of {self.batch_size} rows; choose a divisor of it"
       )
     config = self.network(vocab_size=1)
-    if config.feed_forward == "experts" and (
-      config.num_experts % self.expert_devices
-    ):
-      raise ValueError(
-        f"num_experts is {config.num_experts}, which the {self.expert_devices} "
-        "devices of expert_devices do not divide; use a multiple of that"
-      )
-    if config.mlp_dim % self.model_devices:
-      raise ValueError(
-        f"mlp_dim is {config.mlp_dim}, which the {self.model_devices} "
-        "devices of model_devices do not divide; use a multiple of that"
-      )
+    split = [("mlp_dim", "model_devices")]
+    if config.feed_forward == "experts":
+      split.insert(0, ("num_experts", "expert_devices"))
+    for name, axis in split:
+      size, devices = getattr(config, name), getattr(self, axis)
+      if size % devices:
+        raise ValueError(
+          f"{name} is {size}, which the {devices} devices of {axis} do not "
+          "divide; use a multiple of that"
+        )
 
   def doubts(self) -> list[str]:
     """What is possible, but hardly meant; a sentence each."""
@@ -173,6 +176,7 @@ class Run:
         self.task_feature_lengths,
         self.cache_dir or row_store.default_cache_dir(),
         long_pairs=self.long_pairs,
+        subwords=self.subwords,
         progress=progress,
         verify=self.verify,
       )
@@ -225,11 +229,8 @@ class Run:
 class Console:
   """Where a run speaks.
 
-  Attributes:
-    message: Takes one line.
-    progress: Takes a `trainer.Progress` and the temperature.
-    building: Takes progress of building a row store; see `store_building`.
-    translating: Takes (done, all) sentences.
+  Of a line; of a `trainer.Progress` and the temperature; of progress of
+  building a row store (see `store_building`); of (done, all) sentences.
   """
 
   message: Callable[[str], None]
@@ -311,12 +312,9 @@ def described(
 ) -> Run:
   """The run that a model directory describes; it cannot be trained on.
 
-  Nothing but the directory is needed: neither its configuration, nor its data,
-  which `store` finds only where they still are.
-
-  Args:
-    model_dir: Wherever it is now.
-    modules: Names of the user's modules that classes of the network are of.
+  Nothing but the directory, wherever it is now, is needed: neither its
+  configuration, nor its data, which `store` finds only where they still are.
+  Classes of the network may be of `modules`, the user's own.
 
   Raises:
     ValueError: See `description.read`; or classes of other modules are needed.
@@ -369,12 +367,8 @@ def program(
 ) -> steps.Program:
   """A phase's program, to be compiled: no rows are built or read.
 
-  Args:
-    run: The run.
-    devices: Of the mesh; None: all.
-    phase: 'dense' or 'sparse'.
-    vocab_size: Pieces; None: of the mixture, which gives the directions too.
-    num_directions: N, used with `vocab_size`.
+  Without `devices` over all; without a vocabulary's size for that of the
+  mixture, which then gives the directions too.
   """
   if vocab_size is None and run.store_dir:
     store = row_store.RowStore(run.store_dir)

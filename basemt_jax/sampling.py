@@ -19,7 +19,6 @@ arXiv:2304.09151), which is the cap on uniform sampling.
 import dataclasses
 import hashlib
 import math
-import re
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
@@ -152,12 +151,8 @@ def unimax(
 ) -> Strategy:
   """UniMax: as uniform as no more than `max_epochs` of any direction allow.
 
-  Args:
-    steps: of the run.
-    max_epochs: of any direction; None: 4.
-    joins: see `Strategy`.
-    sizes: see `Strategy`; 0 leaves a direction out.
-    weights: see `Strategy`.
+  Over the steps of the run; 4 epochs unless given. Other arguments as of
+  `Strategy`; a size of 0 leaves a direction out.
   """
   epochs = 4.0 if max_epochs is None else max_epochs
   return Strategy(
@@ -246,13 +241,9 @@ class Plan:
     return pairs / pairs.sum(axis=1, keepdims=True)
 
   def expected_rows(self, steps: ArrayLike) -> np.ndarray:
-    """Rows expected to be drawn before each of some steps.
+    """Rows expected to be drawn before steps [M], rising; float64 [M, N].
 
-    Args:
-      steps: int [M], rising.
-
-    Returns:
-      float64 [M, N]: batch_size times the sum of `rates` of earlier steps.
+    That is batch_size times the sum of `rates` of earlier steps.
     """
     steps = np.asarray(steps)
     drawn, total, done = [], np.zeros(len(self.directions)), 0
@@ -326,15 +317,7 @@ class Plan:
 
 
 def _spelled_so(name: str, directions: Sequence[str]) -> Sequence[str]:
-  """Directions with a name, a language or a label that is spelled so."""
-  if name in directions:
-    return [name]
-  return [
-    direction
-    for direction in directions
-    if name in re.sub(r"_x_\w+", "", direction).split("-")
-    or name in (re.findall(r"_x_(\w+)", direction) or ["authentic"])
-  ]
+  return [name] if name in directions else []
 
 
 def _starts(
@@ -387,15 +370,10 @@ def _cap(
 ) -> np.ndarray | None:
   """Multipliers under which no direction is drawn more than its limit.
 
-  Args:
-    logs: [G, N] logarithms of weights, -inf for 0.
-    draws: [G] draws with each row of weights.
-    limits: [N] above 0.
-
-  Returns:
-    [N] in (0, 1]: with the expected draws d_i = sum_g draws_g softmax(logs_g +
-    log c)_i, either c_i = 1 and d_i <= limits_i, or d_i = limits_i. None where
-    there are none, or not to the tolerance.
+  Of logarithms of weights [G, N], -inf for 0, draws with each row of them [G],
+  and limits [N] above 0: [N] in (0, 1], such that with the expected draws d_i =
+  sum_g draws_g softmax(logs_g + log c)_i, either c_i = 1 and d_i <= limits_i,
+  or d_i = limits_i. None where there are none, or not to the tolerance.
   """
   x = np.zeros(len(limits))
   capped = np.zeros(len(limits), bool)

@@ -80,11 +80,7 @@ class Scorer:
   def score(
     self, sources: Sequence[Sequence[int]], targets: Sequence[Sequence[int]]
   ) -> list[Score]:
-    """Scores of pairs, in their order.
-
-    Args:
-      sources: Token ids of each, tagged, without EOS.
-      targets: The same of its translation.
+    """Scores of pairs of token ids, tagged, without EOS; in their order.
 
     Raises:
       ValueError: A pair is too long; see `too_long`.
@@ -129,14 +125,8 @@ def token_log_probs(
 ) -> Array:
   """Log-probability of every target token, given those before it.
 
-  Args:
-    model: The network.
-    variables: Its collections.
-    sources: [B, Li] int32 with EOS, padded with 0.
-    targets: [B, Lt] int32 likewise.
-
-  Returns:
-    [B, Lt] float32; what stands at padding means nothing.
+  Of sources [B, Li] and targets [B, Lt], int32 with EOS, padded with 0: [B, Lt]
+  float32; what stands at padding means nothing.
   """
   # The attention that translates, so that scores are those of the search.
   attention = layers.without_fusion(model.config.attention)

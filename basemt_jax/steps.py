@@ -216,7 +216,7 @@ def microbatch_loss(
   Args:
     params: Differentiated.
     mutables: Collections that the step updates.
-    batch: See DESIGN of the data: T5X's features, and `direction` [B].
+    batch: T5X's features, and `direction` [B].
     rng: For dropout.
     total_weight: [] float32, target tokens of the whole batch.
     model: The network.
@@ -335,16 +335,10 @@ def train_step(
   learning_rate: optimizer.Schedule,
   num_directions: int,
 ) -> tuple[TrainState, dict[str, Any]]:
-  """One update.
+  """One update, of a batch of global arrays; see `microbatch_loss`.
 
-  Args:
-    state: Before the step.
-    batch: Global arrays; see `microbatch_loss`.
-    key: Of dropout, the same at every step.
-    model: The network.
-    settings: See `Settings`.
-    learning_rate: step -> rate.
-    num_directions: N.
+  The key, of dropout, is the same at every step; `learning_rate` gives a
+  step's.
 
   Returns:
     The new state; and sums over the batch: by direction [N] `loss`, `nll`,
@@ -427,12 +421,7 @@ def routing_step(
 class Program:
   """One phase's model with its shardings and compiled functions.
 
-  Args:
-    config: The phase's network.
-    settings: See `Settings`.
-    learning_rate: step -> rate.
-    mesh: Devices.
-    num_directions: N.
+  Of the phase's network and the learning rate by step, for N directions.
   """
 
   def __init__(
@@ -462,22 +451,18 @@ class Program:
     self._draws = noted["draws"]
     self.shardings = state_shardings(self.shapes, noted["axes"], tx, mesh)
     self._begin = partitioning.Compiled(
-      jax.jit(
-        lambda params: dataclasses.replace(
-          init(self._key), params={}, opt_state=tx.init(params)
-        ),
-        out_shardings=dataclasses.replace(self.shardings, params={}),
+      lambda params: dataclasses.replace(
+        init(self._key), params={}, opt_state=tx.init(params)
       ),
       mesh,
+      out_shardings=dataclasses.replace(self.shardings, params={}),
     )
     self._draw_all = partitioning.Compiled(
-      jax.jit(
-        lambda key: traverse_util.flatten_dict(
-          init_state(self.model, tx, key)[0].params
-        ),
-        out_shardings=traverse_util.flatten_dict(self.shardings.params),
+      lambda key: traverse_util.flatten_dict(
+        init_state(self.model, tx, key)[0].params
       ),
       mesh,
+      out_shardings=traverse_util.flatten_dict(self.shardings.params),
     )
     self._make_steps(learning_rate, num_directions)
 
@@ -487,19 +472,17 @@ class Program:
     mesh, replicated = self.mesh, partitioning.replicated(self.mesh)
     batch = partitioning.batch_sharding(mesh)
     self._train_step = partitioning.Compiled(
-      jax.jit(
-        functools.partial(
-          train_step,
-          model=self.model,
-          settings=self.settings,
-          learning_rate=learning_rate,
-          num_directions=num_directions,
-        ),
-        in_shardings=(self.shardings, batch, replicated),
-        out_shardings=(self.shardings, replicated),
-        donate_argnums=0,
+      functools.partial(
+        train_step,
+        model=self.model,
+        settings=self.settings,
+        learning_rate=learning_rate,
+        num_directions=num_directions,
       ),
       mesh,
+      in_shardings=(self.shardings, batch, replicated),
+      out_shardings=(self.shardings, replicated),
+      donate_argnums=0,
     )
     # Apart from the step, so that the step is compiled only once.
     # No sums are given away: the loop waits for those of earlier steps.
@@ -507,13 +490,11 @@ class Program:
     evaluates = functools.partial(eval_step, metrics=self.settings.metrics)
     self.eval_step, self.routing_step = (
       partitioning.Compiled(
-        jax.jit(
-          functools.partial(
-            function, model=self.model, num_directions=num_directions
-          ),
-          out_shardings=replicated,
+        functools.partial(
+          function, model=self.model, num_directions=num_directions
         ),
         mesh,
+        out_shardings=replicated,
       )
       for function in (evaluates, routing_step)
     )
@@ -586,8 +567,8 @@ class Program:
   def with_settings(self, settings: Settings) -> "Program":
     """The same compiled functions for another run.
 
-    Args:
-      settings: Not of the step itself: seed, counts of steps, conversion.
+    Its settings may differ in seed, counts of steps and conversion: in nothing
+    that a step is made of.
     """
     other = copy.copy(self)
     other._key, other._dropout_key = keys(settings.seed)

@@ -340,4 +340,4 @@ class _State:
     return Progress(job, done, done - self.values["lines"], per_second)
 
   def _write(self) -> None:
-    files.write_atomically(self.note, files.json_text(self.values))
+    files.write_json(self.note, self.values)

@@ -56,15 +56,9 @@ def join(
 ) -> None:
   """Joins the processes of a job, under the names of T5X's flags.
 
-  `t5x.train` has these flags, `t5x.eval` and `t5x.infer` have not; bound in
-  gin they work for all three. A process that has joined is left alone.
-
-  Args:
-    multiprocess: Whether there are others.
-    coordinator_address: HOST:PORT of the first; None, as the next two: JAX
-      finds out (TPU pods, Slurm, Open MPI, Kubernetes).
-    process_count: How many.
-    process_index: This one's number, from 0.
+  `t5x.train` has these flags, `t5x.eval` and `t5x.infer` have not; bound in gin
+  they work for all three; see `processes.together`. A process that has joined
+  is left alone.
 
   Raises:
     ValueError: They cannot be found; or there are others, and nothing was said
@@ -97,12 +91,9 @@ def start(
 ) -> run_lib.Run:
   """The run that a job of T5X is to train, evaluate or translate with.
 
-  Args:
-    make: Makes it.
-    check: Called first; refuses a configuration with anything that would be
-      ignored.
-    join: Called next; see `join`.
-    module: Imported before the run is made; T5X's MIXTURE_OR_TASK_MODULE.
+  `check`, called first, refuses a configuration with anything that would be
+  ignored; `join` is called next. Then T5X's MIXTURE_OR_TASK_MODULE is imported,
+  and the run is made.
   """
   check()
   join()
@@ -452,13 +443,9 @@ def learning_rate(
 def stopping_trainer(make: Callable[..., Any], **arguments: Any) -> Any:
   """T5X's trainer, which on SIGTERM saves a checkpoint and ends, with code 0.
 
-  T5X saves one when its trainer raises `PreemptionError`, which nothing in it
-  does. Here every step does after which all processes have agreed to stop,
-  because one of them was asked to.
-
-  Args:
-    make: Makes the trainer: T5X's `trainer.Trainer`.
-    **arguments: Its own.
+  T5X saves one when its trainer, which `make` makes, raises `PreemptionError`,
+  which nothing in it does. Here every step does after which all processes have
+  agreed to stop, because one of them was asked to.
   """
   from t5x import trainer as t5x_trainer
 
@@ -502,10 +489,6 @@ def partitioner(expert_devices: int = 1, model_devices: int = 1) -> Any:
   Its own meshes have no axis `expert`; that of `t5x.contrib.moe` has, but
   splits rows over it in another order than our layer, which would move every
   batch twice in every layer.
-
-  Args:
-    expert_devices: Size of the mesh axis `expert`.
-    model_devices: Size of the mesh axis `model`.
   """
   from t5x import partitioning as t5x_partitioning
 

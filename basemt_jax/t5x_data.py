@@ -5,12 +5,11 @@ refused here, with the binding to change; so is a restart that would not go on
 with the same batches. Like `t5x_adapter`, this imports nothing of T5X.
 """
 
-import contextlib
 import functools
 import itertools
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -80,15 +79,10 @@ def get_dataset(
 ) -> TrainIterator:
   """T5X's `get_dataset_fn`: the run's batches, from where its model stands.
 
-  Args:
-    cfg: T5X's DatasetConfig of the training data.
-    shard_id: This host's part of every batch, by T5X's count.
-    num_shards: Parts.
-    feature_converter_cls: Not needed; rows are packed already.
-    run: The run.
-    checkpoint_cfg: The CheckpointConfig that T5X has; T5X starts from the
-      newest checkpoint in the model directory, else from `restore.path`.
-    phase: That T5X trains, 'dense' or 'sparse'.
+  `cfg` is T5X's DatasetConfig of the training data, `shard_id` this host's part
+  of every batch by T5X's count; `checkpoint_cfg` the CheckpointConfig that T5X
+  has: it starts from the newest checkpoint in the model directory, else from
+  `restore.path`. `phase` is that T5X trains, 'dense' or 'sparse'.
 
   Raises:
     ValueError: T5X is told something else than the run; the directory holds
@@ -126,13 +120,8 @@ def get_eval_datasets(
 ) -> dict[str, "EvalBatches"]:
   """T5X's `train_eval_get_dataset_fn`: all directions as one data set.
 
-  Args:
-    cfg: T5X's DatasetConfig; its split and batch size count.
-    shard_id: Not needed; the mesh tells.
-    num_shards: Parts of every batch.
-    eval_steps: Batches; None: the whole split.
-    feature_converter_cls: Not needed.
-    run: The run.
+  Of T5X's DatasetConfig split and batch size count; without `eval_steps` it is
+  the whole split.
   """
   del shard_id, feature_converter_cls
   store = run.store()
@@ -154,12 +143,7 @@ def get_eval_datasets(
 
 
 class EvalBatches:
-  """Batches that start over whenever they are iterated.
-
-  Args:
-    start: () -> the batches.
-    limit: How many of them; None: all.
-  """
+  """Batches that start over whenever they are iterated, up to a limit."""
 
   def __init__(
     self, start: Callable[[], Iterator[packing.Batch]], limit: int | None
@@ -227,34 +211,25 @@ def _check_phase(run: run_lib.Run, phase: str, step: int) -> None:
 
 def _check_dataset_config(cfg: Any, run: run_lib.Run) -> None:
   """Refuses what T5X was told and the run was not, or the other way round."""
-  mixture = mixtures.get_mixture(cfg.mixture_or_task_name)
+  fixed = {"split": "train", "shuffle": True, "pack": True, "use_cached": False}
   expected = {
-    "mixture_or_task_name": mixtures.get_mixture(run.mixture_or_task_name),
+    "mixture_or_task_name": mixtures.get_mixture(run.mixture_or_task_name).name,
     "task_feature_lengths": dict(run.task_feature_lengths),
     "batch_size": run.batch_size,
     "seed": run.data_seed,
-    "split": "train",
-    "shuffle": True,
-    "pack": True,
-    "use_cached": False,
+    **fixed,
+  }
+  found = {name: getattr(cfg, name) for name in expected} | {
+    "mixture_or_task_name": mixtures.get_mixture(cfg.mixture_or_task_name).name,
+    "task_feature_lengths": dict(cfg.task_feature_lengths),
   }
   for name, value in expected.items():
-    found = getattr(cfg, name)
-    if name == "mixture_or_task_name":
-      found, value = mixture.name, value.name
-    elif name == "task_feature_lengths":
-      found = dict(found)
-    if found != value:
-      macro = {
-        "mixture_or_task_name": "%MIXTURE_OR_TASK_NAME",
-        "task_feature_lengths": "%TASK_FEATURE_LENGTHS",
-        "batch_size": "%BATCH_SIZE",
-        "seed": "%SEED",
-      }.get(name, repr(value))
+    if found[name] != value:
+      macro = repr(value) if name in fixed else f"%{name.upper()}"
       raise ValueError(
-        f"train/utils.DatasetConfig.{name} is {found!r}, but the run's batches "
-        f"are made with {value!r}, and a restart would give others; bind "
-        f"train/utils.DatasetConfig.{name} = {macro}"
+        f"train/utils.DatasetConfig.{name} is {found[name]!r}, but the run's "
+        f"batches are made with {value!r}, and a restart would give others; "
+        f"bind train/utils.DatasetConfig.{name} = {macro}"
       )
 
 
@@ -311,9 +286,7 @@ def phase_of(checkpoint: str) -> str:
   step = _step_of(path)
   if not path.parent.is_dir():
     raise ValueError(f"{path} does not exist")
-  with contextlib.closing(
-    checkpointing.Checkpoints(path.parent, read_only=True)
-  ) as checkpoints:
+  with checkpointing.Checkpoints(path.parent, read_only=True) as checkpoints:
     if step not in checkpoints.steps():
       raise ValueError(f"{path} does not exist, or is not complete")
     return checkpoints.phase(step)
@@ -322,9 +295,7 @@ def phase_of(checkpoint: str) -> str:
 def _newest(directory: epath.Path) -> epath.Path | None:
   if not directory.is_dir():
     return None
-  with contextlib.closing(
-    checkpointing.Checkpoints(directory, read_only=True)
-  ) as checkpoints:
+  with checkpointing.Checkpoints(directory, read_only=True) as checkpoints:
     step = checkpoints.latest_step()
     return None if step is None else checkpoints.path(step)
 
@@ -348,20 +319,14 @@ def _check_data(
   if newest is not None and file.exists():
     known = json.loads(file.read_text())
   elif newest is not None:  # Our trainer's, or T5X's with other batches.
-    with contextlib.closing(
-      checkpointing.Checkpoints(model_dir, read_only=True)
-    ) as checkpoints:
+    with checkpointing.Checkpoints(model_dir, read_only=True) as checkpoints:
       known = checkpoints.position(_step_of(newest)).get("data")
   if known is not None:
-    source.restore({**known, **_place(here)})
+    place = {name: here[name] for name in ("step", "counters")}
+    source.restore({**known, **place})
   if writes and (newest is None or not file.exists()):
     model_dir.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(here))
-
-
-def _place(position: Mapping[str, Any]) -> dict[str, Any]:
-  """A position's step and rows drawn, without the settings it depends on."""
-  return {name: position[name] for name in ("step", "counters")}
 
 
 # ------------------------------------------------------------ conversion
@@ -382,14 +347,7 @@ def from_dense(
   copied, the optimizer. T5X gives no arrays, only what it knows of them, so
   the dense ones are read here; every host holds all experts in memory for
   that. `basemt convert` does not, and proves on real batches that the function
-  is the same.
-
-  Args:
-    ckpt_state: What the checkpoint holds; leaves say where.
-    optimizer_state: Shapes of the sparse train state, as T5X stores it.
-    path: Of the dense checkpoint.
-    run: The sparse run.
-    is_resuming: T5X goes on from a checkpoint of its own; nothing is done.
+  is the same. Where T5X goes on from a checkpoint of its own, nothing is done.
 
   Returns:
     {'target', 'state'} with parameters as numpy arrays.
@@ -451,8 +409,8 @@ def _dense_state(
     del tree["state"]
   if phase_of(str(checkpoint)) != "dense":
     raise ValueError(f"{checkpoint} is not dense: it holds experts")
-  with contextlib.closing(
-    checkpointing.Checkpoints(checkpoint.parent, read_only=True)
+  with checkpointing.Checkpoints(
+    checkpoint.parent, read_only=True
   ) as checkpoints:
     return checkpoints.restore(step, tree, "the dense model")
 

@@ -8,7 +8,6 @@ The model directory is enough (`description`); neither SeqIO nor TensorFlow nor
 the data it was trained on is needed.
 """
 
-import contextlib
 import dataclasses
 import functools
 import pathlib
@@ -87,7 +86,16 @@ class Trained:
     Raises:
       ValueError: They are not there, or are of other data.
     """
-    return _rows(self.run, self.description, self.console)
+    run = self.run
+    if run.store_dir and not pathlib.Path(run.store_dir).exists():
+      raise ValueError(
+        f"the rows of {run.mixture_or_task_name!r} that {run.model_dir} was "
+        f"trained on are no longer in {run.store_dir}; name test sets to "
+        "evaluate on, or give --gin_file of its recipe, which packs them again"
+      )
+    store = run.store(self.console.building)
+    description.check_rows(self.description, store)
+    return store
 
   @property
   def is_averaged(self) -> bool:
@@ -120,9 +128,7 @@ class Trained:
   def tag(self, to: str, source: str | None = None) -> source_tags.SourceTag:
     """What sources had around them in training for a language to be given.
 
-    Args:
-      to: The language wanted.
-      source: The language of the text; needed only where the tag depends on it.
+    The language of the source is needed only where the tag depends on it.
 
     Raises:
       UnknownTagError: No such direction, or its tag is not known; a
@@ -133,11 +139,7 @@ class Trained:
   def texts(
     self, direction: str, pairs: Sequence[tuple[str, str]]
   ) -> evaluation.DirectionTexts:
-    """Texts of any origin, tagged as those of a direction were in training.
-
-    Args:
-      direction: Of the model, such as 'en-de'.
-      pairs: Of (source, target) texts.
+    """Pairs of any origin, tagged as those of a direction were in training.
 
     Raises:
       UnknownTagError: See `tag`.
@@ -236,8 +238,8 @@ def load(
   """
   if not isinstance(run, run_lib.Run):
     run = run_lib.described(run)
-  with contextlib.closing(
-    checkpointing.Checkpoints(run.model_dir, read_only=True, verify=run.verify)
+  with checkpointing.Checkpoints(
+    run.model_dir, read_only=True, verify=run.verify
   ) as checkpoints:
     step = checkpoints.step_of(which)
     known, pieces = _known(run, console)
@@ -285,22 +287,6 @@ def _known(
   network = plain_data.to_plain(run.config_of(known.header.vocab_size))
   description.check_network(known, network, run.model_dir)
   return known, description.read_vocabulary(run.model_dir, known)
-
-
-def _rows(
-  run: run_lib.Run,
-  known: description.Description,
-  console: run_lib.Console,
-) -> row_store.RowStore:
-  if run.store_dir and not pathlib.Path(run.store_dir).exists():
-    raise ValueError(
-      f"the rows of {run.mixture_or_task_name!r} that {run.model_dir} was "
-      f"trained on are no longer in {run.store_dir}; name test sets to "
-      "evaluate on, or give --gin_file of its recipe, which packs them again"
-    )
-  store = run.store(console.building)
-  description.check_rows(known, store)
-  return store
 
 
 def translator(
@@ -475,7 +461,7 @@ def evaluate_texts(
   replaced by another's.
 
   Args:
-    model: It.
+    model: Trained or exported.
     translator: Of the model; the compiled searches belong to it.
     test_set: Its name.
     texts: By direction, tagged.

@@ -110,11 +110,8 @@ class Hooks:
 class _Dispatched:
   """A step that the device need not have done yet.
 
-  Attributes:
-    step: Steps done when it is.
-    phase: 'dense' or 'sparse'.
-    sums: Of `steps.train_step` since the last report; ready when it is done.
-    learning_rate: The step's, where a report is due after it, else None.
+  Its sums of `steps.train_step`, since the last report, are ready when it is.
+  It has a learning rate where a report is due after it.
   """
 
   step: int
@@ -143,11 +140,12 @@ class Trainer:
       the batches it has already seen.
     model_dir: Where checkpoints live.
     writer: Takes metrics.
-    dev_batches: () -> this host's rows of the dev batches; None: no dev set.
+    dev_batches: () -> this host's rows of the dev batches, all of one shape;
+      None: no dev set.
     hooks: See `Hooks`.
     verify: Compare the checkpoint to go on from with its checksums.
-    make_program: As `phases.program`; several runs of one process can share
-      programs, and then compile them once.
+    make_program: 'dense' or 'sparse' -> `phases.program`; several runs of one
+      process can share programs, and then compile them once. None: its own.
   """
 
   def __init__(
@@ -162,17 +160,22 @@ class Trainer:
     dev_batches: Callable[[], Iterable[Batch]] | None = None,
     hooks: Hooks | None = None,
     verify: bool = True,
-    make_program: Callable[..., steps.Program] = phases.program,
+    make_program: Callable[[str], steps.Program] | None = None,
   ):
-    self._make_program = make_program
     self._config, self._settings, self._mesh = config, settings, mesh
     self._directions = tuple(directions)
+    self._make_program = make_program or (
+      lambda phase: phases.program(
+        config, settings, phase, mesh, len(self._directions)
+      )
+    )
     self._batches, self._dev_batches = batches, dev_batches
     self._writer, self._hooks = writer, hooks or Hooks()
     self._programs: dict[str, steps.Program] = {}
     self._conversion: phases.Conversion | None = None
-    self._threads = futures.ThreadPoolExecutor(1, "compile")
+    self._threads = futures.ThreadPoolExecutor(2, "compile")
     self._compiling: futures.Future[None] | None = None
+    self._compiling_evaluation: futures.Future[None] | None = None
     self._checkpoints = checkpointing.Checkpoints(
       model_dir, settings.keep_checkpoints, verify=verify
     )
@@ -189,9 +192,7 @@ class Trainer:
   def _program(self, phase: str) -> steps.Program:
     """The program of phase 'dense' or 'sparse', made when first needed."""
     if phase not in self._programs:
-      self._programs[phase] = self._make_program(
-        self._config, self._settings, phase, self._mesh, len(self._directions)
-      )
+      self._programs[phase] = self._make_program(phase)
     return self._programs[phase]
 
   def _start(self) -> None:
@@ -245,8 +246,22 @@ class Trainer:
     prepared = phases.Conversion(self.program, self._program("sparse"))
     prepared.check(batch)
     self._conversion = prepared
-    if jax.default_backend() != "cpu":
+    if self._compiles_ahead():
       self._compiling = self._threads.submit(prepared.compile, batch)
+
+  def _prepare_evaluation(self) -> None:
+    """Has the phase's evaluation step compiled while the first steps run."""
+    if self._dev_batches is None or not self._compiles_ahead():
+      return
+    batch = next(iter(self._dev_batches()))
+    self._compiling_evaluation = self._threads.submit(
+      self.program.eval_step.compile,
+      self.program.variables(self.program.abstract_state()),
+      partitioning.put_batch(batch, self._mesh),
+    )
+
+  def _compiles_ahead(self) -> bool:
+    return self._mesh.devices.flat[0].platform != "cpu"
 
   def _restore_data(self, step: int, data: Any) -> None:
     restore = getattr(self._batches, "restore", None)
@@ -306,6 +321,7 @@ class Trainer:
         # The first call compiles; no estimate of the time left counts that.
         self._log_time += time.monotonic() - start
         compiled = self.program
+        self._prepare_evaluation()
       self._step += 1
       outcome = self._after_step(position)
       if outcome != "done":
@@ -483,26 +499,19 @@ class Trainer:
     """Dev loss by direction; returns their mean."""
     if self._dev_batches is None:
       return None
+    waiting = self._compiling_evaluation
+    if waiting is not None and not waiting.cancel():
+      waiting.result()
+    self._compiling_evaluation = None
     values = self._measured(self.program.averaged_variables(self.state))
-    own = {
-      f"dev/{name}": value
-      for name, value in values.items()
-      if name.partition("/")[0] != "loss"
-    }
     self.dev_losses = metrics.of_directions(values, "loss")
     mean = float(np.mean(list(self.dev_losses.values())))
     if mean < self._best_loss:
       self._best_loss, self._worse = mean, 0
     else:
       self._worse += 1
-    self._write(
-      self._step,
-      {
-        "dev/loss": mean,
-        **{f"dev/loss/{d}": v for d, v in self.dev_losses.items()},
-        **own,
-      },
-    )
+    named = {f"dev/{name}": value for name, value in values.items()}
+    self._write(self._step, {**named, "dev/loss": mean})
     if self._settings.average_decay:
       values = self._measured(self.program.variables(self.state))
       last = metrics.of_directions(values, "loss")

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import pathlib
 from collections.abc import Callable
 from typing import Any
@@ -20,7 +21,6 @@ from basemt_jax import (
   phases,
   plain_data,
   processes,
-  steps,
   trained,
   trainer,
   translation,
@@ -36,16 +36,9 @@ def train(
   console: run_lib.Console,
   started: Callable[[], None] = lambda: None,
 ) -> str:
-  """Trains, or goes on training.
+  """Trains, or goes on training; returns the outcome of `trainer.Trainer.run`.
 
-  Args:
-    run: The run.
-    writer: Takes metrics.
-    console: Takes progress.
-    started: Called when run and directory have proved to fit together.
-
-  Returns:
-    The outcome; see `trainer.Trainer.run`.
+  `started` is called when run and directory have proved to fit together.
 
   Raises:
     ValueError: The directory holds another run, which this is not a
@@ -64,10 +57,15 @@ def train(
     mesh = run.mesh()
     own = run_lib.describe(run, store)
     check_continues(run, own, console.message)
-    make_program = _once(phases.program)
-    _announce(run, store, mesh, make_program, console.message)
+    config, count = run.config(store), len(store.directions)
+    make_program = functools.cache(
+      lambda phase: phases.program(config, run.settings, phase, mesh, count)
+    )
+    last = "sparse" if config.feed_forward == "experts" else "dense"
+    for line in announcement.lines(run, store, make_program(last)):
+      console.message(line)
     loop = trainer.Trainer(
-      run.config(store),
+      config,
       run.settings,
       mesh,
       store.directions,
@@ -85,39 +83,6 @@ def train(
         description.write(run.model_dir, own, description.pieces_of(store))
       started()
       return loop.run()
-
-
-def _announce(
-  run: run_lib.Run,
-  store: row_store.RowStore,
-  mesh: jax.sharding.Mesh,
-  make_program: Callable[..., steps.Program],
-  message: Callable[[str], None],
-) -> None:
-  """Says what the run is; makes its last phase's program, needed in the end."""
-  config = run.config(store)
-  phase = "sparse" if config.feed_forward == "experts" else "dense"
-  program = make_program(
-    config, run.settings, phase, mesh, len(store.directions)
-  )
-  for line in announcement.lines(run, store, program):
-    message(line)
-
-
-def _once(
-  make_program: Callable[..., steps.Program],
-) -> Callable[..., steps.Program]:
-  """Makes the program of each phase once, for all who ask."""
-  made: dict[str, steps.Program] = {}
-
-  def program(
-    config: Any, settings: Any, phase: str, *rest: Any
-  ) -> steps.Program:
-    if phase not in made:
-      made[phase] = make_program(config, settings, phase, *rest)
-    return made[phase]
-
-  return program
 
 
 def _only_writer(model_dir: str) -> contextlib.AbstractContextManager[None]:
@@ -217,15 +182,9 @@ def convert(
   Vocabulary, lengths and directions are those that the dense model was trained
   with, whatever has become of its data. The sparse checkpoint has the dense
   one's step; the sparse run finds its own place in its data at that step, for
-  its sampling temperature may be another.
-
-  Args:
-    run: The sparse run.
-    dense_dir: Model directory of the dense run.
-    which: See `trained.load`.
-    console: Takes progress.
-    converted: Called when the function has proved to be the same, before the
-      checkpoint is written: one that is there is complete.
+  its sampling temperature may be another. `converted` is called when the
+  function has proved to be the same, before the checkpoint is written: one that
+  is there is complete.
 
   Returns:
     The step, and the relative error of the function on a training batch.
@@ -234,42 +193,26 @@ def convert(
     ValueError: Nothing to convert, models that do not belong together, or a
       function that is not preserved; nothing is written then.
   """
-  with _only_writer(run.model_dir):
-    return _convert(run, dense_dir, which, console, converted)
-
-
-def _convert(
-  run: run_lib.Run,
-  dense_dir: str,
-  which: str | int,
-  console: run_lib.Console,
-  converted: Callable[[], None],
-) -> tuple[int, float]:
-  """`convert`, with the directory held."""
-  mesh = run.mesh()
-  processes.check_shared(run.model_dir)
-  known, pieces, store = _dense_data(run, dense_dir, console)
-  config = run.config_of(known.header.vocab_size)
-  config = dataclasses.replace(config, converted=True)
-  if config.feed_forward != "experts":
-    raise ValueError(
-      f"the configured network has feed_forward {config.feed_forward!r}; "
-      "converting needs a sparse one: 'experts'"
-    )
-  with (
-    contextlib.closing(
+  with contextlib.ExitStack() as held:
+    held.enter_context(_only_writer(run.model_dir))
+    mesh = run.mesh()
+    processes.check_shared(run.model_dir)
+    known, pieces, store = _dense_data(run, dense_dir, console)
+    config = run.config_of(known.header.vocab_size)
+    config = dataclasses.replace(config, converted=True)
+    if config.feed_forward != "experts":
+      raise ValueError(
+        f"the configured network has feed_forward {config.feed_forward!r}; "
+        "converting needs a sparse one: 'experts'"
+      )
+    source = held.enter_context(
       checkpointing.Checkpoints(dense_dir, read_only=True, verify=run.verify)
-    ) as source,
-    contextlib.closing(checkpointing.Checkpoints(run.model_dir)) as target,
-  ):
+    )
+    target = held.enter_context(checkpointing.Checkpoints(run.model_dir))
     step = source.step_of(which)
     if source.phase(step) != "dense":
       raise ValueError(f"{source.path(step)} is not dense: it holds experts")
-    if target.latest_step() is not None:
-      raise ValueError(
-        f"{run.model_dir} already holds checkpoint_{target.latest_step()}; "
-        "choose an empty directory"
-      )
+    target.check_empty()
     dense, sparse = (
       phases.program(config, run.settings, phase, mesh, len(known.directions))
       for phase in ("dense", "sparse")

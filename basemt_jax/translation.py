@@ -357,15 +357,10 @@ def search(
 ) -> decoding.Hypotheses:
   """Translations of one batch; pure, so it can be compiled.
 
-  Args:
-    model: A TranslationModel.
-    variables: Its collections.
-    tokens: Sources [B, Li] int32, with EOS, padded with 0.
-    limits: [B] int32, the longest hypothesis of each.
-    max_length: L, the longest of all; static.
-    options: How to search, or to sample.
-    numbers: [B] int32, of the sources, for sampling; None: their places.
-    prefixes: [B, L] int32, see `decoding.greedy_search`, or None.
+  Of sources [B, Li] int32, with EOS, padded with 0, whose longest hypotheses
+  are `limits` [B] int32, and of all L, static. For sampling their numbers [B]
+  int32 count, by default their places; prefixes [B, L] are as in
+  `decoding.greedy_search`.
 
   Returns:
     See `decoding.beam_search` and `decoding.sample`.

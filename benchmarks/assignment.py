@@ -1,6 +1,6 @@
 """Time and quality of the balanced assignment, on whatever device JAX finds.
 
-  python benchmarks/assignment.py --json out.json
+    PYTHONPATH=. python benchmarks/assignment.py --json out.json
 
 Scores are those of clustered, skewed features that drift from batch to batch;
 with --affinities, those of a trained model's layers on training batches
@@ -12,12 +12,10 @@ assignment exceeds. Times are medians over runs, several groups solved at once
 where the shape says so; `steps` is the curve to choose a step count by.
 """
 
-import argparse
 import concurrent.futures
 import functools
 import importlib.util
 import itertools
-import json
 import statistics
 import time
 from pathlib import Path
@@ -27,6 +25,7 @@ import jax
 import numpy as np
 
 from basemt_jax import assignment
+from benchmarks import measuring
 
 # Groups, tokens of a group, experts.
 SHAPES = (
@@ -175,14 +174,13 @@ def rows_of(
         "quality": round(worst, 6),
       }
     )
-    print("  ".join(f"{value!s:>16}" for value in rows[-1].values()))
+    measuring.print_row(rows[-1])
   return rows
 
 
 def main() -> None:
   """Prints the table and writes it as JSON."""
-  parser = argparse.ArgumentParser(description=__doc__)
-  parser.add_argument("--json", type=Path, help="file to write")
+  parser = measuring.parser(__doc__)
   parser.add_argument("--repeats", type=int, default=10)
   parser.add_argument("--sets", type=int, default=3, help="input sets")
   parser.add_argument("--no-curve", action="store_true")
@@ -202,19 +200,7 @@ def main() -> None:
       parser.error(
         f"no file {file}; `study/runs.py run --affinities` writes such"
       )
-  device = jax.devices()[0]
-  print(f"jax {jax.__version__} on {device.device_kind} ({device.platform})")
-  names = (
-    "scores",
-    "groups",
-    "tokens",
-    "experts",
-    "start",
-    "steps",
-    "ms",
-    "quality",
-  )
-  print("  ".join(f"{name:>16}" for name in names))
+  print(f"jax {jax.__version__} on {jax.devices()[0].device_kind}")
   rows = []
   curve = not options.no_curve
   for shape in options.shape or (() if options.affinities else SHAPES):
@@ -228,14 +214,7 @@ def main() -> None:
         options.repeats,
         curve,
       )
-  report = {
-    "jax": jax.__version__,
-    "device": device.device_kind,
-    "platform": device.platform,
-    "rows": rows,
-  }
-  if options.json:
-    options.json.write_text(json.dumps(report, indent=2) + "\n")
+  measuring.write(options, {"rows": rows})
 
 
 if __name__ == "__main__":

@@ -11,42 +11,22 @@ repeats, compiling left out; models are timed in turn.
 """
 
 import argparse
-import dataclasses
 import functools
 import json
 import statistics
-import time
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import numpy as np
 
 from basemt_jax import model, translation
+from benchmarks import measuring
 
 SOURCE, TARGET = 32, 64
 
 
-def config(args: argparse.Namespace, feed_forward: model.FeedForward):
-  """The network, with experts in a third of its blocks if it has any."""
-  experts = tuple(range(2, args.blocks, 3))
-  return model.TransformerConfig(
-    vocab_size=args.vocabulary,
-    emb_dim=args.width,
-    num_heads=args.width // 64,
-    mlp_dim=4 * args.width,
-    num_encoder_layers=args.blocks,
-    num_decoder_layers=args.blocks,
-    dtype="bfloat16",
-    feed_forward=feed_forward,
-    encoder_expert_blocks=experts,
-    decoder_expert_blocks=experts,
-    num_experts=args.experts,
-  )
-
-
 def ours(cfg: model.TransformerConfig, beam: int, tokens: np.ndarray) -> Any:
-  """A function that translates the sources once and waits for the result."""
+  """A function that translates the sources once."""
   transformer = model.Transformer(cfg)
   short = tokens[:1, :8]
 
@@ -68,7 +48,7 @@ def ours(cfg: model.TransformerConfig, beam: int, tokens: np.ndarray) -> Any:
     )
   )
   limits = np.full(len(tokens), TARGET, np.int32)
-  return lambda: jax.block_until_ready(search(variables, tokens, limits))
+  return lambda: search(variables, tokens, limits)
 
 
 def marian(args: argparse.Namespace, beam: int, tokens: np.ndarray) -> Any:
@@ -113,26 +93,9 @@ def marian(args: argparse.Namespace, beam: int, tokens: np.ndarray) -> Any:
   return translate
 
 
-def median_seconds(
-  functions: dict[str, Callable[[], Any]], repeats: int
-) -> dict[str, float]:
-  """Median of each, called in turn, after a first call that may compile."""
-  found: dict[str, list[float]] = {name: [] for name in functions}
-  for function in functions.values():
-    function()
-  for _ in range(repeats):
-    for name, function in functions.items():
-      start = time.perf_counter()
-      function()
-      found[name].append(time.perf_counter() - start)
-  return {name: statistics.median(times) for name, times in found.items()}
-
-
 def main() -> None:
   """Prints a line for every batch and beam."""
-  parser = argparse.ArgumentParser(
-    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-  )
+  parser = measuring.parser(__doc__)
   parser.add_argument("--width", type=int, default=512)
   parser.add_argument("--blocks", type=int, default=6)
   parser.add_argument("--vocabulary", type=int, default=32000)
@@ -141,7 +104,6 @@ def main() -> None:
   parser.add_argument("--beams", type=int, nargs="+", default=[1, 4])
   parser.add_argument("--repeats", type=int, default=7)
   parser.add_argument("--marian", action="store_true", help="needs torch")
-  parser.add_argument("--json", help="file for the figures")
   args = parser.parse_args()
   print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}")
   rows = []
@@ -152,12 +114,22 @@ def main() -> None:
       )
       tokens[:, -1] = 1
       functions = {
-        kind: ours(config(args, kind), beam, tokens)
-        for kind in ("dense", "experts")
+        name: ours(
+          measuring.transformer(
+            args.blocks, args.width, args.vocabulary, experts
+          ),
+          beam,
+          tokens,
+        )
+        for name, experts in (("dense", 0), ("experts", args.experts))
       }
       if args.marian:
         functions["marian"] = marian(args, beam, tokens)
-      seconds = median_seconds(functions, args.repeats)
+      measuring.in_turn(functions, 1)  # Compiles.
+      seconds = {
+        name: statistics.median(own)
+        for name, own in measuring.in_turn(functions, args.repeats).items()
+      }
       row = {
         "batch": size,
         "beam": beam,
@@ -169,16 +141,7 @@ def main() -> None:
       }
       rows.append(row)
       print(json.dumps(row), flush=True)
-  if args.json:
-    contents = {
-      "device": jax.devices()[0].device_kind,
-      "jax": jax.__version__,
-      "config": dataclasses.asdict(config(args, "experts"))
-      | {"router": "balanced"},
-      "rows": rows,
-    }
-    with open(args.json, "w", encoding="utf-8") as file:
-      json.dump(contents, file, default=str)
+  measuring.write(args, {"rows": rows})
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
     with device_trace.recorded() as trace:
       run()
-    print(trace.table(10, compiled.as_text()))
+    print(trace.busy_ms(), trace.longest(compiled.as_text(), 10))
 
 Reads the profile that `jax.profiler` writes. A kernel's source is the JAX name
 stack of the HLO instruction it came from, so that time can be summed by parts
@@ -22,15 +22,11 @@ import jax
 
 @dataclasses.dataclass
 class Trace:
-  """Kernels of one device, in the order they started.
-
-  Attributes:
-    kernels: (name, HLO instruction or '', start ns, duration ns).
-  """
+  """Kernels of one device, in the order they started."""
 
   kernels: list[tuple[str, str, float, float]] = dataclasses.field(
     default_factory=list
-  )
+  )  # (name, HLO instruction or '', start ns, duration ns)
 
   def span_ms(self) -> float:
     """From the first kernel's start to the last one's end."""
@@ -60,8 +56,7 @@ class Trace:
     spans: dict[str, list[tuple[float, float]]] = {name: [] for name in groups}
     others: list[tuple[float, float]] = []
     for name, op, start, length in self.kernels:
-      text = f"{name} | {op}"
-      group = next((g for g, p in groups.items() if re.search(p, text)), None)
+      group = _group(f"{name} | {op}", groups)
       span = (start, start + length)
       (others if group is None else spans[group]).append(span)
     others = _union(others)
@@ -74,40 +69,42 @@ class Trace:
       for name, found in spans.items()
     }
 
-  def by_source(
-    self, hlo: str, groups: Mapping[str, str]
-  ) -> dict[str, tuple[float, int]]:
-    """Milliseconds and kernels by the first group whose pattern is found.
+  def by_source(self, hlo: str, groups: Mapping[str, str]) -> dict[str, float]:
+    """Milliseconds by the first group whose pattern is found, longest first.
 
     Args:
       hlo: Text of the compiled program.
       groups: Group to regular expression over 'name stack | instruction |
         kernel'.
     """
-    sources = dict(re.findall(r"%?([\w.-]+) = [^\n]*op_name=\"([^\"]*)\"", hlo))
-    sums: dict[str, tuple[float, int]] = defaultdict(lambda: (0.0, 0))
+    sources = _sources(hlo)
+    sums: dict[str, float] = defaultdict(float)
     for name, op, _, length in self.kernels:
-      text = f"{sources.get(op, '')} | {op} | {name}"
-      group = next(
-        (g for g, pattern in groups.items() if re.search(pattern, text)),
-        "other",
-      )
-      total, count = sums[group]
-      sums[group] = (total + length / 1e6, count + 1)
-    return dict(sorted(sums.items(), key=lambda item: -item[1][0]))
+      group = _group(f"{sources.get(op, '')} | {op} | {name}", groups)
+      sums[group or "other"] += length / 1e6
+    return dict(_most(sums))
 
-  def longest(self, hlo: str, count: int) -> list[tuple[float, int, str, str]]:
-    """Tuples of ms, launches, instruction and name stack, longest first."""
-    sources = dict(re.findall(r"%?([\w.-]+) = [^\n]*op_name=\"([^\"]*)\"", hlo))
-    sums: dict[str, tuple[float, int]] = defaultdict(lambda: (0.0, 0))
+  def longest(self, hlo: str, count: int) -> list[tuple[float, str, str]]:
+    """Tuples of ms, instruction and name stack, longest first."""
+    sources = _sources(hlo)
+    sums: dict[str, float] = defaultdict(float)
     for name, op, _, length in self.kernels:
-      total, launches = sums[op or name]
-      sums[op or name] = (total + length / 1e6, launches + 1)
-    rows = [
-      (total, launches, op, sources.get(op, ""))
-      for op, (total, launches) in sums.items()
-    ]
-    return sorted(rows, reverse=True)[:count]
+      sums[op or name] += length / 1e6
+    return [(ms, op, sources.get(op, "")) for op, ms in _most(sums)[:count]]
+
+
+def _sources(hlo: str) -> dict[str, str]:
+  """Name stacks of a program's instructions."""
+  return dict(re.findall(r"%?([\w.-]+) = [^\n]*op_name=\"([^\"]*)\"", hlo))
+
+
+def _most(sums: Mapping[str, float]) -> list[tuple[str, float]]:
+  return sorted(sums.items(), key=lambda item: -item[1])
+
+
+def _group(text: str, groups: Mapping[str, str]) -> str | None:
+  """The first group whose pattern is found in a text."""
+  return next((g for g, p in groups.items() if re.search(p, text)), None)
 
 
 def _union(spans: list[tuple[float, float]]) -> list[tuple[float, float]]:
@@ -138,8 +135,8 @@ def _common(
 
 
 @contextlib.contextmanager
-def recorded(device: int = 0) -> Iterator[Trace]:
-  """Records what device number `device` does; complete after the block."""
+def recorded() -> Iterator[Trace]:
+  """Records what the first device does; complete after the block."""
   trace = Trace()
   with tempfile.TemporaryDirectory() as folder:
     with jax.profiler.trace(folder):
@@ -147,7 +144,7 @@ def recorded(device: int = 0) -> Iterator[Trace]:
     for path in sorted(pathlib.Path(folder).rglob("*.xplane.pb")):
       data = jax.profiler.ProfileData.from_file(str(path))
       for plane in data.planes:
-        if not re.fullmatch(rf"/device:(GPU|TPU):{device}.*", plane.name):
+        if not re.fullmatch(r"/device:(GPU|TPU):0.*", plane.name):
           continue
         for line in plane.lines:
           if line.name.startswith("Stream") or line.name == "XLA Ops":

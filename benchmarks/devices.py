@@ -27,7 +27,6 @@ import collections
 import concurrent.futures
 import dataclasses
 import functools
-import json
 import statistics
 import time
 from collections.abc import Iterable, Mapping
@@ -41,10 +40,10 @@ from jax.sharding import Mesh
 
 from basemt_jax import model as model_lib
 from basemt_jax import partitioning, steps
-from basemt_jax.compilation import hlo
-from benchmarks import device_trace, training_step
+from basemt_jax.compilation import ahead_of_time, hlo
+from benchmarks import device_trace, measuring, training_step
 
-MODELS = ("dense", "experts")
+MODELS: tuple[model_lib.FeedForward, ...] = ("dense", "experts")
 
 # Kernels by what they exchange: over 'kernel | HLO instruction'.
 EXCHANGES = {
@@ -55,7 +54,7 @@ EXCHANGES = {
   "other": r"nccl|collective-permute",
 }
 
-Programs = dict[tuple[int, str], training_step.Compiled]
+Programs = dict[tuple[int, model_lib.FeedForward], training_step.Compiled]
 
 
 def mesh_of(count: int) -> Mesh:
@@ -71,7 +70,7 @@ def speed(programs: Programs, args: argparse.Namespace) -> list[dict[str, Any]]:
   training_step.first_steps(
     programs, {key: key[0] * args.rows for key in programs}, args.length
   )
-  table: dict[tuple[int, str], dict[str, Any]] = {}
+  table: dict[tuple[int, model_lib.FeedForward], dict[str, Any]] = {}
   for count in sorted({count for count, _ in programs}):
     rows = count * args.rows
     seconds = training_step.times(
@@ -81,7 +80,8 @@ def speed(programs: Programs, args: argparse.Namespace) -> list[dict[str, Any]]:
       args.repeats,
     )
     medians = {name: statistics.median(s) for name, s in seconds.items()}
-    for name, median in medians.items():
+    for name in MODELS:
+      median = medians[name]
       found = programs[count, name]
       tokens_per_s = 2 * rows * args.length / median
       alone = table[1, name]["tokens_per_s"] if count > 1 else tokens_per_s
@@ -106,15 +106,10 @@ def speed(programs: Programs, args: argparse.Namespace) -> list[dict[str, Any]]:
 
 @dataclasses.dataclass(frozen=True)
 class Check:
-  """What is compared between meshes, compiled.
+  """What is compared between meshes, compiled."""
 
-  Attributes:
-    trained: The training step.
-    measure: (state, batch) -> loss, gradients, intermediates.
-  """
-
-  trained: training_step.Compiled
-  measure: Any
+  trained: training_step.Compiled  # the training step
+  measure: Any  # (state, batch) -> loss, gradients, intermediates
 
 
 def check_config(args: argparse.Namespace) -> model_lib.TransformerConfig:
@@ -137,7 +132,8 @@ def compiled_check(args: argparse.Namespace, count: int) -> Check:
 
     def measure(state, batch):
       loss, grads, _, _ = steps.gradients(
-        state,
+        state.params,
+        state.mutables,
         batch,
         steps.keys(0)[1],
         program.model,
@@ -166,7 +162,7 @@ def equality(
   """Losses, gradients, experts and curves on N devices against one."""
   one, many = (checks[count] for count in sorted(checks))
   # The same numbers on both, whatever initialising on a mesh may round.
-  initial = jax.device_get(one.trained.init())
+  initial = jax.device_get(one.trained.program.init())
   measured, curves, loads = [], [], []
   for check in (one, many):
     program = check.trained.program
@@ -243,30 +239,16 @@ def _relative(found: Iterable[Any], expected: Iterable[Any]) -> float:
 def exchanges(found: training_step.Compiled) -> dict[str, Any]:
   """Collectives of a compiled step: kinds, bytes, splits, what overlaps."""
   text, mesh = found.executable.as_text(), found.program.mesh
-  kinds: dict[tuple[str, str], dict[str, float]] = {}
-  all_to_alls: list[dict[str, Any]] = []
-  for c in hlo.collectives(text, mesh.size):
-    if c.groups.shape[1] == 1:
-      continue  # With itself.
-    axes, _ = hlo.axes_of(c.groups, dict(mesh.shape))
-    row = kinds.setdefault(
-      (c.kind, " x ".join(axes)), {"count": 0, "mb_in": 0.0, "mb_sent": 0.0}
-    )
-    row["count"] += c.count
-    row["mb_in"] += c.count * c.bytes / 1e6
-    row["mb_sent"] += c.count * c.sent_bytes / 1e6
-    if "all-to-all" in c.kind:
-      all_to_alls.append(
-        {
-          "kind": c.kind,
-          "arrays": list(c.arrays),
-          "split_bytes": _splits(c),
-          "bytes": c.bytes,
-          "sent_bytes": c.sent_bytes,
-          "count": c.count,
-          "op_name": c.op_name,
-        }
-      )
+  all_to_alls: list[dict[str, Any]] = [
+    {
+      "kind": c.kind,
+      "split_bytes": _splits(c),
+      "count": c.count,
+      "op_name": c.op_name,
+    }
+    for c in hlo.collectives(text, mesh.size)
+    if "all-to-all" in c.kind and c.groups.shape[1] > 1
+  ]
   started = [
     {
       "kind": a.kind,
@@ -277,7 +259,7 @@ def exchanges(found: training_step.Compiled) -> dict[str, Any]:
   ]
   return {
     "kinds": [
-      {"kind": kind, "axes": axes, **row} for (kind, axes), row in kinds.items()
+      dataclasses.asdict(e) for e in ahead_of_time.exchanges(text, mesh, None)
     ],
     "all_to_alls": all_to_alls,
     "equal_splits": all(
@@ -305,7 +287,7 @@ def traced(
   """Milliseconds of a step in kernels that exchange, on the first device."""
   rows = found.program.mesh.size * args.rows
   data = training_step.batches(found, rows, args.length, count)
-  state = found.init()
+  state = found.program.init()
   state, _ = found.step(state, data[0])
   jax.block_until_ready(state)
   with device_trace.recorded() as trace:
@@ -339,11 +321,7 @@ def print_rows(title: str, rows: Iterable[Mapping[str, Any]]) -> None:
   """One line a row."""
   print(f"\n{title}")
   for row in rows:
-    cells = (
-      f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}"
-      for k, v in row.items()
-    )
-    print("  " + "  ".join(cells), flush=True)
+    measuring.print_row(row)
 
 
 def print_equality(found: Mapping[str, Any], count: int) -> None:
@@ -363,7 +341,7 @@ def print_exchanges(found: Mapping[str, Any], count: int) -> None:
   """What `exchanges` found, all-to-alls of the same form together."""
   print_rows(f"exchanges of the sparse step on {count} devices", found["kinds"])
   forms = collections.Counter(
-    (c["kind"], tuple(c["split_bytes"]), c["sent_bytes"])
+    (c["kind"], tuple(c["split_bytes"]))
     for c in found["all_to_alls"]
     for _ in range(c["count"])
   )
@@ -373,10 +351,9 @@ def print_exchanges(found: Mapping[str, Any], count: int) -> None:
       {
         "count": number,
         "kind": kind,
-        "bytes to each device": ", ".join(str(s) for s in splits),
-        "MB sent": sent / 1e6,
+        "bytes to each device": ", ".join(map(str, splits)),
       }
-      for (kind, splits, sent), number in forms.items()
+      for (kind, splits), number in forms.items()
     ],
   )
   print_rows(
@@ -395,11 +372,9 @@ def print_exchanges(found: Mapping[str, Any], count: int) -> None:
   )
 
 
-def main() -> None:
-  """Prints the tables."""
-  parser = argparse.ArgumentParser(
-    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-  )
+def parsed() -> argparse.Namespace:
+  """The command's flags."""
+  parser = measuring.parser(__doc__)
   training_step.add_network_flags(parser)
   parser.add_argument("--devices", type=int, default=jax.device_count())
   parser.add_argument("--blocks", type=int, default=6, help="a side")
@@ -408,7 +383,6 @@ def main() -> None:
   parser.add_argument("--check_blocks", type=int, default=3)
   parser.add_argument("--check_rows", type=int, help="of the whole batch")
   parser.add_argument("--steps", type=int, default=30, help="of the check")
-  parser.add_argument("--json", help="file for the figures")
   parser.add_argument("--hlo", help="file for the compiled sparse step's text")
   args = parser.parse_args()
   args.check_rows = args.check_rows or 16 * args.devices
@@ -417,9 +391,13 @@ def main() -> None:
       f"--devices is {args.devices}; it must be 2 or more of the "
       f"{jax.device_count()} devices here"
     )
-  device = jax.devices()[0]
-  print(f"{args.devices} x {device.device_kind}, jax {jax.__version__}")
-  start = time.perf_counter()
+  return args
+
+
+def compile_all(
+  args: argparse.Namespace,
+) -> tuple[Programs, dict[int, Check]]:
+  """Everything that is run, compiled side by side, the largest first."""
   counts = (1, args.devices)
   with concurrent.futures.ThreadPoolExecutor(8) as pool:
     waiting = {
@@ -435,45 +413,41 @@ def main() -> None:
     }
     checks = pool.map(functools.partial(compiled_check, args), counts)
     programs = {key: found.result() for key, found in waiting.items()}
-    compiled_checks = dict(zip(counts, checks, strict=True))
+    return programs, dict(zip(counts, checks, strict=True))
+
+
+def main() -> None:
+  """Prints the tables; figures are written as they come."""
+  args = parsed()
+  kind, platform = jax.devices()[0].device_kind, jax.devices()[0].platform
+  print(f"{args.devices} x {kind}, jax {jax.__version__}")
+  start = time.perf_counter()
+  programs, checks = compile_all(args)
   print(f"compiled in {time.perf_counter() - start:.0f} s", flush=True)
   sparse = programs[args.devices, "experts"]
-  figures: dict[str, Any] = {
-    "device": device.device_kind,
-    "jax": jax.__version__,
-    **vars(args),
-  }
+  figures: dict[str, Any] = {}
 
-  def write() -> None:
+  def keep(name: str, found: Any) -> Any:
+    figures[name] = found
     figures["seconds"] = round(time.perf_counter() - start, 1)
-    if args.json:
-      with open(args.json, "w", encoding="utf-8") as file:
-        json.dump(figures, file)
+    measuring.write(args, figures)
+    return found
 
-  figures["speed"] = speed(programs, args)
-  print_rows("speed", figures["speed"])
-  write()
-  figures["equality"] = equality(compiled_checks, args)
-  print_equality(figures["equality"], args.devices)
-  write()
-  if device.platform == "gpu":
-    figures["trace"] = traced(sparse, args)
-    kernels = figures["trace"]["kernels"]
-    shown = [{"kind": kind, **row} for kind, row in kernels.items()]
+  print_rows("speed", keep("speed", speed(programs, args)))
+  print_equality(keep("equality", equality(checks, args)), args.devices)
+  if platform == "gpu":
+    trace = keep("trace", traced(sparse, args))
     print_rows(
-      f"kernels that exchange, a step of {figures['trace']['span_ms']:.1f} ms",
-      shown,
+      f"kernels that exchange, a step of {trace['span_ms']:.1f} ms",
+      [{"kind": kind, **row} for kind, row in trace["kernels"].items()],
     )
-    write()
   else:
-    print(f"\nno trace: {device.platform} has no kernels to show")
+    print(f"\nno trace: {platform} has no kernels to show")
   if args.hlo:
     with open(args.hlo, "w", encoding="utf-8") as file:
       file.write(sparse.executable.as_text())
-  figures["exchanges"] = exchanges(sparse)
-  print_exchanges(figures["exchanges"], args.devices)
-  write()
-  print(f"\n{time.perf_counter() - start:.0f} s in all")
+  print_exchanges(keep("exchanges", exchanges(sparse)), args.devices)
+  print(f"\n{figures['seconds']:.0f} s in all")
 
 
 if __name__ == "__main__":

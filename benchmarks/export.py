@@ -10,7 +10,6 @@ pass: compiling and reading are left out. Any dense model will do; ours was
       --gin.FEED_FORWARD=dense --gin.DENSE_STEPS=0 --gin.AVERAGE_DECAY=0.99
 """
 
-import argparse
 import dataclasses
 import json
 import pathlib
@@ -21,10 +20,11 @@ from typing import Any
 
 import jax
 
-from basemt_jax import evaluation, files, trained, translation
+from basemt_jax import evaluation, trained, translation
 from basemt_jax import run as run_lib
 from basemt_jax.data import languages
 from basemt_jax.exports import ctranslate, directories
+from benchmarks import measuring
 
 QUANTIZATIONS = ("float32", "int8")
 
@@ -110,9 +110,7 @@ def sizes(model: trained.Trained, folder: pathlib.Path) -> dict[str, int]:
 
 def main() -> None:
   """Prints a line for every model and search."""
-  parser = argparse.ArgumentParser(
-    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-  )
+  parser = measuring.parser(__doc__)
   parser.add_argument("--model_dir", required=True)
   parser.add_argument("--threads", type=int, default=2, help="CTranslate2's")
   parser.add_argument("--limit", type=int, help="sentences of a direction")
@@ -122,7 +120,6 @@ def main() -> None:
     default=["1:0.6", "4:0.6", "4:0"],
     metavar="BEAM:ALPHA",
   )
-  parser.add_argument("--json", help="file for the figures")
   args = parser.parse_args()
   model = trained.load(args.model_dir, rounded=False)
   texts = trained.direction_texts(model.store, "test", args.limit)
@@ -137,8 +134,7 @@ def main() -> None:
         model.run.search, beam_size=int(beam), alpha=float(alpha)
       )
       found["rows"] += rows_of({"ours": model, **exports}, texts, search)
-  if args.json:
-    files.write_atomically(args.json, files.json_text(found))
+  measuring.write(args, found)
 
 
 if __name__ == "__main__":

@@ -12,17 +12,21 @@ line of the table is one process:
   trace, compile: of the training step; first: its first run;
   total: from the start of the process to the end of the first step;
   eval: the first evaluation step, compiled and run; step: milliseconds of a
-  step, the median of `--steps` times four; instructions: of the step's
-  program after XLA's passes, a measure of its size that no machine disturbs.
+  step, the median of `--steps` times four; tokens_per_s, mfu: of that step, as
+  in `training_step.py`; memory: the allocator's peak, bytes, or null;
+  instructions: of the step's program after XLA's passes, a measure of its size
+  that no machine disturbs.
 
-With --conversion a run with a dense phase is trained by `trainer.Trainer`, and
-the pause is the time between the last dense and the first sparse step, less the
-median of a step. --profile tells where the compiler spends its time.
+With --conversion `trainer.Trainer` trains `--steps` dense steps, which should
+take longer than a sparse one takes to compile, and a few sparse ones. The pause
+is the time between the last dense and the first sparse step, less the median of
+a step. --profile tells where the compiler spends its time.
 """
 
 import argparse
 import collections
 import dataclasses
+import functools
 import itertools
 import json
 import os
@@ -32,13 +36,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
 
 from basemt_jax import model, optimizer, partitioning, steps, trainer
-from benchmarks import training_step
+from basemt_jax.compilation import ahead_of_time
+from benchmarks import measuring, training_step
 
 DIRECTIONS = training_step.DIRECTIONS
 
@@ -48,14 +53,11 @@ class Shape:
   """A network and its batch.
 
   Attributes:
-    width: D; heads are of 64, feed-forwards of 4 D.
-    blocks: Of each side; every third has experts, if any has.
-    experts: E; 0: dense.
+    width, blocks, experts, vocabulary: See `measuring.transformer`.
     rows: B.
     length: L of both sides.
-    vocabulary: V.
-    remat: See `model.TransformerConfig`.
     dtype: Of the computation.
+    moments: Of `optimizer.adamw`.
   """
 
   width: int = 384
@@ -64,27 +66,14 @@ class Shape:
   rows: int = 256
   length: int = 64
   vocabulary: int = 16000
-  remat: bool = False
   dtype: model.Dtype = "bfloat16"
+  moments: Literal["float32", "bfloat16"] = "float32"
 
   def config(self) -> model.TransformerConfig:
     """The network."""
-    chosen = tuple(range(2, self.blocks, 3))
-    return model.TransformerConfig(
-      vocab_size=self.vocabulary,
-      emb_dim=self.width,
-      num_heads=self.width // 64,
-      head_dim=64,
-      mlp_dim=4 * self.width,
-      num_encoder_layers=self.blocks,
-      num_decoder_layers=self.blocks,
-      dropout_rate=0.1,
+    return measuring.transformer(
+      *(self.blocks, self.width, self.vocabulary, self.experts),
       dtype=self.dtype,
-      remat=self.remat,
-      feed_forward="experts" if self.experts else "dense",
-      encoder_expert_blocks=chosen,
-      decoder_expert_blocks=chosen,
-      num_experts=self.experts or 1,
     )
 
 
@@ -96,13 +85,10 @@ _BIG: dict[str, Any] = {
 }
 SHAPES = {
   "study": Shape(),
-  "study_dense": Shape(experts=0),
-  "deep": Shape(blocks=24),
-  "deep_dense": Shape(blocks=24, experts=0),
-  "shallow": Shape(blocks=3),
   "big": Shape(**_BIG, experts=0),
   "big_sparse": Shape(**_BIG, experts=32),
-  "big_remat": Shape(**_BIG, experts=32, remat=True),
+  "big_rounded": Shape(**_BIG, experts=0, moments="bfloat16"),
+  "big_sparse_rounded": Shape(**_BIG, experts=32, moments="bfloat16"),
   "big_12": Shape(**_BIG, blocks=12, experts=0),
   "big_12_sparse": Shape(**_BIG, blocks=12, experts=32),
   "base": Shape(512, 6, 0, 256, 256, 32000),
@@ -112,17 +98,15 @@ SHAPES = {
 }
 
 
-def settings(train_steps: int, dense_steps: int = 0) -> steps.Settings:
-  """Training settings like the study's."""
-  return steps.Settings(
-    train_steps=train_steps,
+def settings(
+  shape: Shape, train_steps: int, dense_steps: int = 0
+) -> steps.Settings:
+  """Training settings, with a report of every step."""
+  return measuring.settings(
+    train_steps,
     dense_steps=dense_steps,
-    learning_rate=optimizer.inverse_square_root(1e-3, 1000),
-    optimizer=optimizer.adamw,
+    optimizer=functools.partial(optimizer.adamw, moments=shape.moments),
     log_every=1,
-    eval_every=10**6,
-    save_every=10**6,
-    keep_checkpoints=1,
   )
 
 
@@ -158,7 +142,7 @@ def measure(shape: Shape, count: int, profile: bool) -> dict[str, Any]:
   clock.lap("import")
   mesh = partitioning.make_mesh()
   clock.lap("device")
-  described = settings(10**6)
+  described = settings(shape, 10**6)
   _, key = steps.keys(described.seed)
   program = steps.Program(
     shape.config(), described, described.learning_rate, mesh, DIRECTIONS
@@ -192,11 +176,19 @@ def measure(shape: Shape, count: int, profile: bool) -> dict[str, Any]:
       state, sums = step(state, each, key)
     jax.block_until_ready((state, sums))
     times.append((time.perf_counter() - start) / len(data))
+  median = statistics.median(times[1:])
+  tokens = shape.rows * shape.length
+  flops = ahead_of_time.model_flops(
+    shape.config(), shape.rows, training_step.both_sides(shape.length)
+  )
   return {
     **dataclasses.asdict(shape),
     **clock.seconds,
     "total": total,
-    "step": round(1e3 * statistics.median(times[1:]), 2),
+    "step": round(1e3 * median, 2),
+    "tokens_per_s": round(2 * tokens / median),
+    "mfu": round(flops / median / (1e12 * training_step.PEAK_TFLOPS), 4),
+    "memory": (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use"),
     "instructions": str(step.as_text()).count(" = "),
     "loss": round(float(np.sum(sums["nll"]) / np.sum(sums["weight"])), 4),
   }
@@ -215,17 +207,10 @@ def print_profile(folder: str) -> None:
     print(f"    {nanoseconds / 1e9:8.2f} s  {name}", flush=True)
 
 
-class _NoWriter:
-  def write_scalars(self, step: int, scalars: Any) -> None:
-    del step, scalars
-
-  def flush(self) -> None:
-    pass
-
-
 def measure_conversion(shape: Shape, count: int) -> dict[str, Any]:
   """Seconds of the pause at a conversion after `count` dense steps."""
   clock: dict[int, float] = {}
+  last = count + 20
 
   def report(progress: trainer.Progress) -> None:
     clock[progress.step] = time.perf_counter()
@@ -233,12 +218,12 @@ def measure_conversion(shape: Shape, count: int) -> dict[str, Any]:
   with tempfile.TemporaryDirectory() as folder:
     loop = trainer.Trainer(
       shape.config(),
-      settings(2 * count, dense_steps=count),
+      settings(shape, last, dense_steps=count),
       partitioning.make_mesh(),
       [f"en-x{i:02}" for i in range(DIRECTIONS)],
       itertools.cycle(batches(shape)),
       folder,
-      _NoWriter(),
+      measuring.NoWriter(),
       hooks=trainer.Hooks(
         report=report, message=lambda text: print(f"    {text}", flush=True)
       ),
@@ -248,7 +233,7 @@ def measure_conversion(shape: Shape, count: int) -> dict[str, Any]:
     loop.close()
   if outcome != "done":
     raise SystemExit(f"{outcome} after step {max(clock)}: nothing to tell")
-  gaps = {i: clock[i] - clock[i - 1] for i in range(2, 2 * count + 1)}
+  gaps = {i: clock[i] - clock[i - 1] for i in range(2, last + 1)}
   usual = statistics.median(gaps.values())
   return {
     "first": round(clock[1] - start, 2),

@@ -1,8 +1,8 @@
 """Sentence pairs per CPU second: our batches against SeqIO's pipelines.
 
-  python benchmarks/input_pipeline.py [--repeats 5] [--seconds 3] [--json FILE]
+    PYTHONPATH=. python benchmarks/input_pipeline.py --repeats 5 --seconds 3
 
-All pipelines read the same made-up corpus of twelve directions, whose sizes
+All pipelines read the same made-up corpus of eleven directions, whose sizes
 fall from 20,000 to 100 pairs, with the SentencePiece model that ships:
 
 * `seqio.Mixture`, unpacked and packed: fixed rates, SeqIO's own sampling;
@@ -16,8 +16,6 @@ a slow moment of the machine does not fall on one of them alone. CPU time is
 that of all threads of the process.
 """
 
-import argparse
-import json
 import os
 import pathlib
 import statistics
@@ -35,9 +33,11 @@ import tensorflow as tf
 
 from basemt_jax import heating, sampling
 from basemt_jax.data import batches, heated_mixture, store_building
+from benchmarks import measuring
 
 LENGTHS = {"inputs": 128, "targets": 128}
-SIZES = np.geomspace(20_000, 100, 12).astype(int)
+LANGUAGES = ("fr", "de", "cs", "ru", "fi", "et", "lv", "lt", "ro", "tr", "hi")
+SIZES = np.geomspace(20_000, 100, len(LANGUAGES)).astype(int)
 BATCH = 128
 EXAMPLES_PER_STEP = 600.0
 MODEL = pathlib.Path(__file__).parents[1] / "tasks" / "cldr.model"
@@ -58,7 +58,9 @@ def _register() -> seqio.Mixture:
     seqio.SentencePieceVocabulary(str(MODEL)), add_eos=True
   )
   names = []
-  for index, size in enumerate(SIZES.tolist()):
+  for index, (language, size) in enumerate(
+    zip(LANGUAGES, SIZES.tolist(), strict=True)
+  ):
     texts = {
       "inputs": [f"<2de> {text}" for text in _sentences(size, 2 * index)],
       "targets": _sentences(size, 2 * index + 1),
@@ -73,7 +75,7 @@ def _register() -> seqio.Mixture:
       del split, shuffle_files, seed
       return tf.data.Dataset.from_tensor_slices(texts)
 
-    names.append(f"made_up.en_x{index}")
+    names.append(f"made_up.en_{language}")
     seqio.TaskRegistry.add(
       names[-1],
       source=seqio.FunctionDataSource(
@@ -124,14 +126,10 @@ def _per_cpu_second(pairs: Iterator[int], seconds: float) -> float:
 
 
 def measure(repeats: int, seconds: float) -> dict[str, Any]:
-  """All pipelines in turn.
-
-  Args:
-    repeats: turns.
-    seconds: CPU time of a pipeline in a turn.
+  """All pipelines in turn, so many seconds of CPU time each.
 
   Returns:
-    Pairs per CPU second: a median and all turns, by pipeline.
+    Pairs per CPU second of all turns, by pipeline.
   """
   plain = _register()
   strategy = sampling.Strategy(heating.linear(1.0, 5.0, 1000))
@@ -162,21 +160,16 @@ def measure(repeats: int, seconds: float) -> dict[str, Any]:
         turns[name].append(_per_cpu_second(pairs, seconds))
         del pairs  # Ends its threads, whose time would count for the next.
   return {
-    "pairs_per_cpu_second": {
-      name: {"median": statistics.median(values), "turns": values}
-      for name, values in turns.items()
-    },
+    "pairs_per_cpu_second": turns,
     "build_pairs_per_cpu_second": build,
-    "directions": len(SIZES),
-    "lengths": LENGTHS,
     "cpus": os.cpu_count(),
   }
 
 
 def _print_table(result: Mapping[str, Any]) -> None:
   medians = {
-    name: value["median"]
-    for name, value in result["pairs_per_cpu_second"].items()
+    name: statistics.median(turns)
+    for name, turns in result["pairs_per_cpu_second"].items()
   }
   print(f"{'pipeline':<26} {'pairs / CPU s':>14} {'/ plain SeqIO':>14}")
   for name, median in medians.items():
@@ -188,16 +181,14 @@ def _print_table(result: Mapping[str, Any]) -> None:
 
 def main() -> None:
   """Measures, prints a table, writes JSON where it is asked for."""
-  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser = measuring.parser(__doc__)
   parser.add_argument("--repeats", type=int, default=5)
   parser.add_argument("--seconds", type=float, default=3.0)
-  parser.add_argument("--json", type=pathlib.Path)
   options = parser.parse_args()
   absl.logging.set_verbosity(absl.logging.ERROR)
   result = measure(options.repeats, options.seconds)
   _print_table(result)
-  if options.json:
-    options.json.write_text(json.dumps(result, indent=1) + "\n")
+  measuring.write(options, result)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Time of a BASE layer beside the dense feed-forward with equal FLOPs.
 
-    python benchmarks/layer.py --tokens 8192 32768 --experts 8 32 128
+    PYTHONPATH=. python benchmarks/layer.py --tokens 8192 --experts 8 32 128
 
 Forward and backward (gradients of input and parameters) in training; forward
 with greedy routing at test time, also with every token at one expert, on
@@ -11,9 +11,8 @@ T tokens, D model width, F feed-forward width, E experts.
 
 import argparse
 import functools
-import json
 import statistics
-import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -21,6 +20,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from basemt_jax import base_layer, layers
+from benchmarks import measuring
 
 LENGTH = 256
 
@@ -51,19 +51,22 @@ def clustered(key: jax.Array, tokens: int, width: int, dtype: Any) -> jax.Array:
 
 
 def time_each(
-  functions: dict[str, Any], inputs: list[Any], repeats: int
+  functions: dict[str, Callable[[Any], Any]], inputs: list[Any], repeats: int
 ) -> dict[str, float]:
   """Median milliseconds of each function, called in turn on every input."""
   for function in functions.values():
     jax.block_until_ready(function(inputs[0]))
-  times: dict[str, list[float]] = {name: [] for name in functions}
-  for _ in range(repeats):
-    for name, function in functions.items():
-      start = time.perf_counter()
-      results = [function(x) for x in inputs]
-      jax.block_until_ready(results)
-      times[name].append((time.perf_counter() - start) / len(inputs) * 1e3)
-  return {name: statistics.median(t) for name, t in times.items()}
+
+  def on_all(function: Callable[[Any], Any]) -> list[Any]:
+    return [function(x) for x in inputs]
+
+  seconds = measuring.in_turn(
+    {n: functools.partial(on_all, own) for n, own in functions.items()}, repeats
+  )
+  return {
+    name: 1e3 * statistics.median(own) / len(inputs)
+    for name, own in seconds.items()
+  }
 
 
 def measure(tokens: int, experts: int, args: argparse.Namespace) -> dict:
@@ -102,7 +105,7 @@ def measure(tokens: int, experts: int, args: argparse.Namespace) -> dict:
   # Equal affinities: every token goes to the first expert.
   zero = jnp.zeros_like(params["expert_centroids"])
   skewed = {**held, "expert_centroids": zero}
-  functions = {}
+  functions: dict[str, Callable[[Any], Any]] = {}
   if "train" in args.modes:
     for h in inputs * 2:  # Prices of a run that is under way.
       _, prices = step(params, h, prices)
@@ -126,7 +129,7 @@ def measure(tokens: int, experts: int, args: argparse.Namespace) -> dict:
 
 def main() -> None:
   """Prints the table."""
-  parser = argparse.ArgumentParser(description=__doc__)
+  parser = measuring.parser(__doc__)
   parser.add_argument("--tokens", type=int, nargs="+", default=[2048])
   parser.add_argument("--experts", type=int, nargs="+", default=[8])
   parser.add_argument("--width", type=int, default=256)
@@ -137,7 +140,6 @@ def main() -> None:
     "--modes", nargs="+", choices=("train", "test"), default=["train", "test"]
   )
   parser.add_argument("--repeats", type=int, default=11)
-  parser.add_argument("--json", help="file for the figures")
   args = parser.parse_args()
   device = jax.devices()[0].device_kind
   print(f"{device}, jax {jax.__version__}, {args.dtype}, D={args.width}")
@@ -145,16 +147,8 @@ def main() -> None:
   for tokens in args.tokens:
     for experts in args.experts:
       rows.append(measure(tokens, experts, args))
-      print(
-        "  ".join(
-          f"{k} {v:.3f}" if isinstance(v, float) else f"{k} {v}"
-          for k, v in rows[-1].items()
-        ),
-        flush=True,
-      )
-  if args.json:
-    with open(args.json, "w", encoding="utf-8") as file:
-      json.dump({"device": device, "jax": jax.__version__, "rows": rows}, file)
+      measuring.print_row(rows[-1])
+  measuring.write(args, {"rows": rows})
 
 
 if __name__ == "__main__":

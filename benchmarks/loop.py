@@ -15,7 +15,7 @@ host's memory.
 import argparse
 import contextlib
 import itertools
-import json
+import operator
 import os
 import tempfile
 import time
@@ -26,15 +26,13 @@ import numpy as np
 
 from basemt_jax import (
   heating,
-  model,
-  optimizer,
   partitioning,
   sampling,
-  steps,
   trainer,
 )
 from basemt_jax.data import batches, packing, row_store
-from benchmarks import device_trace
+from basemt_jax.inspection import tables
+from benchmarks import device_trace, measuring
 
 DIRECTIONS = 24
 VOCABULARY = 32000
@@ -66,39 +64,10 @@ def write_store(directory: str, length: int, rows: int) -> row_store.RowStore:
   return row_store.RowStore(directory)
 
 
-class NoWriter:
-  """Takes metrics and leaves them."""
-
-  def write_scalars(self, step: int, scalars: Any) -> None:
-    """See `trainer.Writer`."""
-
-  def flush(self) -> None:
-    """See `trainer.Writer`."""
-
-
 def train_batches(store: row_store.RowStore, rows: int) -> batches.TrainBatches:
   """Batches with a rising temperature."""
   strategy = sampling.Strategy(heating.linear(1.0, 5.0, 100))
   return batches.TrainBatches(store, strategy, rows, 0)
-
-
-def config_of(args: argparse.Namespace) -> model.TransformerConfig:
-  """Every third block has experts."""
-  blocks = tuple(range(2, args.layers, 3))
-  return model.TransformerConfig(
-    vocab_size=VOCABULARY,
-    emb_dim=args.width,
-    num_heads=args.width // 64,
-    head_dim=64,
-    mlp_dim=4 * args.width,
-    num_encoder_layers=args.layers,
-    num_decoder_layers=args.layers,
-    dtype="bfloat16",
-    feed_forward="experts",
-    encoder_expert_blocks=blocks,
-    decoder_expert_blocks=blocks,
-    num_experts=args.experts,
-  )
 
 
 def measure_loop(
@@ -112,14 +81,8 @@ def measure_loop(
   A report comes when its step is done, and so tells the time.
   """
   window = args.steps
-  settings = steps.Settings(
-    train_steps=5 * window,
-    learning_rate=optimizer.inverse_square_root(1e-3, 1000),
-    optimizer=optimizer.adamw,
-    log_every=every,
-    eval_every=10**6,
-    save_every=2 * window,
-    keep_checkpoints=1,
+  settings = measuring.settings(
+    5 * window, log_every=every, save_every=2 * window
   )
   clock: dict[int, float] = {}
 
@@ -127,13 +90,13 @@ def measure_loop(
     clock[progress.step] = time.perf_counter()
 
   loop = trainer.Trainer(
-    config_of(args),
+    measuring.transformer(args.layers, args.width, VOCABULARY, args.experts),
     settings,
     partitioning.make_mesh(),
     store.directions,
     train_batches(store, args.rows),
     folder,
-    NoWriter(),
+    measuring.NoWriter(),
     hooks=trainer.Hooks(report=report),
   )
   with contextlib.closing(loop):
@@ -177,27 +140,30 @@ def measure_bare(
   return times
 
 
-def print_table(rows: list[dict[str, Any]]) -> None:
+def table(rows: list[dict[str, Any]]) -> tables.Table:
   """One line for every interval of reports."""
-  print(
-    "| reports every | step ms | bare ms | kernels ms | busy "
-    "| 1st checkpoint adds ms | 2nd |"
+  two = tables.fixed(2)
+  return tables.listed(
+    "",
+    rows,
+    [
+      tables.Column(name, text, operator.methodcaller("get", key))
+      for name, text, key in (
+        ("reports every", str, "every"),
+        ("step ms", two, "step_ms"),
+        ("bare ms", two, "bare_ms"),
+        ("kernels ms", two, "kernels_ms"),
+        ("busy", tables.percent, "busy"),
+        ("1st checkpoint adds ms", tables.count, "first_checkpoint_adds_ms"),
+        ("2nd", tables.count, "second_checkpoint_adds_ms"),
+      )
+    ],
   )
-  print(f"|{7 * ' --: |'}")
-  for row in rows:
-    has_trace = "kernels_ms" in row
-    kernels = f"{row['kernels_ms']:.2f}" if has_trace else ""
-    busy = f"{row['kernels_ms'] / row['step_ms']:.1%}" if has_trace else ""
-    print(
-      f"| {row['every']} | {row['step_ms']:.2f} | {row['bare_ms']:.2f} "
-      f"| {kernels} | {busy} | {row['first_checkpoint_adds_ms']:.0f} "
-      f"| {row['second_checkpoint_adds_ms']:.0f} |"
-    )
 
 
 def main() -> None:
   """Prints the table."""
-  parser = argparse.ArgumentParser(description=__doc__)
+  parser = measuring.parser(__doc__)
   parser.add_argument("--width", type=int, default=512)
   parser.add_argument("--layers", type=int, default=6)
   parser.add_argument("--rows", type=int, default=64)
@@ -207,7 +173,6 @@ def main() -> None:
     "--every", type=int, nargs="+", default=[10, 100], help="steps, reports"
   )
   parser.add_argument("--steps", type=int, default=100, help="of a window")
-  parser.add_argument("--json", help="file for the figures")
   args = parser.parse_args()
   for every in args.every:
     if args.steps % every:
@@ -224,14 +189,12 @@ def main() -> None:
         row, loop = measure_loop(store, run, every, args)
       bare = bare or measure_bare(loop, store, args)
       del loop  # Its state would take the next one's room.
+      if "kernels_ms" in bare:
+        row["busy"] = bare["kernels_ms"] / row["step_ms"]
       results.append({**row, **bare})
-  device = jax.devices()[0].device_kind
-  print(f"{device}, jax {jax.__version__}")
-  print_table(results)
-  if args.json:
-    with open(args.json, "w", encoding="utf-8") as file:
-      figures = {"device": device, "jax": jax.__version__, **vars(args)}
-      json.dump({**figures, "results": results}, file)
+  print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}")
+  print(tables.markdown(table(results)))
+  measuring.write(args, {"results": results})
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@
 
 compiles every recipe for its TPU slice, which need not be there (extra `tpu`;
 5 to 10 minutes each on two cores), into docs/pods/*.json; without --compile,
-docs/pods.md is written from these files.
+the tables of docs/pods.md are made of these files.
 """
 
 import argparse
@@ -57,45 +57,9 @@ PODS = (
   Pod("pod_v5p_128", "v5p:4x4x8", 128),
 )
 
-HEAD = """\
-# Pod recipes, compiled
-
-Transformer-big with BASE layers in a third of its blocks, for 256 TPU v5e, for
-256 TPU v6e and for 128 TPU v5p. These are reports of `basemt compile`: the very
-training step of a recipe, compiled by the TPU compiler (libtpu) without the
-hardware. Memory, operations and exchanges are those of the compiled program;
-times are estimates. **Nothing on this page has been run on a TPU.**
-
-On one H200, where the same report can be compared with a run (Transformer-big,
-64 rows of 256 tokens a side, `benchmarks/training_step.py`): memory 26.64 GiB
-reported and measured with 32 experts; `serial` 51 ms, measured 62 ms; dense 42
-and 51 ms. The TPU compiler's own estimate does not exist there.
-
-`best`, `serial` and `compiler` are three estimates of a step, explained at the
-head of [`ahead_of_time.py`](../basemt_jax/compilation/ahead_of_time.py):
-everything overlaps;
-nothing overlaps; the TPU compiler's own count of cycles, then the exchanges.
-Plan with the last. None of them knows the latency of starting operations.
-Bandwidths and peaks are the published ones.
-
-A step's batch is 4096 rows of 256 + 256 tokens: about a million target tokens,
-as many as NLLB-200 trained with. It cannot be much smaller on so many chips:
-every chip along `data` and `expert` needs a whole group of 16 rows, whose
-tokens compete for experts. `MODEL_DEVICES=4` does with a quarter of the rows,
-but every block then sums its activations over four chips: on 256 v5e, with the
-batch as it is, about a third of the speed is left (with an earlier step, 4.15
-of 12.3 million target tokens/s). `model.TransformerConfig.rows_per_group` is
-the other way; it changes the model. `basemt compile --meshes=all` compiles a
-step on every mesh that its sizes allow and shows the best three.
-
-The clock in which a v6e's compiler counts is not published. It follows from the
-peak, as that of the others does: see
-[`chips.py`](../basemt_jax/compilation/chips.py).
-
-`python benchmarks/pods.py --compile` makes the reports anew,
-`python benchmarks/pods.py` this page from them.
-
-"""
+PAGE = ROOT / "docs" / "pods.md"
+# What is below it in the page is made of the reports; the prose is above.
+MARK = "<!-- benchmarks/pods.py -->\n"
 
 
 def read(pod: Pod) -> ahead_of_time.Report:
@@ -128,8 +92,9 @@ def summary() -> str:
 
 
 def page() -> str:
-  """The text of docs/pods.md."""
-  parts = [HEAD + summary()]
+  """The text of docs/pods.md, its prose as it is."""
+  prose, _, _ = PAGE.read_text(encoding="utf-8").partition(MARK)
+  parts = [prose + MARK + summary()]
   for pod in PODS:
     command = "basemt " + " \\\n      ".join(pod.command)
     parts.append(
@@ -156,7 +121,7 @@ def main() -> None:
         cwd=ROOT,
         check=True,
       )
-  (ROOT / "docs" / "pods.md").write_text(page(), encoding="utf-8")
+  PAGE.write_text(page(), encoding="utf-8")
 
 
 if __name__ == "__main__":

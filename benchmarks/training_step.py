@@ -28,9 +28,8 @@ of computation:
   logits: 4 V a target token, and b V their gradient.
 
 The sum has all of that at once; but gradients come while activations go, so the
-program may need less. `compiled` is what the compiler says: arguments (the
-state and the batch), outputs, those of them in the place of arguments (alias),
-and all in between (temporary). `peak` is the allocator's: it knows only that of
+program may need less. `planned` is what the compiler says. `peak` is the
+allocator's: it knows only that of
 the process, so that programs take their first step one after the other, the
 smallest first, and one that raised no peak shows none. D model width, F
 feed-forward width, H heads, J joined heads' width, L length, E experts, V
@@ -42,7 +41,6 @@ import concurrent.futures
 import dataclasses
 import functools
 import itertools
-import json
 import statistics
 import time
 from collections.abc import Mapping
@@ -55,31 +53,24 @@ from jax.sharding import Mesh
 
 from basemt_jax import layers, model, optimizer, partitioning, steps
 from basemt_jax.compilation import ahead_of_time
-from benchmarks import device_trace
+from benchmarks import device_trace, measuring
 
 GIB = 2**30
+# Of one H100 or H200 SXM, dense bfloat16.
+PEAK_TFLOPS = 989.0
 DIRECTIONS = 24
 
 
-def config(args: argparse.Namespace, blocks: int, feed_forward: Any):
+def config(
+  args: argparse.Namespace, blocks: int, feed_forward: model.FeedForward
+) -> model.TransformerConfig:
   """Transformer-big, or as the flags say, with experts in a third of blocks."""
-  experts = tuple(range(2, blocks, 3))
-  return model.TransformerConfig(
-    vocab_size=args.vocabulary,
-    emb_dim=args.width,
-    num_heads=args.width // 64,
-    head_dim=64,
-    mlp_dim=4 * args.width,
-    num_encoder_layers=blocks,
-    num_decoder_layers=blocks,
-    dropout_rate=0.1,
+  return measuring.transformer(
+    *(blocks, args.width, args.vocabulary, args.experts),
+    feed_forward=feed_forward,
     dtype=args.dtype,
     remat=args.remat,
     attention=layers.Attention(implementation=args.attention or None),
-    feed_forward=feed_forward,
-    encoder_expert_blocks=experts,
-    decoder_expert_blocks=experts,
-    num_experts=args.experts,
   )
 
 
@@ -120,16 +111,9 @@ def batch(
   }
 
 
-def model_flops(cfg: model.TransformerConfig, rows: int, length: int) -> float:
-  """FLOPs of one step by formula: forward, and twice that backward."""
-  width, hidden = cfg.emb_dim, cfg.mlp_dim
-  attention = 4 * width * cfg.num_heads * cfg.head_dim
-  encoder = cfg.num_encoder_layers * (attention + 2 * width * hidden)
-  decoder = cfg.num_decoder_layers * (2 * attention + 2 * width * hidden)
-  used = encoder + decoder + cfg.vocab_size * width
-  scores = cfg.num_encoder_layers + 2 * cfg.num_decoder_layers
-  tokens = rows * length
-  return 6.0 * used * tokens + 12.0 * scores * length * width * tokens
+def both_sides(length: int) -> dict[str, int]:
+  """Lengths as the package has them."""
+  return {"inputs": length, "targets": length}
 
 
 # ------------------------------------------------------------------ memory
@@ -176,10 +160,8 @@ def _feed_forward_bytes(cfg: model.TransformerConfig, is_sparse: bool) -> int:
   return 4 * size * cfg.emb_dim + hidden + 4 * cfg.num_experts
 
 
-def memory(
-  found: "Compiled", rows: int, length: int
-) -> dict[str, dict[str, int]]:
-  """Bytes of one device: by `formula`, and of the `compiled` program."""
+def memory(found: "Compiled", rows: int, length: int) -> dict[str, int]:
+  """Bytes of one device by formula, and as the compiler `planned`."""
   program = found.program
   cfg, shapes, shardings = (
     program.model.config,
@@ -199,26 +181,7 @@ def memory(
     "activations": activation_bytes(cfg, own, length),
     "logits": own * length * cfg.vocab_size * (4 + size),
   }
-  stats = found.executable.memory_analysis()
-  compiled_ = {
-    "arguments": stats.argument_size_in_bytes,
-    "temporary": stats.temp_size_in_bytes,
-    "outputs": stats.output_size_in_bytes,
-    "alias": stats.alias_size_in_bytes,
-  }
-  return {
-    "formula": {**formula, "sum": sum(formula.values())},
-    "compiled": {**compiled_, "total": found.bytes},
-  }
-
-
-def print_memory(name: str, figures: Mapping[str, Any]) -> None:
-  """One program's memory in GiB."""
-  for kind in ("formula", "compiled"):
-    cells = (f"{k} {v / GIB:.3f}" for k, v in figures[kind].items())
-    print(f"{name}  {kind}: {'  '.join(cells)}")
-  if peak := figures.get("peak"):
-    print(f"{name}  peak {peak / GIB:.3f}", flush=True)
+  return {**formula, "sum": sum(formula.values()), "planned": found.bytes}
 
 
 # ---------------------------------------------------------------- programs
@@ -226,21 +189,12 @@ def print_memory(name: str, figures: Mapping[str, Any]) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
-  """A program whose step is compiled.
+  """A program whose step is compiled."""
 
-  Attributes:
-    program: What was compiled.
-    init: () -> state.
-    executable: The compiled step.
-    key: Of dropout.
-    seconds: Tracing, lowering and compiling.
-  """
-
-  program: steps.Program
-  init: Any
-  executable: Any
-  key: Any
-  seconds: float
+  program: steps.Program  # what was compiled
+  executable: Any  # the compiled step
+  key: Any  # of dropout
+  seconds: float  # tracing, lowering and compiling
 
   def step(self, state: Any, data: Any) -> tuple[Any, dict[str, Any]]:
     """Takes a step; the state's arrays are taken over."""
@@ -249,13 +203,7 @@ class Compiled:
   @property
   def bytes(self) -> int:
     """Memory of a device that the compiler plans with for a step."""
-    stats = self.executable.memory_analysis()
-    return int(
-      stats.argument_size_in_bytes
-      + stats.output_size_in_bytes
-      - stats.alias_size_in_bytes
-      + stats.temp_size_in_bytes
-    )
+    return ahead_of_time.planned_bytes(self.executable)
 
 
 def compiled(
@@ -271,8 +219,8 @@ def compiled(
 
   Options are those of the optimizer.
   """
-  settings = steps.Settings(
-    train_steps=10**6,
+  settings = measuring.settings(
+    10**6,
     learning_rate=optimizer.inverse_square_root(1e-3, warmup),
     optimizer=functools.partial(getattr(optimizer, optimizer_name), **options),
   )
@@ -280,15 +228,10 @@ def compiled(
   program = steps.Program(
     cfg, settings, settings.learning_rate, mesh, DIRECTIONS
   )
-  sharding = partitioning.batch_sharding(mesh)
-  data = {
-    name: jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=sharding)
-    for name, value in batch(rows, length, 0, cfg.vocab_size).items()
-  }
+  data = ahead_of_time.abstract_batch(rows, both_sides(length), mesh)
   step = program.lower(data).compile()
   return Compiled(
     program,
-    program.init,
     step,
     steps.keys(settings.seed)[1],
     time.perf_counter() - start,
@@ -333,7 +276,7 @@ def first_steps(
   for key in sorted(programs, key=lambda key: programs[key].bytes):
     found = programs[key]
     data = batches(found, rows[key], length, 1)[0]
-    state, sums = found.step(found.init(), data)
+    state, sums = found.step(found.program.init(), data)
     check_finite(str(key), sums)
     del state, sums, data
     device = found.program.mesh.devices.flat[0]
@@ -351,18 +294,19 @@ def times(
   The programs are of one mesh, and have taken a step before.
   """
   data = batches(next(iter(programs.values())), rows, length, 4)
-  states = {name: found.init() for name, found in programs.items()}
-  seconds: dict[str, list[float]] = {name: [] for name in programs}
+  states = {name: found.program.init() for name, found in programs.items()}
   jax.block_until_ready(states)
-  for _ in range(repeats):
-    for name, found in programs.items():
-      start = time.perf_counter()
-      for each in data:
-        states[name], sums = found.step(states[name], each)
-      jax.block_until_ready(states[name])
-      seconds[name].append((time.perf_counter() - start) / len(data))
-      check_finite(name, sums)
-  return seconds
+
+  def steps_of(name: str) -> Any:
+    for each in data:
+      states[name], sums = programs[name].step(states[name], each)
+    check_finite(name, sums)
+    return states[name]
+
+  seconds = measuring.in_turn(
+    {name: functools.partial(steps_of, name) for name in programs}, repeats
+  )
+  return {n: [s / len(data) for s in own] for n, own in seconds.items()}
 
 
 # Parts of a step by name stack, as `device_trace.Trace.by_source` takes them.
@@ -383,7 +327,7 @@ def print_trace(found: Compiled, rows: int, length: int) -> None:
   (XLA_FLAGS=--xla_gpu_enable_command_buffer=) they are there.
   """
   data = batches(found, rows, length, 4)
-  state = jax.block_until_ready(found.init())
+  state = jax.block_until_ready(found.program.init())
   with device_trace.recorded() as trace:
     for each in data:
       state, _ = found.step(state, each)
@@ -394,9 +338,9 @@ def print_trace(found: Compiled, rows: int, length: int) -> None:
   hlo, steps_ = found.executable.as_text(), len(data)
   kernels = len(trace.kernels) / steps_
   print(f"busy {trace.busy_ms() / steps_:.2f} ms a step, {kernels:.0f} kernels")
-  for part, (total, _) in trace.by_source(hlo, PARTS).items():
+  for part, total in trace.by_source(hlo, PARTS).items():
     print(f"  {part} {total / steps_:.3f} ms")
-  for total, _, op, source in trace.longest(hlo, 10):
+  for total, op, source in trace.longest(hlo, 10):
     print(f"    {total / steps_:.3f} ms  {op}  {source}")
 
 
@@ -414,9 +358,7 @@ def add_network_flags(parser: argparse.ArgumentParser) -> None:
 
 def parsed() -> argparse.Namespace:
   """The command's flags."""
-  parser = argparse.ArgumentParser(
-    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-  )
+  parser = measuring.parser(__doc__)
   add_network_flags(parser)
   parser.add_argument("--shapes", nargs="+", default=["6x64"])
   parser.add_argument("--expert_devices", type=int, default=1)
@@ -432,8 +374,7 @@ def parsed() -> argparse.Namespace:
   parser.add_argument(
     "--trace", action="store_true", help="show where the time goes"
   )
-  parser.add_argument("--peak_tflops", type=float, default=989.0)
-  parser.add_argument("--json", help="file for the figures")
+  parser.add_argument("--peak_tflops", type=float, default=PEAK_TFLOPS)
   return parser.parse_args()
 
 
@@ -467,7 +408,9 @@ def main() -> None:
       name: statistics.median(seconds)
       for name, seconds in times(pair, rows, args.length, args.repeats).items()
     }
-    flops = model_flops(config(args, layers_, "dense"), rows, args.length)
+    flops = ahead_of_time.model_flops(
+      config(args, layers_, "dense"), rows, both_sides(args.length)
+    )
     for name, median in medians.items():
       peak = args.peak_tflops * 1e12 * jax.device_count()
       row = {
@@ -480,7 +423,7 @@ def main() -> None:
         "ratio": round(median / medians["dense"], 4),
         "compile_s": round(pair[name].seconds, 1),
       }
-      print("  ".join(f"{k} {v}" for k, v in row.items()), flush=True)
+      measuring.print_row(row)
       figures = {
         **memory(pair[name], rows, args.length),
         "peak": peaks[shape, name],
@@ -490,18 +433,10 @@ def main() -> None:
         print_trace(pair[name], rows, args.length)
   print("\nmemory of a device, GiB")
   for row in rows_of_table:
-    name = f"{row['blocks']}x{row['rows']} {row['model']}"
-    print_memory(name, row["memory"])
-  if args.json:
-    written = {
-      "device": device.device_kind,
-      "devices": jax.device_count(),
-      "jax": jax.__version__,
-      **vars(args),
-      "figures": rows_of_table,
-    }
-    with open(args.json, "w", encoding="utf-8") as file:
-      json.dump(written, file)
+    place = {name: row[name] for name in ("blocks", "rows", "model")}
+    known = {k: v / GIB for k, v in row["memory"].items() if v is not None}
+    measuring.print_row({**place, **known})
+  measuring.write(args, {"figures": rows_of_table})
 
 
 if __name__ == "__main__":

@@ -1,18 +1,19 @@
 """The first table of docs/performance.md, of what three scripts measured.
 
     export PYTHONPATH=. && mkdir -p out
-    python benchmarks/training_step.py --width 512 --shapes 6x256 \
-      --json out/base.json
-    python benchmarks/training_step.py --shapes 6x64 12x64 --json out/big.json
     python benchmarks/pytorch_step.py --json out/pytorch.json \
       --shapes 512x6x256 1024x6x64 1024x12x64
     python benchmarks/first_step.py --cold_only > out/first.txt --shapes \
-      base base_sparse big big_sparse big_12 big_12_sparse
+      base base_sparse big big_sparse big_rounded big_sparse_rounded big_12 \
+      big_12_sparse
+    python benchmarks/training_step.py --shapes 6x256 --json out/large.json
     python benchmarks/training_table.py out/*
 
 Any of these files may be missing, and files of several devices may be given:
 a row is what is known of one device, network and batch. It is Markdown, with
-`-` for what was not measured.
+`-` for what was not measured. `first_step.py` has every network alone in a
+process, `training_step.py` dense and sparse in turn in one; of the same row the
+file that is given last counts.
 
 Figures are of one chip. Tokens are those of both sides, padding included.
 Memory is the allocator's peak, or what the compiler plans with where an earlier
@@ -29,23 +30,30 @@ import pathlib
 from collections.abc import Iterator
 from typing import Any
 
-MODELS = ("PyTorch, dense", "dense", "sparse")
-COLUMNS = (
-  "device",
-  "D",
-  "blocks",
-  "rows",
-  "model",
-  "ms",
-  "tokens/s",
-  "MFU",
-  "memory, GiB",
-  "first step, s",
+from basemt_jax.inspection import tables
+
+MODELS = (
+  "PyTorch, dense",
+  *("dense", "dense, bfloat16 moments"),
+  *("sparse", "sparse, bfloat16 moments"),
+)
+# What is known of a row, and how it is shown.
+FIGURES = (
+  tables.Column("ms", tables.fixed(1)),
+  tables.Column("tokens/s", tables.count),
+  tables.Column("MFU", tables.fixed(3)),
+  tables.Column("memory, GiB", tables.fixed(1)),
+  tables.Column("first step, s", tables.fixed(1)),
 )
 
 # Device, D, blocks a side, rows, place in MODELS.
 Key = tuple[str, int, int, int, int]
-Figures = dict[str, str]
+Figures = dict[str, float]
+
+
+def model_place(is_sparse: bool, moments: str) -> int:
+  """The place of a network of ours in `MODELS`."""
+  return 1 + 2 * is_sparse + (moments == "bfloat16")
 
 
 def device_name(name: str) -> str:
@@ -61,11 +69,11 @@ def of_training_step(found: dict[str, Any]) -> Iterator[tuple[Key, Figures]]:
       found["width"],
       row["blocks"],
       row["rows"],
-      1 + (row["model"] == "experts"),
+      model_place(row["model"] == "experts", found["moments"]),
     )
-    memory = row["memory"]["peak"] or row["memory"]["compiled"]["total"]
+    memory = row["memory"]["peak"] or row["memory"]["planned"]
     figures = timed(row, row["tokens_per_s"] / found["devices"])
-    yield key, {**figures, "memory, GiB": f"{memory / 2**30:.1f}"}
+    yield key, {**figures, "memory, GiB": memory / 2**30}
 
 
 def of_pytorch(found: dict[str, Any]) -> Iterator[tuple[Key, Figures]]:
@@ -74,19 +82,15 @@ def of_pytorch(found: dict[str, Any]) -> Iterator[tuple[Key, Figures]]:
     size = (row["width"], row["blocks"], row["rows"])
     figures = {
       **timed(row, row["tokens_per_s"]),
-      "memory, GiB": f"{row['peak_gib']:.1f}",
-      "first step, s": f"{row['first_step_s']:.1f}",
+      "memory, GiB": row["peak_gib"],
+      "first step, s": row["first_step_s"],
     }
     yield (device_name(found["device"]), *size, 0), figures
 
 
 def timed(row: dict[str, Any], tokens: float) -> Figures:
   """What both scripts say of a step's time."""
-  return {
-    "ms": f"{row['ms']:.1f}",
-    "tokens/s": f"{tokens:,.0f}",
-    "MFU": f"{row['mfu']:.3f}",
-  }
+  return {"ms": row["ms"], "tokens/s": tokens, "MFU": row["mfu"]}
 
 
 def of_first_step(text: str) -> Iterator[tuple[Key, Figures]]:
@@ -99,16 +103,18 @@ def of_first_step(text: str) -> Iterator[tuple[Key, Figures]]:
     row = json.loads(brace + rest)
     size = (row["width"], row["blocks"], row["rows"])
     seconds = row["total"] - row["import"] - row["device"]
-    key = (device_name(device), *size, 1 + bool(row["experts"]))
-    yield key, {"first step, s": f"{seconds:.1f}"}
+    place = model_place(bool(row["experts"]), row["moments"])
+    figures = {
+      **timed({**row, "ms": row["step"]}, row["tokens_per_s"]),
+      "first step, s": seconds,
+    }
+    if row["memory"]:
+      figures["memory, GiB"] = row["memory"] / 2**30
+    yield (device_name(device), *size, place), figures
 
 
 def table(paths: list[pathlib.Path]) -> str:
-  """What is known, joined, in Markdown.
-
-  Args:
-    paths: of the three scripts' outputs, in any order.
-  """
+  """What the three scripts' outputs tell, joined, in Markdown."""
   rows: dict[Key, Figures] = collections.defaultdict(dict)
   for path in paths:
     text = path.read_text(encoding="utf-8")
@@ -120,14 +126,16 @@ def table(paths: list[pathlib.Path]) -> str:
       found = of_training_step(values)
     for key, figures in found:
       rows[key] |= figures
-  marks = "| -- | --: | --: | --: | -- | --: | --: | --: | --: | --: |"
-  lines = [f"| {' | '.join(COLUMNS)} |", marks]
-  for key, figures in sorted(rows.items()):
-    *place, model = key
-    cells = [*map(str, place), MODELS[model]]
-    cells += [figures.get(name, "-") for name in COLUMNS[5:]]
-    lines.append(f"| {' | '.join(cells)} |")
-  return "\n".join(lines) + "\n"
+  return tables.markdown(
+    tables.Table(
+      "",
+      ["device", "D", "blocks", "rows", "model", *FIGURES],
+      [
+        [*place, MODELS[model], *(figures.get(c.name) for c in FIGURES)]
+        for (*place, model), figures in sorted(rows.items())
+      ],
+    )
+  )
 
 
 def main() -> None:

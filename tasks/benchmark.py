@@ -101,21 +101,19 @@ class Benchmark:
     )
     both: list[Any] = []
     for ending, directions in ways:
-      tasks = [self._add(folder, *d, pieces) for d in directions]
+      tasks = [
+        common.add_direction(
+          *(self.name, source, target),
+          functools.partial(folder.read, source=source, target=target),
+          functools.partial(folder.num_pairs, source, target),
+          pieces,
+          folder.fingerprint,
+        )
+        for source, target in directions
+      ]
       common.add_mixture(self.name + ending, tasks)
       both += tasks
     return common.add_mixture(self.name, both)
-
-  def _add(self, folder: Folder, source: str, target: str, pieces: Any) -> Any:
-    return common.add_direction(
-      self.name,
-      source,
-      target,
-      functools.partial(folder.read, source=source, target=target),
-      functools.partial(folder.num_pairs, source, target),
-      pieces,
-      folder.fingerprint,
-    )
 
   def _unregister(self) -> None:
     import seqio

@@ -38,7 +38,7 @@ import pathlib
 import random
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import babel
 import num2words
@@ -237,32 +237,35 @@ def _date_and_time(draw: _Draws) -> Phrase:
   return lambda write: write.date_and_time(moment, length)
 
 
+def _list(
+  draw: _Draws, part: Callable[..., str], values: Sequence[tuple[Any, ...]]
+) -> Phrase:
+  """The parts that a method of the writer makes of values, in a list."""
+  style = draw.style()
+  return lambda write: write.join([part(write, *v) for v in values], style)
+
+
 def _periods(draw: _Draws) -> Phrase:
   """Months and quarters: 'March 2021 or 2nd quarter 2024'."""
   parts = [
     (draw.day(), draw.choice(["yMMMM", "yMMMM", "yQQQQ"]))
     for _ in range(draw.between(1, 2))
   ]
-  style = draw.style()
-  return lambda write: write.join([write.period(*p) for p in parts], style)
+  return _list(draw, _Writer.period, parts)
 
 
 def _times(draw: _Draws) -> Phrase:
-  times = [draw.time() for _ in range(draw.between(2, 3))]
-  style = draw.style()
-  return lambda write: write.join([write.time(t) for t in times], style)
+  times = [(draw.time(),) for _ in range(draw.between(2, 3))]
+  return _list(draw, _Writer.time, times)
 
 
 def _relative_times(draw: _Draws) -> Phrase:
   sign = draw.choice([1, -1])
   differences = [
-    sign * draw.between(1, most) * unit
+    (sign * draw.between(1, most) * unit,)
     for unit, most in draw.sample(_RELATIVE, draw.between(1, 3))
   ]
-  style = draw.style()
-  return lambda write: write.join(
-    [write.relative(d) for d in differences], style
-  )
+  return _list(draw, _Writer.relative, differences)
 
 
 def _quantities(draw: _Draws) -> Phrase:
@@ -270,8 +273,7 @@ def _quantities(draw: _Draws) -> Phrase:
     (draw.between(1, 60) if unit in _SMALL else draw.amount(), unit)
     for unit in draw.sample(_UNITS + _DURATIONS, draw.between(1, 3))
   ]
-  style = draw.style()
-  return lambda write: write.join([write.quantity(*p) for p in parts], style)
+  return _list(draw, _Writer.quantity, parts)
 
 
 def _sums_of_money(draw: _Draws) -> Phrase:
@@ -279,30 +281,24 @@ def _sums_of_money(draw: _Draws) -> Phrase:
     (draw.amount(), currency)
     for currency in draw.sample(_CURRENCIES, draw.between(1, 3))
   ]
-  style = draw.style()
-  return lambda write: write.join([write.money(*p) for p in parts], style)
+  return _list(draw, _Writer.money, parts)
 
 
 def _territories(draw: _Draws) -> Phrase:
   codes = draw.sample(_TERRITORIES, draw.between(2, 4))
-  style = draw.style()
-  return lambda write: write.join([write.territory(c) for c in codes], style)
+  return _list(draw, _Writer.territory, [(code,) for code in codes])
 
 
 def _languages(draw: _Draws) -> Phrase:
   codes = draw.sample(_LANGUAGES, draw.between(2, 4))
-  style = draw.style()
-  return lambda write: write.join([write.language(c) for c in codes], style)
+  return _list(draw, _Writer.language, [(code,) for code in codes])
 
 
 def _varieties(draw: _Draws) -> Phrase:
   """Languages of territories: 'French (Canada) and Spanish (Chile)'."""
   count = draw.between(1, 2)
   codes = draw.sample(_LANGUAGES, count), draw.sample(_TERRITORIES, count)
-  style = draw.style()
-  return lambda write: write.join(
-    [write.variety(*pair) for pair in zip(*codes, strict=True)], style
-  )
+  return _list(draw, _Writer.variety, list(zip(*codes, strict=True)))
 
 
 def _journey(draw: _Draws) -> Phrase:
@@ -321,9 +317,8 @@ def _journey(draw: _Draws) -> Phrase:
 
 
 def _numbers_in_words(draw: _Draws) -> Phrase:
-  values = [draw.between(1, 120) for _ in range(draw.between(1, 3))]
-  style = draw.style()
-  return lambda write: write.join([write.in_words(v) for v in values], style)
+  values = [(draw.between(1, 120),) for _ in range(draw.between(1, 3))]
+  return _list(draw, _Writer.in_words, values)
 
 
 # Each kind of phrase and its weight.
@@ -402,15 +397,7 @@ def _held_out(split: str) -> dict[str, tuple[common.Pair, ...]]:
 
 @functools.cache
 def pairs(language: str, split: str) -> tuple[common.Pair, ...]:
-  """The (English, foreign) phrases of a language and split.
-
-  Args:
-    language: a key of `TRAIN_PAIRS`.
-    split: 'train', 'validation' or 'test'.
-
-  Returns:
-    Distinct pairs, in random order.
-  """
+  """The (English, foreign) phrases of a language and split, in random order."""
   if split != "train":
     return _held_out(split)[language]
   taken = _texts(_held_out("test")) | _texts(_held_out("validation"))
@@ -423,12 +410,9 @@ def num_pairs(language: str) -> dict[str, int]:
   return dict(zip(common.SPLITS, sizes, strict=True))
 
 
-def _from_english(split: str, language: str) -> Iterator[common.Pair]:
-  return iter(pairs(language, split))
-
-
-def _to_english(split: str, language: str) -> Iterator[common.Pair]:
-  return ((foreign, english) for english, foreign in pairs(language, split))
+def _read(split: str, language: str, way: int) -> Iterator[common.Pair]:
+  found = pairs(language, split)
+  return (pair if way > 0 else pair[::-1] for pair in found)
 
 
 def _register() -> None:
@@ -436,20 +420,13 @@ def _register() -> None:
   vocabulary = vocabulary_lib.Vocabulary.load(MODEL_PATH)
   tasks = []
   for code in TRAIN_PAIRS:
-    for source, target, read in (
-      ("en", code, _from_english),
-      (code, "en", _to_english),
-    ):
-      read_language = functools.partial(read, language=code)
+    for way in (1, -1):  # From English, to English.
+      source, target = ("en", code)[::way]
+      read = functools.partial(_read, language=code, way=way)
+      sizes, stamp = num_pairs(code), _fingerprint()
       tasks.append(
         common.add_direction(
-          "cldr",
-          source,
-          target,
-          read_language,
-          num_pairs(code),
-          vocabulary,
-          _fingerprint(),
+          "cldr", source, target, read, sizes, vocabulary, stamp
         )
       )
   common.add_mixture("cldr", tasks)

@@ -192,10 +192,10 @@ def add_direction(
     source: source language.
     target: target language.
     read: gives the (source, target) texts of a split, untagged.
-    num_pairs: see `PairSource`.
+    num_pairs: see `PairSource`, as for `fingerprint`.
     vocabulary: of both sides. With one of ours the task is declared, and
       registered when SeqIO is imported.
-    fingerprint: see `PairSource`.
+    fingerprint: of the pairs.
 
   Returns:
     The SeqIO task, or the declared one. Its examples have `inputs` and
@@ -238,13 +238,8 @@ def add_task(
 ) -> seqio.Task:
   """As `add_direction`, of any data source.
 
-  Args:
-    corpus: what the task's name begins with.
-    source: source language.
-    target: target language.
-    data: after `first_steps`, gives the texts `inputs`, tagged, and `targets`.
-    vocabulary: of both sides.
-    first_steps: SeqIO preprocessors.
+  After `first_steps`, SeqIO preprocessors, it gives the texts `inputs`, tagged,
+  and `targets`.
   """
   import seqio
 
@@ -264,30 +259,17 @@ def add_task(
   )
 
 
-def add_mixture(
-  name: str,
-  tasks: Sequence[Any],
-  mixture_cls: type[seqio.Mixture] | None = None,
-) -> Any:
+def add_mixture(name: str, tasks: Sequence[Any]) -> Any:
   """Registers the mixture of tasks, each at the rate of its training size.
 
-  Args:
-    name: of the mixture.
-    tasks: what `add_direction` returned.
-    mixture_cls: None: SeqIO's own.
-
-  Returns:
-    The SeqIO mixture, or a declared one of declared tasks.
+  Of tasks that `add_direction` declared the mixture is declared, too.
   """
 
   def register() -> seqio.Mixture:
     import seqio
 
-    return seqio.MixtureRegistry.add(
-      name,
-      [(task.name, _train_pairs) for task in tasks],
-      mixture_cls=mixture_cls or seqio.Mixture,
-    )
+    rates = [(task.name, _train_pairs) for task in tasks]
+    return seqio.MixtureRegistry.add(name, rates)
 
   return declared.declare(declared.Mixture(name, tasks), register)
 

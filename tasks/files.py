@@ -72,11 +72,6 @@ class Summary:
   max_characters: int
 
   @property
-  def skipped(self) -> int:
-    """Lines that could not be used, in all files."""
-    return sum(r.skipped.total() for r in self.reports.values())
-
-  @property
   def warnings(self) -> list[str]:
     """What is odd about the folder, a sentence each."""
     found = [
@@ -133,16 +128,14 @@ def mixture(
     max_characters: lines with a longer side are skipped.
 
   Returns:
-    The `in_seqio.FilesMixture`; each task's rate is its number of training
-    pairs. Its `summary` tells directions, sizes and skipped lines.
+    The SeqIO mixture; each task's rate is its number of training pairs. Its
+    `summary` tells directions, sizes and skipped lines.
 
   Raises:
     ValueError: the folder or a file cannot be used, or `name` is taken by
       something else.
   """
   import seqio
-
-  from tasks import in_seqio
 
   folder = pathlib.Path(data_dir)
   if not isinstance(vocabulary, vocabulary_lib.Vocabulary):
@@ -160,8 +153,9 @@ def mixture(
     )
   summary = _scan(folder, files, ignored, max_characters)
   tasks = _add_tasks(name, summary, vocabulary, repr(identity))
-  made = common.add_mixture(name, tasks, mixture_cls=in_seqio.FilesMixture)
+  made = common.add_mixture(name, tasks)
   made.summary, made.identity = summary, identity
+  made.warnings = summary.warnings  # Shown when training starts.
   return made
 
 
@@ -207,7 +201,6 @@ def vocabulary_file(
   vocab_size: int = 8000,
   temperature: float = 5.0,
   max_characters: int = MAX_CHARACTERS,
-  cache_dir: str | os.PathLike[str] | None = None,
 ) -> str:
   """Path of the folder's own SentencePiece model, trained when first asked for.
 
@@ -216,7 +209,6 @@ def vocabulary_file(
     vocab_size: pieces.
     temperature: at which directions are sampled for training it.
     max_characters: as `mixture`.
-    cache_dir: where models are kept; None: `row_store.default_cache_dir()`.
   """
   folder = pathlib.Path(data_dir)
   files, _ = finding.discover(folder)
@@ -225,7 +217,7 @@ def vocabulary_file(
   text = repr((identity, vocab_size, temperature)).encode()
   digest = hashlib.blake2b(text, digest_size=6).hexdigest()
   path = pathlib.Path(
-    cache_dir or row_store.default_cache_dir(),
+    row_store.default_cache_dir(),
     "vocabularies",
     f"{default_name(folder)}-{digest}.model",
   )
@@ -236,10 +228,21 @@ def vocabulary_file(
 
 
 def read_pairs(
-  file: finding.SplitFile, max_characters: int
+  file: finding.SplitFile,
+  max_characters: int,
+  report: parallel_text.Report | None = None,
 ) -> Iterator[common.Pair]:
-  """The usable pairs of a file, in order, first language first."""
-  return _read(file, max_characters, None)
+  """The usable pairs of a file, in order, first language first.
+
+  Of shards one after the other. `report` counts what is found.
+  """
+  is_moses = file.kind == "moses"
+  parts = [file.paths] if is_moses else [(path,) for path in file.paths]
+  read = parallel_text.moses if is_moses else parallel_text.FORMATS[file.kind]
+  for paths in parts:
+    yield from parallel_text.read(
+      read, paths, file.languages, max_characters, report
+    )
 
 
 def read_direction(
@@ -261,12 +264,6 @@ def read_direction(
       f"{file} had {expected} usable pairs when it was registered and has"
       f" {count} now: start again with files that stay as they are"
     )
-
-
-def _read_split(
-  split: str, *, summary: Summary, source: str, target: str
-) -> Iterator[common.Pair]:
-  return read_direction(summary, split, source, target)
 
 
 def fingerprint(
@@ -310,7 +307,7 @@ def _add_tasks(
   for source, target in summary.directions:
     sizes = summary.num_pairs((source, target))
     read = functools.partial(
-      _read_split, summary=summary, source=source, target=target
+      read_direction, summary, source=source, target=target
     )
     tasks.append(
       common.add_direction(
@@ -371,7 +368,7 @@ def _report(
   file: finding.SplitFile, max_characters: int
 ) -> parallel_text.Report:
   report = parallel_text.Report(str(file))
-  for _ in _read(file, max_characters, report):
+  for _ in read_pairs(file, max_characters, report):
     pass
   if not report.pairs:
     total = report.skipped.total()
@@ -381,18 +378,3 @@ def _report(
       f"{report.file} has no pairs, {what}{example}: mend or remove it"
     )
   return report
-
-
-def _read(
-  file: finding.SplitFile,
-  max_characters: int,
-  report: parallel_text.Report | None,
-) -> Iterator[common.Pair]:
-  """The usable pairs of a file, or of its shards one after the other."""
-  is_moses = file.kind == "moses"
-  parts = [file.paths] if is_moses else [(path,) for path in file.paths]
-  read = parallel_text.moses if is_moses else parallel_text.FORMATS[file.kind]
-  for paths in parts:
-    yield from parallel_text.read(
-      read, paths, file.languages, max_characters, report
-    )

@@ -9,25 +9,6 @@ from typing import Any
 import seqio
 
 
-class FilesMixture(seqio.Mixture):
-  """A mixture that knows the files it is made of.
-
-  Attributes:
-    summary: a `files.Summary`: directions, sizes and skipped lines; set by
-      `files.mixture`.
-    identity: what the mixture was made from, to tell a repeated registration
-      from a different one.
-  """
-
-  summary: Any
-  identity: tuple[object, ...]
-
-  @property
-  def warnings(self) -> list[str]:
-    """What is odd about the data; shown when training starts."""
-    return self.summary.warnings
-
-
 class ModelFile(seqio.SentencePieceVocabulary):
   """A SentencePiece model that need not exist before it is used."""
 

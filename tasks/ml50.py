@@ -12,9 +12,6 @@ Importing this registers tasks and mixtures (see `tasks.benchmark`), and has no
 other effect.
 """
 
-import os
-from typing import Any
-
 from basemt_jax.corpora import raw_text
 from basemt_jax.data import declared
 from tasks import benchmark
@@ -45,12 +42,7 @@ BENCHMARK = benchmark.Benchmark(
 )
 
 
-def mixture(
-  data_dir: str | os.PathLike[str] | None = None,
-  vocabulary: str | os.PathLike[str] | None = None,
-) -> Any:
-  """The mixture `ml50`, of a folder; see `benchmark.Benchmark.register`."""
-  return BENCHMARK.register(data_dir, vocabulary)
+mixture = BENCHMARK.register  # Of a folder.
 
 
 declared.when_imported(mixture)

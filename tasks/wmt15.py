@@ -17,7 +17,6 @@ Importing this registers tasks and mixtures, and has no other effect.
 from __future__ import annotations
 
 import functools
-import os
 import re
 from typing import Any
 
@@ -27,40 +26,25 @@ from tasks import benchmark, common
 
 # Training pairs with English, and the year of the test set (and of TFDS's
 # builder).
-PAIRS = {
-  "cs": 64_336_053,
-  "fr": 40_449_146,
-  "ru": 38_492_126,
-  "zh": 25_986_436,
-  "es": 15_182_374,
-  "fi": 6_587_448,
-  "de": 4_508_785,
-  "et": 2_175_873,
-  "lv": 637_599,
-  "lt": 635_146,
-  "ro": 610_320,
-  "hi": 313_748,
-  "kk": 222_424,
-  "tr": 205_756,
-  "gu": 155_798,
+_TABLE = {
+  "cs": (64_336_053, 2018),
+  "fr": (40_449_146, 2014),
+  "ru": (38_492_126, 2019),
+  "zh": (25_986_436, 2019),
+  "es": (15_182_374, 2013),
+  "fi": (6_587_448, 2019),
+  "de": (4_508_785, 2014),
+  "et": (2_175_873, 2018),
+  "lv": (637_599, 2017),
+  "lt": (635_146, 2019),
+  "ro": (610_320, 2016),
+  "hi": (313_748, 2014),
+  "kk": (222_424, 2019),
+  "tr": (205_756, 2018),
+  "gu": (155_798, 2019),
 }
-TEST_YEARS = {
-  "cs": 2018,
-  "fr": 2014,
-  "ru": 2019,
-  "zh": 2019,
-  "es": 2013,
-  "fi": 2019,
-  "de": 2014,
-  "et": 2018,
-  "lv": 2017,
-  "lt": 2019,
-  "ro": 2016,
-  "hi": 2014,
-  "kk": 2019,
-  "tr": 2018,
-  "gu": 2019,
-}
+PAIRS = {language: pairs for language, (pairs, _) in _TABLE.items()}
+TEST_YEARS = {language: year for language, (_, year) in _TABLE.items()}
 # The first year of these in the task: there is no newstest of the year before.
 _NEW = {"et", "lv", "lt", "ro", "hi", "kk", "gu"}
 
@@ -98,17 +82,8 @@ BENCHMARK = benchmark.Benchmark(
 )
 
 
-def mixture(
-  data_dir: str | os.PathLike[str] | None = None,
-  vocabulary: str | os.PathLike[str] | None = None,
-) -> Any:
-  """The mixture `wmt15`, of a folder; see `benchmark.Benchmark.register`."""
-  return BENCHMARK.register(data_dir, vocabulary)
-
-
-def sizes() -> dict[str, int]:
-  """Published training pairs by direction, for `sampling.Strategy.sizes`."""
-  return BENCHMARK.sizes()
+mixture = BENCHMARK.register  # Of a folder.
+sizes = BENCHMARK.sizes
 
 
 def _texts(dataset: Any, source: str, target: str) -> Any:

@@ -1,7 +1,5 @@
 """Means of checkpoints, against NumPy's, and the directory they make."""
 
-import contextlib
-
 import numpy as np
 import pytest
 import toy
@@ -13,9 +11,7 @@ from basemt_jax import run as run_lib
 
 def arrays(directory, step):
   """All arrays of a checkpoint by path, read without a network."""
-  with contextlib.closing(
-    checkpointing.Checkpoints(directory, read_only=True)
-  ) as checkpoints:
+  with checkpointing.Checkpoints(directory, read_only=True) as checkpoints:
     nested = traverse_util.unflatten_dict(checkpoints.stored(step), sep="/")
     tree = checkpoints.restore(step, nested, "the test")
   return traverse_util.flatten_dict(tree, sep="/")
@@ -61,9 +57,7 @@ def test_the_mean_is_that_of_the_weights_and_all_else_is_the_newest(
 
 
 def test_the_best_are_those_of_lowest_dev_loss(run, tmp_path, capsys):
-  with contextlib.closing(
-    checkpointing.Checkpoints(run.model_dir, read_only=True)
-  ) as checkpoints:
+  with checkpointing.Checkpoints(run.model_dir, read_only=True) as checkpoints:
     losses = checkpoints.dev_losses()
   best = sorted(sorted(losses, key=losses.get)[:1])
   assert len(losses) == 3  # Of the last three, which a run keeps.

@@ -16,6 +16,7 @@ import sys
 import numpy as np
 import pytest
 import seqio
+import simulated
 import tensorflow_datasets as tfds
 import toy
 
@@ -319,18 +320,23 @@ def test_table_joins_what_the_scripts_wrote(script, tmp_path):
   h100 = "NVIDIA H100 80GB HBM3"
   size = {"blocks": 6, "rows": 64}
   step = {**size, "ms": 52.04, "mfu": 0.41804, "tokens_per_s": 1261000}
-  memory = {"peak": None, "compiled": {"total": 13 * 2**30}}
+  memory = {"peak": None, "planned": 13 * 2**30}
   figures = [{**step, "model": "dense", "memory": memory}]
   ours = {"device": h100, "devices": 2, "width": 1024, "figures": figures}
+  ours["moments"] = "float32"
   theirs = {**step, "width": 1024, "first_step_s": 40.3, "peak_gib": 14.4}
   first = {**size, "width": 1024, "total": 60.0, "import": 3.0, "device": 2.5}
+  first |= {"step": 60.04, "mfu": 0.36249, "tokens_per_s": 546000}
+  first |= {"moments": "float32", "memory": 20 * 2**30}
+  rounded = {**first, "moments": "bfloat16", "memory": None}
   lines = [
     f"big cold {h100} {json.dumps({**first, 'experts': 0})}",
     f"big warm {h100} {json.dumps({**first, 'experts': 0, 'total': 9.0})}",
     f"big_sparse cold {h100} {json.dumps({**first, 'experts': 32})}",
+    f"rounded cold {h100} {json.dumps({**rounded, 'experts': 32})}",
   ]
   files = {
-    "big.json": json.dumps(ours),
+    "large.json": json.dumps(ours),
     "theirs.json": json.dumps({"torch": "2", "device": h100, "rows": [theirs]}),
     "first.txt": "\n".join(lines),
   }
@@ -341,7 +347,8 @@ def test_table_joins_what_the_scripts_wrote(script, tmp_path):
   assert found.splitlines()[2:] == [
     f"{head} PyTorch, dense | 52.0 | 1,261,000 | 0.418 | 14.4 | 40.3 |",
     f"{head} dense | {own} | 54.5 |",
-    f"{head} sparse | - | - | - | - | 54.5 |",
+    f"{head} sparse | 60.0 | 546,000 | 0.362 | 20.0 | 54.5 |",
+    f"{head} sparse, bfloat16 moments | 60.0 | 546,000 | 0.362 | - | 54.5 |",
   ]
 
 
@@ -385,7 +392,7 @@ def test_two_devices_do_what_one_does(tmp_path):
     env={
       **os.environ,
       "PYTHONPATH": ".",
-      "XLA_FLAGS": os.environ["XLA_FLAGS"].replace("count=8", "count=2"),
+      "XLA_FLAGS": simulated.xla_flags(devices=2),
     },
     check=True,
   )

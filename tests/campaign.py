@@ -103,9 +103,7 @@ def digest_of_model(directory: pathlib.Path, step: int) -> str:
   for path, leaf in jax.tree_util.tree_leaves_with_path(model.variables):
     digest.update(f"{path}{leaf.dtype}{leaf.shape}".encode())
     digest.update(np.asarray(leaf).tobytes())
-  with contextlib.closing(
-    checkpointing.Checkpoints(directory, read_only=True)
-  ) as checkpoints:
+  with checkpointing.Checkpoints(directory, read_only=True) as checkpoints:
     digest.update(repr(checkpoints.position(step)).encode())
   known = repr(model.description.to_json()) + model.pieces.fingerprint
   digest.update(known.encode())

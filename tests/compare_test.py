@@ -46,7 +46,7 @@ def write_run(directory, batch, losses, speed, hypotheses, search=None):
         *(scores.bleu, scores.chrf, "b", "c"),
       )
     ],
-    {"split": "test", "step": 400, "search": search or {"beam_size": 4}},
+    {"test_set": "test", "step": 400, "search": search or {"beam_size": 4}},
   )
   evaluation.write_translations(
     folder,
@@ -125,9 +125,8 @@ def test_the_command_writes_table_page_and_json(runs, tmp_path, capsys):
   assert ["BATCH_SIZE", "8", "16"] in rows
   numbers = json.loads(out[0].read_text())
   assert numbers["runs"][1]["factors"]["updates"] == 400 / 150
-  tables = {t["title"]: t["rows"] for t in numbers["sections"][0]["tables"]}
-  (row,) = tables["Scores by direction on test, beam 4"]
-  assert row["direction"] == "en-de" and 0 < row["p, BLEU, heated"] < 0.05
+  (score,) = numbers["runs"][1]["scores"]
+  assert score["direction"] == "en-de" and 0 < score["p_values"]["bleu"] < 0.05
   page = html.unescape(out[1].read_text())
   assert '"title":"dev loss by seconds"' in page
   assert '"x":[20.0,40.0,60.0],"y":[2.0,0.0,0.5]' in page

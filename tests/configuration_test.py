@@ -1,10 +1,12 @@
 """What a command line and its files may hold: paths, modules, slips."""
 
+import ctypes
 import importlib
 import io
 import logging
 import os
 import re
+import resource
 import sys
 import warnings
 
@@ -311,3 +313,24 @@ def test_the_first_process_listens_where_it_was_told():
   # Of no interface here (a documentation address): JAX's default.
   assert processes._bind_address("192.0.2.1:1234") is None
   assert processes._bind_address(None) is None
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's")
+def test_freed_memory_is_not_fetched_again():
+  libc = ctypes.CDLL(None)
+  if not hasattr(libc, "mallopt"):
+    pytest.skip("another C library")
+  libc.malloc.restype = libc.memset.restype = ctypes.c_void_p
+  size = 2**26
+
+  def pages_fetched():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    memory = ctypes.c_void_p(libc.malloc(ctypes.c_size_t(size)))
+    libc.memset(memory, 1, ctypes.c_size_t(size))
+    libc.free(memory)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+  configuration.keep_memory()
+  pages_fetched()
+  # A tenth: other threads fetch pages, too.
+  assert pages_fetched() < size / resource.getpagesize() / 10

@@ -1,21 +1,15 @@
 """Test set-up: eight simulated CPU devices, strict shapes, programs kept."""
 
+import gc
 import os
 import pathlib
 
+import simulated
+
 # Before jax is imported anywhere: sharding is tested on simulated devices.
-# Most of the time goes into compiling, a third of that into optimising machine
-# code that runs once.
 os.environ["JAX_PLATFORMS"] = os.environ.get("TEST_PLATFORM", "cpu")
 if os.environ["JAX_PLATFORMS"] == "cpu":
-  os.environ["XLA_FLAGS"] = " ".join(
-    [
-      os.environ.get("XLA_FLAGS", ""),
-      "--xla_force_host_platform_device_count=8",
-      "--xla_backend_optimization_level=0",
-      "--xla_llvm_disable_expensive_passes=true",
-    ]
-  )
+  os.environ["XLA_FLAGS"] = simulated.xla_flags(devices=8)
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 # Most tests compile what another one compiles too, in this run or the last: in
 # other workers, in the processes that they start, for another assertion.
@@ -28,3 +22,5 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 import jax
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+# Tracing leaves much behind, among a million objects of the libraries.
+gc.set_threshold(100_000, 20, 20)

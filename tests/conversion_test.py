@@ -189,7 +189,7 @@ def test_clustered_centroids_separate_tokens():
   members = rng.randint(3, size=300)
   tokens = centres[members] + 0.05 * rng.normal(size=(300, 16))
   tokens /= np.linalg.norm(tokens, axis=1, keepdims=True)
-  centroids = conversion._spherical_k_means(tokens, 3, 20, seed=1)
+  centroids = conversion._spherical_k_means(tokens, 3, seed=1)
   found = np.argmax(tokens @ centroids.T, axis=1)
   pairs = {(int(a), int(b)) for a, b in zip(members, found, strict=True)}
   assert len(pairs) == 3

@@ -16,6 +16,7 @@ import gin
 from basemt_jax import cli, heating, phases, routing, steps
 from basemt_jax import model as model_lib
 from basemt_jax.commands import configuration
+from basemt_jax.data import languages
 
 ROOT = pathlib.Path(__file__).parent.parent
 MODELS = ["tiny", "base", "big"]
@@ -201,7 +202,8 @@ def test_a_student_is_dense_and_reads_the_teacher_alone(tmp_path):
   )
   assert config.feed_forward == "dense" and not run.settings.dense_steps
   names = ["de-en", "en-de", "en-de_x_kd"]
-  rates = run.strategy.plan(names, [2] * 3, [1] * 3, 8).rates([0, 99])
+  plan = run.strategy.plan(names, [2] * 3, [1] * 3, 8, languages.meant)
+  rates = plan.rates([0, 99])
   np.testing.assert_array_equal(rates, [[0, 0, 1]] * 2)
 
 

@@ -10,6 +10,7 @@ import sys
 import time
 
 import pytest
+import simulated
 import toy
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -45,7 +46,7 @@ class Command:
     self._environment = {
       **os.environ,
       "JAX_PLATFORMS": "cpu",
-      "XLA_FLAGS": "",
+      "XLA_FLAGS": simulated.xla_flags(devices=1),
       "PYTHONPATH": str(ROOT),
     }
 
@@ -100,6 +101,7 @@ class Command:
         wait_for(process, " sparse ")
         while not self.half_written():
           assert process.poll() is None, "the run ended"
+          time.sleep(0.001)
         process.kill()
         assert process.wait() == -signal.SIGKILL
       if self.half_written():

@@ -52,8 +52,8 @@ HEAVY = ("tensorflow", "seqio", "gin", "t5x", "clu")
 KNOWS = {
   "data.heated_mixture": {"seqio", "tensorflow"},
   "data.mixtures": {"seqio", "tensorflow"},
-  "data.store_building": {"seqio", "tensorflow"},
   "data.task_cache": {"seqio", "tensorflow"},
+  "data.task_reading": {"seqio", "tensorflow"},
   "data.vocabulary": {"seqio"},
   "t5x_adapter": {"seqio", "t5x", "clu"},
   "commands.checks": {"gin"},

@@ -14,6 +14,7 @@ from basemt_jax.data import (
   packing,
   row_store,
   store_building,
+  subword_sampling,
   task_cache,
 )
 
@@ -194,6 +195,46 @@ def test_what_names_and_stamps_do_not_tell_is_noticed(change, tmp_path, caplog):
   found = _files(after.directory)
   assert found.keys() == rows.keys()
   assert found["train/en-de.rows"] != rows["train/en-de.rows"]
+
+
+def test_segmentations_of_ids_that_are_not_of_texts_are_refused(tmp_path):
+  _register("corpus", seqio.SentencePieceVocabulary(str(MODEL)), [_same])
+  with pytest.raises(
+    ValueError, match=r"task 'corpus\.en_\w+', which does more"
+  ):
+    store_building.build_store(
+      "corpus",
+      LENGTHS,
+      tmp_path,
+      subwords=subword_sampling.SubwordSampling(0.2),
+    )
+  assert not list(tmp_path.iterdir())
+
+
+def test_segmentations_are_drawn_of_seqio_s_tasks(tmp_path):
+  vocabulary = seqio.SentencePieceVocabulary(str(MODEL))
+  _register("corpus", vocabulary)
+  store = store_building.build_store(
+    "corpus",
+    LENGTHS,
+    tmp_path,
+    subwords=subword_sampling.SubwordSampling(0.3, 2),
+  )
+  usual, drawn = (
+    store.read_mixed("train", np.array([2]), np.array([0]), version)
+    for version in (0, 1)
+  )
+  assert store.directions[2] == "en-fr"
+  texts = []
+  for batch in (usual, drawn):
+    first = batch["encoder_segment_ids"][0] == 1
+    ids = batch["encoder_input_tokens"][0][first].tolist()
+    texts.append(vocabulary.decode(ids))
+    tag = vocabulary.encode("<2xx>")
+    assert ids[: len(tag)] == tag and ids[-1] == vocabulary.eos_id
+  assert all(text.startswith("<2xx> ") for text in texts)
+  known = {f"<2xx> {i} {_text(i)}" for i in range(SIZES["en_fr"])}
+  assert known.issuperset(texts)
 
 
 @pytest.mark.parametrize("change", [_upper, _last_differs])
@@ -391,8 +432,7 @@ def test_finished_store_is_opened_and_a_stale_one_refused(corpus, tmp_path):
   other = {"inputs": 32, "targets": 32}
   with pytest.raises(ValueError, match=r"something else \(other feature leng"):
     store_building.build_store("corpus", other, tmp_path)
-  store = store_building.build_store("corpus", other, tmp_path, overwrite=True)
-  assert store.lengths == other
+  assert row_store.RowStore(tmp_path).lengths == LENGTHS
 
 
 def test_changed_files_get_a_store_of_their_own(tmp_path):

@@ -15,6 +15,7 @@ import time
 import kill_test
 import numpy as np
 import pytest
+import simulated
 import toy
 
 from basemt_jax import checkpointing, cli, heating, sampling
@@ -55,9 +56,7 @@ class Group:
     self.environment = {
       **os.environ,
       "JAX_PLATFORMS": "cpu",
-      # Compiling takes longest.
-      "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} "
-      "--xla_backend_optimization_level=0",
+      "XLA_FLAGS": simulated.xla_flags(devices),
       "PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "tests"))),
       **environment,
     }
@@ -183,8 +182,8 @@ class Training:
 
   def position(self):
     """Of the data, in the last checkpoint."""
-    with contextlib.closing(
-      checkpointing.Checkpoints(self.model_dir, read_only=True)
+    with checkpointing.Checkpoints(
+      self.model_dir, read_only=True
     ) as checkpoints:
       return checkpoints.position(STEPS)["data"]
 

@@ -108,9 +108,9 @@ def text_data(count):
     )
 
   names = names_of(count)
-  example = text_report.Example(
-    *(HOSTILE, f"<2de> {HOSTILE}", "שלום"),
-    *(("<0xE1>", "</s>"), ("שלום", "</s>"), HOSTILE, "שלום"),
+  example = (
+    text_report.Shown(HOSTILE, f"<2de> {HOSTILE}", ("<0xE1>", "</s>"), HOSTILE),
+    text_report.Shown("שלום", "שלום", ("שלום", "</s>"), "שלום"),
   )
   return text_report.Data(
     "<title>",
@@ -165,7 +165,6 @@ def run_of(count):
     [n[3:] for n in names],
     [10] * count,
     np.full((count, 128), 1 / 128).tolist(),
-    {},
   )
   directions = tuple(
     run_report.DirectionRun(
@@ -271,17 +270,6 @@ def test_every_direction_has_its_name_in_plots_of_any_size(count):
     assert shown == set(names), spec["title"]
     # A row each, so that names do not overlap.
     assert count <= charts.FEW or spec["height"] > 10 * count
-
-
-def test_sections_are_told_to_programs_with_their_numbers():
-  section = text_view.section(text_data(2))
-  (value,) = page.to_json([section])
-  row = value["tables"][0]["rows"][0]
-  assert row["bytes"] == pytest.approx(0.0405)
-  assert row["target length"] == (20, 20, 20)
-  assert [t["title"] for t in value["tables"]] == [
-    t.title for t in section.tables if t.rows
-  ]
 
 
 @pytest.mark.parametrize("width", [80, 120])

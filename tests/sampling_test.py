@@ -17,7 +17,7 @@ BATCH = 32
 
 
 def _plan(strategy, names=NAMES, pairs=PAIRS, rows=ROWS, batch_size=BATCH):
-  return strategy.plan(names, pairs, rows, batch_size)
+  return strategy.plan(names, pairs, rows, batch_size, languages.meant)
 
 
 def _strategies(steps):
@@ -154,7 +154,9 @@ def test_weights_multiply_rates_of_any_strategy():
 
 def test_a_label_joins_late():
   strategy = sampling.Strategy(heating.constant(1), joins={"bt": 5})
-  rates = _plan(strategy, ["a-b", "b-a", "c_x_bt-a", "a-c"]).rates([4, 5])
+  rates = _plan(strategy, ["en-de", "de-en", "fr_x_bt-en", "en-fr"]).rates(
+    [4, 5]
+  )
   assert (rates > 0).tolist() == [[True, True, False, True], [True] * 4]
 
 

@@ -5,7 +5,6 @@ docs/t5x.md says how T5X is put on PYTHONPATH. Every test starts processes of
 """
 
 import concurrent.futures
-import contextlib
 import importlib.util
 import json
 import os
@@ -179,8 +178,8 @@ class Workshop:
     """All arrays of a checkpoint by path."""
     reader = ocp.PyTreeCheckpointHandler()
     path = pathlib.Path(self.path(model_dir)) / f"checkpoint_{step}" / "state"
-    with contextlib.closing(
-      checkpointing.Checkpoints(path.parent.parent, read_only=True)
+    with checkpointing.Checkpoints(
+      path.parent.parent, read_only=True
     ) as checkpoints:
       shapes = checkpoints.shapes(step)
     args = traverse_util.unflatten_dict(

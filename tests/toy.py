@@ -1,6 +1,5 @@
 """A network, a corpus and settings so small that compiling takes longest."""
 
-import contextlib
 import dataclasses
 import functools
 
@@ -189,9 +188,7 @@ def batch(seed=0, rows=16, length=8, directions=3):
 
 
 def checkpoint(model_dir, step, like):
-  with contextlib.closing(
-    checkpointing.Checkpoints(model_dir, read_only=True)
-  ) as checkpoints:
+  with checkpointing.Checkpoints(model_dir, read_only=True) as checkpoints:
     return (
       traverse_util.flatten_dict(
         jax.device_get(checkpoints.restore(step, like, "the test")), sep="/"
@@ -202,9 +199,7 @@ def checkpoint(model_dir, step, like):
 
 def saved(model_dir):
   """{step: phase} of the checkpoints."""
-  with contextlib.closing(
-    checkpointing.Checkpoints(model_dir, read_only=True)
-  ) as checkpoints:
+  with checkpointing.Checkpoints(model_dir, read_only=True) as checkpoints:
     return {step: checkpoints.phase(step) for step in checkpoints.steps()}
 
 

@@ -1,7 +1,5 @@
 """Model directories that nobody has trained."""
 
-import contextlib
-
 import jax
 import numpy as np
 import toy
@@ -29,7 +27,7 @@ def write_model(directory, store, network=toy.DENSE, **changes):
     return np.asarray(x * factor.T + term.T, np.float32)
 
   tree = jax.tree.map(varied, jax.device_get(program.init().tree()))
-  with contextlib.closing(checkpointing.Checkpoints(directory)) as saved:
+  with checkpointing.Checkpoints(directory) as saved:
     saved.save(STEP, tree, {"data": None})
   known = run_lib.describe(run, rows)
   description.write(directory, known, description.pieces_of(rows))

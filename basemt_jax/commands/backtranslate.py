@@ -69,52 +69,41 @@ def run(options: argparse.Namespace) -> None:
   written = other.labelled(options.label)
   direction = languages.Direction(written, text)
   path = pathlib.Path(options.folder) / f"{direction}.train.tsv"
-  model, search = loaded(options)
-  tag = models.tag(model, options.to, options.source)
+  model = loaded(options)
   job = synthesis.Job(
     path,
     direction,
-    tag,
+    models.tag(model, options.to, options.source),
     lambda: _texts(options.input),
     sum(1 for _ in _texts(options.input)),
     checksums.file_checksum(options.input),
   )
-  write([job], model, search)
+  write([job], model)
 
 
-def loaded(options: argparse.Namespace, n_best: int = 1) -> tuple[Any, Any]:
-  """The model, and the search that the flags ask for."""
-  import dataclasses
-
+def loaded(options: argparse.Namespace, n_best: int = 1) -> Any:
+  """The model, with the search that the flags ask for."""
   from basemt_jax import trained
-  from basemt_jax.commands import checks
 
   run = models.with_search(configuration.trained(options), options, n_best)
-  search = run.search
-  if options.batch_size is not None:
-    search = dataclasses.replace(search, batch_size=options.batch_size)
-    checks.check_fields(search)
-  model = trained.load(run, console.standard(), options.checkpoint)
-  return model, search
+  return trained.load(run, console.standard(), options.checkpoint)
 
 
-def write(jobs: list[Any], model: Any, search: Any) -> None:
+def write(jobs: list[Any], model: Any) -> None:
   """Writes files one after the other; progress on standard error."""
   from basemt_jax import synthesis
 
-  say = console.standard().message
   left = sum(job.count for job in jobs)
 
   @console.every_few_seconds
   def told(p: Any) -> None:
     seconds = (left - p.done) / max(p.per_second, 1e-9)
-    minutes, seconds = divmod(round(seconds), 60)
-    say(
+    console.say(
       f"{p.job.path.name}: {p.done:,} of {p.job.count:,} sentences, "
-      f"{p.per_second:,.1f}/s, {minutes}:{seconds:02d} left"
+      f"{p.per_second:,.1f}/s, {console.minutes(seconds)} left"
     )
 
-  for done in synthesis.write(jobs, model, search, told):
+  for done in synthesis.write(jobs, model, model.run.search, told):
     left -= done.job.count
     print(
       f"{done.job.path}: {done.done - done.skipped:,} pairs of {done.done:,} "

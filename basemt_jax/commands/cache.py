@@ -1,9 +1,7 @@
 """`basemt cache`: build a run's packed rows ahead of training."""
 
 import argparse
-import sys
 
-from basemt_jax import files
 from basemt_jax.commands import configuration, console, flags
 
 SUMMARY = "Build a run's packed rows ahead of training."
@@ -30,9 +28,7 @@ def run(options: argparse.Namespace) -> None:
       run.mixture_or_task_name,
       options.seqio_dir,
       console.every_few_seconds(
-        lambda name, done: print(
-          files.printable(f"{name}: {done:,} examples"), file=sys.stderr
-        )
+        lambda name, done: console.say(f"{name}: {done:,} examples")
       ),
     )
     print(f"{options.seqio_dir}: {len(folders)} tasks")

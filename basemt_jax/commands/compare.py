@@ -24,12 +24,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     default=1000,
     help="of the paired bootstrap; default 1000",
   )
-  parser.add_argument(
-    "--html", metavar="FILE", type=flags.path, help="write a page with plots"
-  )
-  parser.add_argument(
-    "--json", metavar="FILE", type=flags.path, help="write the numbers"
-  )
+  flags.report_files(parser)
 
 
 def run(options: argparse.Namespace) -> None:

@@ -48,8 +48,6 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
   """Compiles the step on the meshes asked for; 1 if it does not fit, else 0."""
-  import json
-
   if options.json:
     files.check_writable(options.json)
   if options.topology:
@@ -100,7 +98,7 @@ def run(options: argparse.Namespace) -> int:
     tables.show(table, console)
   if options.json:
     files.write_atomically(
-      options.json, json.dumps(compile_report.to_json(report), indent=1) + "\n"
+      options.json, files.json_text(dataclasses.asdict(report))
     )
   return 0 if report.memory.fits else 1
 

@@ -4,6 +4,7 @@ Imports JAX only when it is used: some commands do not need it.
 """
 
 import contextlib
+import math
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -11,20 +12,29 @@ from typing import Any
 
 from basemt_jax import files
 
+_SECONDS = 5.0  # Between lines of progress.
+
+
+def say(text: str) -> None:
+  """Writes a line to standard error."""
+  print(files.printable(text), file=sys.stderr, flush=True)
+
+
+def minutes(seconds: float) -> str:
+  """A time such as '3:05'."""
+  whole, rest = divmod(round(seconds), 60)
+  return f"{whole}:{rest:02d}"
+
 
 def standard() -> Any:
   """A `run.Console` that speaks on standard error."""
   from basemt_jax import run
 
-  def say(text: str) -> None:
-    print(files.printable(text), file=sys.stderr, flush=True)
-
   def progress(p: Any, temperature: float) -> None:
-    minutes, seconds = divmod(round(p.seconds_left), 60)
     say(
       f"step {p.step:>6}/{p.train_steps}  {p.phase:<6}  T {temperature:<5.2f} "
       f"loss {p.loss:.3f}  {p.tokens_per_second:>8,.0f} tokens/s  "
-      f"{minutes}:{seconds:02d} left"
+      f"{minutes(p.seconds_left)} left"
     )
 
   return run.Console(
@@ -42,14 +52,14 @@ def standard() -> Any:
 
 
 def every_few_seconds(
-  function: Callable[..., None], seconds: float = 5.0
+  function: Callable[..., None],
 ) -> Callable[..., None]:
-  """Calls through once in `seconds`, first at once; drops the rest."""
-  last = -seconds
+  """Calls through once in `_SECONDS`, first at once; drops the rest."""
+  last = -math.inf
 
   def call(*args: Any) -> None:
     nonlocal last
-    if time.monotonic() - last >= seconds:
+    if time.monotonic() - last >= _SECONDS:
       last = time.monotonic()
       function(*args)
 
@@ -60,11 +70,9 @@ def every_few_seconds(
 def counter(text: str) -> Iterator[Callable[[int], None]]:
   """A function that shows a number which rises, in one line of a terminal.
 
-  It says nothing where standard error is none, or where results go to the
-  terminal and show by themselves how far they are.
-
-  Args:
-    text: with a place for the number, such as 'translated {:,} lines'.
+  The text has a place for it: 'translated {:,} lines'. Nothing is said where
+  standard error is no terminal, or where results go to the terminal and show by
+  themselves how far they are.
   """
   if not sys.stderr.isatty() or sys.stdout.isatty():
     yield lambda count: None

@@ -41,7 +41,7 @@ def run(options: argparse.Namespace) -> None:
   n_best = 1
   if options.best_by_bleu:
     n_best = options.beam_size or 5
-  with files_lib.native_output_hidden():
+  with files_lib.native_output_captured():
     from tasks import files
   from basemt_jax.data import languages
 
@@ -52,12 +52,12 @@ def run(options: argparse.Namespace) -> None:
     for a, b in (pair, pair[::-1])
   }
   there = {name: d for name, d in there.items() if not d.label}
-  model, search = backtranslate.loaded(options, n_best)
+  model = backtranslate.loaded(options, n_best)
   jobs = [
     _job(options, summary, there[name], model)
     for name in _wanted(options.directions, there, model)
   ]
-  backtranslate.write(jobs, model, search)
+  backtranslate.write(jobs, model)
 
 
 def _wanted(given: str | None, there: Any, model: Any) -> list[str]:

@@ -97,6 +97,46 @@ def several_processes(parser: argparse.ArgumentParser) -> None:
   )
 
 
+def mixture(parser: argparse.ArgumentParser) -> None:
+  """A mixture by its name, and the user's modules that may register it."""
+  parser.add_argument(
+    "--mixture", help="registered mixture; default: configured"
+  )
+  modules(parser)
+
+
+def report_files(parser: argparse.ArgumentParser) -> None:
+  """Where a report goes besides the terminal."""
+  parser.add_argument(
+    "--html", metavar="FILE", type=path, help="write a page with plots"
+  )
+  parser.add_argument(
+    "--json", metavar="FILE", type=path, help="write the numbers"
+  )
+
+
+def lines(parser: argparse.ArgumentParser) -> None:
+  """Lines of text in, lines out."""
+  parser.add_argument(
+    "--from",
+    dest="source",
+    metavar="XX",
+    help="language of the text; asked for where the model needs it",
+  )
+  parser.add_argument(
+    "--input",
+    metavar="FILE",
+    type=path,
+    help="default: standard input, read as it comes",
+  )
+  parser.add_argument(
+    "--output",
+    metavar="FILE",
+    type=path,
+    help="written when all is done; default: standard output, as it comes",
+  )
+
+
 def search(parser: argparse.ArgumentParser) -> None:
   """How to search for a translation."""
   parser.add_argument("--beam_size", type=int, help="1: greedy")

@@ -3,9 +3,9 @@
 import argparse
 import copy
 import dataclasses
+import itertools
 import pathlib
 import re
-import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -34,13 +34,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     help="task: text; mixture: sampling; run: what was trained; repeatable; "
     "default: whatever there is",
   )
-  parser.add_argument(
-    "--mixture", help="registered mixture; default: configured"
-  )
+  flags.mixture(parser)
   parser.add_argument("--task", dest="mixture", help="a single task instead")
-  parser.add_argument(
-    "--module", action="append", default=[], help="imported first: your tasks"
-  )
   flags.checkpoint(parser)
   parser.add_argument(
     "--against",
@@ -68,12 +63,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     default=10.0,
     help="warn of directions that are gone through more often",
   )
-  parser.add_argument(
-    "--html", metavar="FILE", type=flags.path, help="write a page with plots"
-  )
-  parser.add_argument(
-    "--json", metavar="FILE", type=flags.path, help="write the numbers"
-  )
+  flags.report_files(parser)
 
 
 def run(options: argparse.Namespace) -> None:
@@ -191,6 +181,7 @@ def _store_there_is(run: Any) -> Any:
     run.task_feature_lengths,
     run.cache_dir or row_store.default_cache_dir(),
     long_pairs=run.long_pairs,
+    subwords=run.subwords,
   )
   if not (directory / "store.json").exists():
     return None
@@ -216,16 +207,7 @@ def _inspect_data(options: argparse.Namespace, run: Any, mixture: Any) -> Any:
       f"--sample {options.sample}: look at 1 pair at least"
     )
   sample = None if options.full else options.sample or text_report.SAMPLE
-  done = 0
-
-  def progress(name: str) -> None:
-    nonlocal done
-    done += 1
-    say(f"looked at {name}, {done} directions done")
-
-  say = console.every_few_seconds(
-    lambda text: print(files.printable(text), file=sys.stderr)
-  )
+  done, say = itertools.count(1), console.every_few_seconds(console.say)
   return text_report.inspect_data(
     mixture,
     text_report.Options(
@@ -233,7 +215,7 @@ def _inspect_data(options: argparse.Namespace, run: Any, mixture: Any) -> Any:
       sample,
       bands=run.bands if run else languages.BandThresholds(),
     ),
-    progress,
+    lambda name: say(f"looked at {name}, {next(done)} directions done"),
   )
 
 

@@ -16,13 +16,9 @@ def is_export(run: Any) -> bool:
 
 
 def load(run: Any, which: str, device: str = "auto", threads: int = 0) -> Any:
-  """The model of a model directory or of an export for CTranslate2.
+  """The model of a run's directory, at a checkpoint or as an export has it.
 
-  Args:
-    run: Of the directory.
-    which: Checkpoint; an export is one.
-    device: Of an export.
-    threads: Likewise.
+  Device and threads are of an export for CTranslate2.
   """
   from basemt_jax import trained
   from basemt_jax.exports import ctranslate
@@ -35,12 +31,7 @@ def load(run: Any, which: str, device: str = "auto", threads: int = 0) -> Any:
 
 
 def tag(model: Any, to: str, source: str | None) -> Any:
-  """What asks for a language; see `trained.Trained.tag`.
-
-  Args:
-    model: The model.
-    to: Of the flag --to.
-    source: Of the flag --from.
+  """What asks for the language of --to, out of that of --from.
 
   Raises:
     UsageError: There is no telling.
@@ -56,11 +47,7 @@ def tag(model: Any, to: str, source: str | None) -> Any:
 
 def with_search(run: Any, options: argparse.Namespace, n_best: int = 1) -> Any:
   """The run with the search that the flags ask for."""
-  changes = {
-    name: getattr(options, name)
-    for name in ("beam_size", "alpha")
-    if getattr(options, name) is not None
-  }
+  changes = _given(options, "beam_size", "alpha", "batch_size")
   beam_size = changes.get("beam_size", max(run.search.beam_size, n_best))
   if beam_size < 1:
     raise configuration.UsageError(
@@ -76,22 +63,34 @@ def with_search(run: Any, options: argparse.Namespace, n_best: int = 1) -> Any:
     **{**changes, "beam_size": beam_size, "num_return": n_best},
     sampling=_sampling(options),
   )
+  return dataclasses.replace(run, search=_checked(search))
+
+
+def _given(options: argparse.Namespace, *names: str) -> dict[str, Any]:
+  """The flags of these names that there are and that were given."""
+  found = {name: getattr(options, name, None) for name in names}
+  return {name: value for name, value in found.items() if value is not None}
+
+
+def _checked(record: Any) -> Any:
+  """A record whose fields flags have set.
+
+  Raises:
+    UsageError: One does not fit.
+  """
   try:
-    checks.check_fields(search)
+    checks.check_fields(record)
   except ValueError as error:
-    raise configuration.UsageError(
-      str(error).replace("SearchOptions.", "--")
-    ) from error
-  return dataclasses.replace(run, search=search)
+    flag = str(error).replace(f"{type(record).__name__}.", "--")
+    raise configuration.UsageError(flag) from error
+  return record
 
 
 def _sampling(options: argparse.Namespace) -> Any:
   """How the flags ask to draw; None where they do not."""
   from basemt_jax import decoding
 
-  names = ("temperature", "top_k", "top_p", "seed")
-  found = {name: getattr(options, name, None) for name in names}
-  given = {name: value for name, value in found.items() if value is not None}
+  given = _given(options, "temperature", "top_k", "top_p", "seed")
   if not getattr(options, "sample", False):
     if given:
       raise configuration.UsageError(
@@ -99,11 +98,4 @@ def _sampling(options: argparse.Namespace) -> Any:
         "out"
       )
     return None
-  sampling = decoding.Sampling(**given)
-  try:
-    checks.check_fields(sampling)
-  except ValueError as error:
-    raise configuration.UsageError(
-      str(error).replace("Sampling.", "--")
-    ) from error
-  return sampling
+  return _checked(decoding.Sampling(**given))

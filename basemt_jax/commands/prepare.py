@@ -2,7 +2,6 @@
 
 import argparse
 import pathlib
-import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -106,9 +105,7 @@ def run(options: argparse.Namespace) -> None:
     report = preparation.prepare(
       *arguments,
       processes=options.processes,
-      progress=console.every_few_seconds(
-        lambda text: print(files.printable(text), file=sys.stderr, flush=True)
-      ),
+      progress=console.every_few_seconds(console.say),
     )
   tables.show(_table(report), tables.terminal())
   for line in preparation.notes(report):

@@ -15,15 +15,14 @@ _OURS = (
   *("base_layer", "conversion", "evaluation", "experts", "heating", "layers"),
   *("losses", "metrics", "model", "optimizer", "routing", "run", "sampling"),
   *("steps", "translation", "commands.trackers", "data.languages"),
+  "data.subword_sampling",
 )
 
 
 def check_imports(path: str, named: Collection[str]) -> None:
-  """Refuses a file that imports other modules; nothing of it is used yet.
+  """Refuses a file that imports modules that are neither ours nor `named`.
 
-  Args:
-    path: of the file.
-    named: modules that the user names.
+  Nothing of it is used yet.
 
   Raises:
     ValueError: it imports another module, or includes a file.

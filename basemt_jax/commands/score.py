@@ -26,21 +26,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     help="target language of lines SOURCE<TAB>TARGET; without it lines are "
     "DIRECTION<TAB>SOURCE<TAB>TARGET, with en-de for a direction",
   )
-  parser.add_argument(
-    "--from",
-    dest="source",
-    metavar="XX",
-    help="language of the sources; asked for where the model needs it",
-  )
-  parser.add_argument(
-    "--input",
-    metavar="FILE",
-    type=flags.path,
-    help="TSV; default: standard input, scored as it comes",
-  )
-  parser.add_argument(
-    "--output", metavar="FILE", type=flags.path, help="default: standard output"
-  )
+  flags.lines(parser)
   parser.add_argument(
     "--alpha", type=float, help="exponent of the length penalty"
   )

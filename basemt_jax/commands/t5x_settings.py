@@ -19,19 +19,13 @@ Config = Mapping[tuple[str, str], Mapping[str, Any]]
 
 @dataclasses.dataclass(frozen=True)
 class Told:
-  """A parameter of T5X's that a run does not follow.
+  """A parameter of T5X's that a run does not follow."""
 
-  Attributes:
-    owner: End of the name that gin has for its function or class.
-    parameter: Its name.
-    fits: Values with which nothing is ignored, as gin prints them.
-    bind: What to bind instead, and why.
-  """
-
-  owner: str
+  owner: str  # end of the name that gin has for its function or class
   parameter: str
+  # values with which nothing is ignored, as gin prints them
   fits: tuple[str, ...]
-  bind: str
+  bind: str  # what to bind instead, and why
 
 
 _MESH = (

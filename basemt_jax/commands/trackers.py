@@ -1,7 +1,6 @@
 """Where metrics go: files, TensorBoard, and the trackers people use.
 
-All are of one interface: `write_scalars(step, scalars)`, as `trainer.Writer`,
-`flush()` and `close()`. A tracker is one gin line and an extra:
+A tracker is one gin line and an extra:
 
     run.Run.trackers = (@trackers.wandb(),)  # pip install basemt_jax[wandb]
 
@@ -16,63 +15,37 @@ import pathlib
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 from basemt_jax import metrics
 
 
-class Tracker(Protocol):
-  """A place for metrics."""
+@dataclasses.dataclass(frozen=True)
+class Tracker:
+  """A place for metrics, out of a library's functions."""
 
-  def write_scalars(self, step: int, scalars: Mapping[str, Any]) -> None:
-    """Takes the metrics of a step."""
-
-  def flush(self) -> None:
-    """Writes out what is buffered."""
-
-  def close(self) -> None:
-    """Closes files and connections; nothing may be written afterwards."""
+  # (step, values by name or tag)
+  write_scalars: Callable[[int, Mapping[str, float]], Any]
+  flush: Callable[[], Any] = lambda: None  # writes out what is buffered
+  # ends files and connections; nothing is written afterwards
+  close: Callable[[], Any] = lambda: None
 
 
 # model_dir -> an open tracker.
 Opener = Callable[[str], Tracker]
 
 
-class JsonLines:
-  """Every metric, to `metrics.jsonl`."""
+def json_lines(model_dir: str) -> Tracker:
+  """A line of `metrics.jsonl` for every call: time, step and metrics."""
+  pathlib.Path(model_dir).mkdir(parents=True, exist_ok=True)
+  path = pathlib.Path(model_dir) / "metrics.jsonl"
+  file = path.open("a", encoding="utf-8")
 
-  def __init__(self, model_dir: str):
-    pathlib.Path(model_dir).mkdir(parents=True, exist_ok=True)
-    path = pathlib.Path(model_dir) / "metrics.jsonl"
-    self._file = path.open("a", encoding="utf-8")
-
-  def write_scalars(self, step: int, scalars: Mapping[str, Any]) -> None:
-    """Writes one line: the step and its metrics."""
+  def write(step: int, scalars: Mapping[str, Any]) -> None:
     line = {"step": step, "time": time.time(), **scalars}
-    self._file.write(json.dumps(line) + "\n")
+    file.write(json.dumps(line) + "\n")
 
-  def flush(self) -> None:
-    """Writes out what is buffered."""
-    self._file.flush()
-
-  def close(self) -> None:
-    """Closes files and connections; nothing may be written afterwards."""
-    self._file.close()
-
-
-@dataclasses.dataclass(frozen=True)
-class Dashboard:
-  """A tracker out of a library's functions.
-
-  Attributes:
-    write_scalars: (step, values by tag).
-    flush: () -> None.
-    close: () -> None.
-  """
-
-  write_scalars: Callable[[int, Mapping[str, float]], Any]
-  flush: Callable[[], Any] = lambda: None
-  close: Callable[[], Any] = lambda: None
+  return Tracker(write, file.flush, file.close)
 
 
 def tensorboard() -> Opener:
@@ -92,18 +65,13 @@ def tensorboard() -> Opener:
       ]
       writer.add_summary(summary_pb2.Summary(value=scalars), step)
 
-    return Dashboard(write, writer.flush, writer.close)
+    return Tracker(write, writer.flush, writer.close)
 
   return start
 
 
 def wandb(project: str, **options: Any) -> Opener:
-  """Weights & Biases.
-
-  Args:
-    project: its name.
-    **options: of `wandb.init`, such as `mode='offline'`.
-  """
+  """Weights & Biases; options of `wandb.init`, such as `mode='offline'`."""
 
   def start(model_dir: str) -> Tracker:
     library = _library("wandb")
@@ -114,7 +82,7 @@ def wandb(project: str, **options: Any) -> Opener:
     # written again after a restart: the step is a value of its own.
     run.define_metric("step")
     run.define_metric("*", step_metric="step")
-    return Dashboard(
+    return Tracker(
       lambda step, values: run.log({"step": step, **values}), close=run.finish
     )
 
@@ -122,12 +90,7 @@ def wandb(project: str, **options: Any) -> Opener:
 
 
 def mlflow(experiment: str, tracking_uri: str | None = None) -> Opener:
-  """MLflow.
-
-  Args:
-    experiment: its name.
-    tracking_uri: server, or folder of files; None: MLFLOW_TRACKING_URI's.
-  """
+  """MLflow, on a server or in a folder; None: MLFLOW_TRACKING_URI's."""
 
   def start(model_dir: str) -> Tracker:
     library = _library("mlflow")
@@ -141,23 +104,18 @@ def mlflow(experiment: str, tracking_uri: str | None = None) -> Opener:
       named = {k.replace("->", " to "): v for k, v in values.items()}
       library.log_metrics(named, step=step)
 
-    return Dashboard(write, close=library.end_run)
+    return Tracker(write, close=library.end_run)
 
   return start
 
 
 def trackio(project: str, **options: Any) -> Opener:
-  """Trackio.
-
-  Args:
-    project: its name.
-    **options: of `trackio.init`, such as `space_id`.
-  """
+  """Trackio; options of `trackio.init`, such as `space_id`."""
 
   def start(model_dir: str) -> Tracker:
     library = _library("trackio")
     library.init(project=project, **{**_named(model_dir), **options})
-    return Dashboard(
+    return Tracker(
       lambda step, values: library.log(values, step=step),
       close=library.finish,
     )
@@ -178,59 +136,12 @@ def _library(name: str) -> Any:
     ) from error
 
 
-class Guarded:
-  """A tracker that is left out once it has failed.
-
-  Args:
-    opener: opens it.
-    model_dir: of the run.
-  """
-
-  def __init__(self, opener: Opener, model_dir: str):
-    self._name = opener.__qualname__.partition(".")[0]
-    self._tracker: Tracker | None = None
-    self._guard(lambda: setattr(self, "_tracker", opener(model_dir)))
-
-  def _guard(self, call: Callable[[], Any]) -> None:
-    try:
-      call()
-    except Exception as error:  # Whatever it is, training goes on.
-      self._tracker = None
-      first = str(error).strip().splitlines() or [type(error).__name__]
-      print(
-        f"metrics no longer go to {self._name}: {first[0]}; training goes on",
-        file=sys.stderr,
-        flush=True,
-      )
-
-  def write_scalars(self, step: int, scalars: Mapping[str, Any]) -> None:
-    """Takes the metrics of a step."""
-    if self._tracker:
-      tracker = self._tracker
-      self._guard(lambda: tracker.write_scalars(step, scalars))
-
-  def flush(self) -> None:
-    """Writes out what is buffered."""
-    if self._tracker:
-      self._guard(self._tracker.flush)
-
-  def close(self) -> None:
-    """Closes files and connections; nothing may be written afterwards."""
-    if self._tracker:
-      self._guard(self._tracker.close)
-
-
 class Writer:
   """Metrics to `metrics.jsonl`, TensorBoard and trackers; a `trainer.Writer`.
 
   The file gets all of them, the others those with a `metrics.tag`, by that tag.
   Files are made by `open`, or with the first metrics: a run that fails at its
-  start leaves none.
-
-  Args:
-    model_dir: of the run.
-    trackers: besides.
-    known: the metrics that the run measures.
+  start leaves none. `known` are the metrics that the run measures.
   """
 
   def __init__(
@@ -241,7 +152,8 @@ class Writer:
   ):
     self._model_dir, self._known = model_dir, known
     self._openers = (tensorboard(), *trackers)
-    self._trackers: list[Tracker] = []
+    self._file: Tracker | None = None
+    self._trackers: list[tuple[str, Tracker]] = []  # With their names.
 
   def __enter__(self) -> "Writer":
     return self
@@ -250,23 +162,50 @@ class Writer:
     """Makes the files, unless that has been done."""
     import jax
 
-    if jax.process_index() == 0 and not self._trackers:
-      self._trackers = [JsonLines(self._model_dir)]
-      self._trackers += [Guarded(o, self._model_dir) for o in self._openers]
+    if jax.process_index() != 0 or self._file:
+      return
+    self._file = json_lines(self._model_dir)
+    for opener in self._openers:
+      name = opener.__qualname__.partition(".")[0]
+      try:
+        self._trackers.append((name, opener(self._model_dir)))
+      except Exception as error:  # Whatever it is, training goes on.
+        _tell(name, error)
+
+  def _each(self, call: Callable[[Tracker], Any]) -> None:
+    """Calls a function with every tracker; one that fails is left out then."""
+    for name, tracker in list(self._trackers):
+      try:
+        call(tracker)
+      except Exception as error:
+        self._trackers.remove((name, tracker))
+        _tell(name, error)
 
   def write_scalars(self, step: int, scalars: Mapping[str, Any]) -> None:
     """Takes the metrics of a step."""
     self.open()
-    shown = metrics.tagged(scalars, self._known)
-    for i, tracker in enumerate(self._trackers):
-      tracker.write_scalars(step, shown if i else scalars)
+    if self._file:
+      self._file.write_scalars(step, scalars)
+      shown = metrics.tagged(scalars, self._known)
+      self._each(lambda tracker: tracker.write_scalars(step, shown))
 
   def flush(self) -> None:
     """Writes out what is buffered."""
-    for tracker in self._trackers:
-      tracker.flush()
+    if self._file:
+      self._file.flush()
+      self._each(lambda tracker: tracker.flush())
 
   def __exit__(self, *exception: object) -> None:
-    for tracker in self._trackers:
-      tracker.flush()
-      tracker.close()
+    self.flush()
+    if self._file:
+      self._file.close()
+      self._each(lambda tracker: tracker.close())
+
+
+def _tell(name: str, error: Exception) -> None:
+  first = str(error).strip().splitlines() or [type(error).__name__]
+  print(
+    f"metrics no longer go to {name}: {first[0]}; training goes on",
+    file=sys.stderr,
+    flush=True,
+  )

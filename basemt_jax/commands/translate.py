@@ -34,25 +34,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
   parser.add_argument(
     "--to", required=True, metavar="XX", help="target language"
   )
-  parser.add_argument(
-    "--from",
-    dest="source",
-    metavar="XX",
-    help="language of the text; asked for where the model needs it",
-  )
-  parser.add_argument(
-    "--input",
-    metavar="FILE",
-    type=flags.path,
-    help="default: standard input, translated as it comes",
-  )
-  parser.add_argument(
-    "--output",
-    metavar="FILE",
-    type=flags.path,
-    help="written when all is translated; default: standard output, as it "
-    "comes",
-  )
+  flags.lines(parser)
   parser.add_argument(
     "--n_best",
     type=int,

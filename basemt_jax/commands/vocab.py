@@ -10,10 +10,7 @@ SUMMARY = "Train a SentencePiece vocabulary."
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
   """The flags of this command."""
-  parser.add_argument("--mixture", help="default: the configured mixture")
-  parser.add_argument(
-    "--module", action="append", default=[], help="imported first: your tasks"
-  )
+  flags.mixture(parser)
   parser.add_argument(
     "--output", required=True, metavar="FILE", type=flags.path
   )

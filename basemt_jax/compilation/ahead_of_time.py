@@ -23,25 +23,22 @@ balanced assignment has some hundred in a row; none knows that of starting an
 exchange, or of the host.
 """
 
-import contextlib
 import dataclasses
 import importlib.metadata
 import importlib.util
 import math
 import os
 import re
-import sys
-import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from basemt_jax import files, partitioning, steps
 from basemt_jax import model as model_lib
-from basemt_jax import partitioning, steps
 from basemt_jax.compilation import chips, hlo
 from basemt_jax.data import packing
 
@@ -80,7 +77,7 @@ def topology_devices(name: str) -> list[jax.Device]:
     # The two cores of a chip as one device, as JAX has them on a TPU.
     options["chip_config_name"] = "megacore"
   try:
-    with captured_stderr():
+    with files.native_output_captured():
       topology = topologies.get_topology_desc(
         platform="tpu", topology_name=name, **options
       )
@@ -93,29 +90,6 @@ def topology_devices(name: str) -> list[jax.Device]:
   return list(topology.devices)
 
 
-@contextlib.contextmanager
-def captured_stderr() -> Iterator[list[str]]:
-  """Collects what is written to standard error, C++ libraries included.
-
-  The list that it gives is filled at the end.
-  """
-  lines: list[str] = []
-  sys.stderr.flush()
-  saved = os.dup(2)
-  try:
-    with tempfile.TemporaryFile() as file:
-      os.dup2(file.fileno(), 2)
-      try:
-        yield lines
-      finally:
-        sys.stderr.flush()
-        os.dup2(saved, 2)
-        file.seek(0)
-        lines += file.read().decode(errors="replace").splitlines()
-  finally:
-    os.close(saved)
-
-
 # -------------------------------------------------------------- compiling
 
 
@@ -125,9 +99,9 @@ def abstract_batch(
   """Shapes of a training batch of packed rows, split over the devices.
 
   Args:
-    rows: B.
+    rows: B, over all devices.
     lengths: {'inputs': Li, 'targets': Lt}.
-    mesh: See `partitioning.make_mesh`.
+    mesh: Of the devices.
   """
   layout = packing.RowLayout.of(lengths, vocab_size=1)
   row = layout.unpack(np.zeros((1, layout.width), layout.dtype))
@@ -143,18 +117,13 @@ def abstract_batch(
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
-  """A training step, compiled, or the reason why not.
+  """A training step, compiled, or the reason why not."""
 
-  Attributes:
-    seconds: Tracing, lowering and compiling.
-    executable: None if it does not fit into memory.
-    used_bytes: What it would have needed then, as the compiler says.
-    warnings: Of the partitioner, about arrays that it has to rearrange.
-  """
-
-  seconds: float
-  executable: Any
+  seconds: float  # tracing, lowering and compiling
+  executable: Any  # None if it does not fit into memory
+  # what it would have needed then, as the compiler says
   used_bytes: float | None
+  # of the partitioner, about arrays that it has to rearrange
   warnings: tuple[str, ...]
 
 
@@ -162,7 +131,7 @@ def compile_step(program: steps.Program, batch: steps.Batch) -> Compiled:
   """Compiles a program's training step for a batch given by its shapes."""
   start = time.perf_counter()
   executable, used = None, None
-  with captured_stderr() as lines:
+  with files.native_output_captured() as lines:
     lowered = program.lower(batch)
     try:
       executable = lowered.compile()
@@ -244,31 +213,34 @@ def device_bytes(shapes: Any, shardings: Any) -> int:
   )
 
 
+def planned_bytes(executable: jax.stages.Compiled) -> int:
+  """Memory of a device that the compiler plans with, its own code included."""
+  stats: Any = executable.memory_analysis()
+  return int(
+    stats.argument_size_in_bytes
+    + stats.output_size_in_bytes
+    - stats.alias_size_in_bytes
+    + stats.temp_size_in_bytes
+    + stats.generated_code_size_in_bytes
+  )
+
+
 # -------------------------------------------------------------- the report
 
 
 @dataclasses.dataclass(frozen=True)
 class Exchange:
-  """Collectives of one kind along the same mesh axes, in one step.
+  """Collectives of one kind along the same mesh axes, in one step."""
 
-  Attributes:
-    kind: See `hlo.KINDS`.
-    axes: Of the mesh, joined by ' x '; 'part of ...' where a group has not all
-      devices along them.
-    devices: In a group.
-    count: Collectives run.
-    bytes: Put in by each chip, over all of them.
-    largest: The largest array, such as 'bf16[32,128,1024]'.
-    seconds: By bandwidth alone; None for an unknown chip.
-  """
-
-  kind: str
+  kind: str  # see `hlo.KINDS`
+  # of the mesh, joined by ' x '; 'part of ...' where a group has not all
+  # devices along them
   axes: str
-  devices: int
-  count: int
-  bytes: int
-  largest: str
-  seconds: float | None
+  devices: int  # in a group
+  count: int  # collectives run
+  bytes: int  # put in by each chip, over all of them
+  largest: str  # array, such as 'bf16[32,128,1024]'
+  seconds: float | None  # by bandwidth alone; None: an unknown chip
 
 
 # Share of a chip's memory to leave to what is not in the step's program: the
@@ -278,28 +250,19 @@ SPARE = 0.1
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
-  """Bytes on each chip.
+  """Bytes on each chip."""
 
-  Attributes:
-    parameters: By their shapes and shardings.
-    optimizer: Likewise.
-    batch: Likewise.
-    temporary: All that the step needs besides, the program's code included.
-    gradients: Of the parameters, which `temporary` has room for at the end of
-      the backward pass, by their shapes and shardings.
-    total: The step's need.
-    available: The chip's memory; None: unknown.
-    fits: Whether the compiler could place the step.
-  """
-
-  parameters: int
-  optimizer: int
-  batch: int
+  parameters: int  # by their shapes and shardings
+  optimizer: int  # likewise
+  batch: int  # likewise
+  # all that the step needs besides, the program's code included
   temporary: float
+  # of the parameters, which `temporary` has room for at the end of the backward
+  # pass, by their shapes and shardings
   gradients: int
-  total: float
-  available: float | None
-  fits: bool
+  total: float  # the step's need
+  available: float | None  # the chip's memory; None: unknown
+  fits: bool  # whether the compiler could place the step
 
   @property
   def is_tight(self) -> bool:
@@ -311,54 +274,34 @@ class Memory:
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-  """What a training step costs; see the module's head for the estimate.
+  """What a training step costs; see the module's head for the estimate."""
 
-  Attributes:
-    topology: As asked for; None: the devices at hand.
-    device: Kind of chip.
-    chips: Their number.
-    mesh: Size of every axis.
-    phase: 'dense' or 'sparse'.
-    parameters: Of the network.
-    rows: Of the global batch.
-    source_tokens: Places for tokens in it, padding included.
-    target_tokens: Likewise.
-    memory: On each chip.
-    model_flops: Of a step on all chips, by formula.
-    flops: On each chip, as XLA counts them in the compiled program.
-    bytes_accessed: Likewise: of every operation, in whatever memory.
-    hbm_bytes: At most, read from and written to the chip's main memory.
-    exchanges: Collectives.
-    seconds: Estimates: 'compute', 'memory', 'network', 'best', 'serial', and
-      for most TPUs 'compiler'; empty for an unknown chip.
-    mfu: At 'best', 'serial' and 'compiler'.
-    compile_seconds: On the machine that made the report.
-    warnings: Of the partitioner.
-    advice: What to change where it does not fit, or fits tightly.
-    versions: Of JAX and libtpu.
-  """
-
-  topology: str | None
-  device: str
+  topology: str | None  # as asked for; None: the devices at hand
+  device: str  # kind of chip
   chips: int
-  mesh: dict[str, int]
-  phase: str
-  parameters: int
-  rows: int
-  source_tokens: int
-  target_tokens: int
-  memory: Memory
-  model_flops: float
+  mesh: dict[str, int]  # size of every axis
+  phase: str  # 'dense' or 'sparse'
+  parameters: int  # of the network
+  rows: int  # of the global batch
+  source_tokens: int  # places for tokens in it, padding included
+  target_tokens: int  # likewise
+  memory: Memory  # on each chip
+  model_flops: float  # of a step on all chips, by formula
+  # on each chip, as XLA counts them in the compiled program
   flops: float | None
+  # likewise: of every operation, in whatever memory
   bytes_accessed: float | None
+  # at most, read from and written to the chip's main memory
   hbm_bytes: float | None
   exchanges: list[Exchange]
+  # estimates: 'compute', 'memory', 'network', 'best', 'serial', and for most
+  # TPUs 'compiler'; empty for an unknown chip
   seconds: dict[str, float]
-  mfu: dict[str, float]
-  compile_seconds: float
-  warnings: list[str]
-  advice: list[str]
-  versions: dict[str, str]
+  mfu: dict[str, float]  # at 'best', 'serial' and 'compiler'
+  compile_seconds: float  # on the machine that made the report
+  warnings: list[str]  # of the partitioner
+  advice: list[str]  # what to change where it does not fit, or fits tightly
+  versions: dict[str, str]  # of JAX and libtpu
 
 
 def report(
@@ -369,11 +312,8 @@ def report(
 ) -> Report:
   """Compiles a program's training step and measures it.
 
-  Args:
-    program: Of the phase to look at.
-    rows: B, over all devices.
-    lengths: {'inputs': Li, 'targets': Lt}.
-    topology: The name its devices were described by.
+  The batch is that of `abstract_batch`; `topology` is the name that the
+  program's devices were described by.
   """
   mesh = program.mesh
   batch = abstract_batch(rows, lengths, mesh)
@@ -384,12 +324,13 @@ def report(
   config = program.model.config
   memory = _memory(program, batch, compiled, chip)
   total_flops = model_flops(config, rows, lengths)
+  mfu: dict[str, float] = {}
   flops = accessed = traffic = None
-  exchanges: list[Exchange] = []
+  found: list[Exchange] = []
   seconds: dict[str, float] = {}
   if compiled.executable is not None:
     text = compiled.executable.as_text()
-    exchanges = _exchanges(text, mesh, chip)
+    found = exchanges(text, mesh, chip)
     costs = compiled.executable.cost_analysis() or {}
     # XLA counts the body of the loop over microbatches once.
     parts = program.settings.microbatches
@@ -400,9 +341,14 @@ def report(
     traffic = float(hlo.memory_bytes(text))
     if chip and flops is not None:
       share = total_flops / mesh.size
-      seconds = _seconds(max(flops, share), traffic, exchanges, chip)
+      seconds = _seconds(max(flops, share), traffic, found, chip)
       if chip.clock and (cycles := hlo.estimated_cycles(text)):
         seconds["compiler"] = cycles / chip.clock + seconds["network"]
+      mfu = {
+        name: share / (chip.flops * seconds[name])
+        for name in ("best", "serial", "compiler")
+        if name in seconds
+      }
   return Report(
     topology=topology,
     device=kind,
@@ -418,9 +364,9 @@ def report(
     flops=flops,
     bytes_accessed=accessed,
     hbm_bytes=traffic,
-    exchanges=exchanges,
+    exchanges=found,
     seconds=seconds,
-    mfu=chips.utilisation(seconds, total_flops, chip, mesh.size),
+    mfu=mfu,
     compile_seconds=compiled.seconds,
     warnings=list(compiled.warnings),
     advice=_advice(program, memory, rows)
@@ -435,10 +381,8 @@ def possible_meshes(
 ) -> list[tuple[int, int, int]]:
   """Sizes (data, expert, model) of all meshes that a network and batch allow.
 
-  Args:
-    config: The network.
-    rows: B; each device of `data` and `expert` needs whole groups of it.
-    devices: To be used, all of them.
+  Of `rows`, B, each device of `data` and `expert` needs whole groups. All of
+  the devices are used.
   """
   experts = config.num_experts if config.feed_forward == "experts" else 1
   widths = math.gcd(config.num_heads, config.mlp_dim, config.vocab_size)
@@ -486,14 +430,7 @@ def _memory(
   if compiled.executable is None:
     total = compiled.used_bytes or math.inf
   else:
-    stats = compiled.executable.memory_analysis()
-    total = float(
-      stats.argument_size_in_bytes
-      + stats.output_size_in_bytes
-      - stats.alias_size_in_bytes
-      + stats.temp_size_in_bytes
-      + stats.generated_code_size_in_bytes
-    )
+    total = float(planned_bytes(compiled.executable))
   available = chip.hbm_bytes if chip else None
   return Memory(
     parameters,
@@ -508,10 +445,8 @@ def _memory(
   )
 
 
-def _exchanges(
-  text: str, mesh: Mesh, chip: chips.Chip | None
-) -> list[Exchange]:
-  """Collectives, those of the same kind and axes taken together."""
+def exchanges(text: str, mesh: Mesh, chip: chips.Chip | None) -> list[Exchange]:
+  """A program's collectives, those of the same kind and axes together."""
   devices = list(mesh.devices.flat)
   together: dict[tuple[str, str, int], list[hlo.Collective]] = {}
   for collective in hlo.collectives(text, mesh.size):

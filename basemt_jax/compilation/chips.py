@@ -1,8 +1,7 @@
 """Published figures of accelerators, and how long exchanges take on them."""
 
 import dataclasses
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import jax
 import numpy as np
@@ -14,49 +13,32 @@ GIB = 2**30
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-  """Published figures of an accelerator.
+  """Published figures of an accelerator."""
 
-  Attributes:
-    flops: Dense bfloat16 operations a second.
-    hbm_bytes: Memory.
-    hbm_bandwidth: Bytes a second.
-    link_bandwidth: Bytes a second over one link in one direction.
-    dimensions: Of the torus, with two links in each; 0: every chip reaches
-      every other one through a switch, by one link.
-    clock: Cycles a second, in which the TPU compiler counts; 0: it does not.
-      Published, but for v6e: that of v4, v5e and v5p is `flops` by the power of
-      two of operations that their matrix units do in a cycle, and a v6e's do
-      2^19, as the compiler counts 4.6e5 a cycle for a product of 4096 x 4096.
-    source: Of the figures.
-  """
-
-  flops: float
+  flops: float  # dense bfloat16 operations a second
   hbm_bytes: float
-  hbm_bandwidth: float
-  link_bandwidth: float
+  hbm_bandwidth: float  # bytes a second
+  link_bandwidth: float  # bytes a second over one link in one direction
+  # of the torus, with two links in each; 0: every chip reaches every other one
+  # through a switch, by one link
   dimensions: int
+  # cycles a second, in which the TPU compiler counts; 0: it does not.
+  # Published, but for v6e: that of v4, v5e and v5p is `flops` by the power of
+  # two of operations that their matrix units do in a cycle, and a v6e's do
+  # 2^19, as the compiler counts 4.6e5 a cycle for a product of 4096 x 4096.
   clock: float
-  source: str
 
 
-# By `jax.Device.device_kind`. TPU: the specification's bidirectional bandwidth
-# of a chip is that of all its links, both ways.
-_TPU_DOCS = "cloud.google.com/tpu/docs/"
+# By `jax.Device.device_kind`, from cloud.google.com/tpu/docs/ (v4, v5e, v5p,
+# v6e) and nvidia.com/en-us/data-center/ (h100, h200). TPU: the specification's
+# bidirectional bandwidth of a chip is that of all its links, both ways.
 CHIPS = {
-  "TPU v4": Chip(275e12, 32 * GIB, 1228e9, 50e9, 3, 1.05e9, _TPU_DOCS + "v4"),
-  "TPU v5 lite": Chip(
-    197e12, 16 * GIB, 819e9, 50e9, 2, 1.5e9, _TPU_DOCS + "v5e"
-  ),
-  "TPU v5": Chip(459e12, 95 * GIB, 2765e9, 100e9, 3, 1.75e9, _TPU_DOCS + "v5p"),
-  "TPU v6 lite": Chip(
-    918e12, 32 * GIB, 1640e9, 100e9, 2, 1.75e9, _TPU_DOCS + "v6e"
-  ),
-  "NVIDIA H100 80GB HBM3": Chip(
-    989e12, 80e9, 3350e9, 450e9, 0, 0.0, "nvidia.com/en-us/data-center/h100"
-  ),
-  "NVIDIA H200": Chip(
-    989e12, 141e9, 4800e9, 450e9, 0, 0.0, "nvidia.com/en-us/data-center/h200"
-  ),
+  "TPU v4": Chip(275e12, 32 * GIB, 1228e9, 50e9, 3, 1.05e9),
+  "TPU v5 lite": Chip(197e12, 16 * GIB, 819e9, 50e9, 2, 1.5e9),
+  "TPU v5": Chip(459e12, 95 * GIB, 2765e9, 100e9, 3, 1.75e9),
+  "TPU v6 lite": Chip(918e12, 32 * GIB, 1640e9, 100e9, 2, 1.75e9),
+  "NVIDIA H100 80GB HBM3": Chip(989e12, 80e9, 3350e9, 450e9, 0, 0.0),
+  "NVIDIA H200": Chip(989e12, 141e9, 4800e9, 450e9, 0, 0.0),
 }
 
 
@@ -103,25 +85,3 @@ def _is_ring(size: int, chip: Chip) -> bool:
   In a 2D torus only the whole pod's 16 does, in a 3D torus multiples of 4 do.
   """
   return size == 16 if chip.dimensions == 2 else size % 4 == 0
-
-
-def utilisation(
-  seconds: Mapping[str, float],
-  flops: float,
-  chip: Chip | None,
-  devices: int,
-) -> dict[str, float]:
-  """Shares of the chips' peak at which a step works, one per estimate.
-
-  Args:
-    seconds: Of a step, by estimate; others than those of a step are left out.
-    flops: Of a step, over all chips.
-    chip: None: not a known one; 0 everywhere.
-    devices: Number of chips.
-  """
-  peak = chip.flops * devices if chip else math.inf
-  return {
-    name: flops / (peak * seconds[name])
-    for name in ("best", "serial", "compiler")
-    if name in seconds
-  }

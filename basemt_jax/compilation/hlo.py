@@ -57,24 +57,17 @@ _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-  """An exchange between devices.
+  """An exchange between devices."""
 
-  Attributes:
-    kind: One of `KINDS`.
-    groups: [N, n] positions of devices in the mesh: who exchanges with whom.
-      Of a collective-permute, n = 2: from, to.
-    arrays: What each device puts in: types such as 'bf16[128,1024]'.
-    bytes: Of those.
-    count: How often it runs in one run of the program.
-    op_name: Where in the program it comes from, as JAX names it.
-  """
-
-  kind: str
+  kind: str  # one of `KINDS`
+  # [N, n] positions of devices in the mesh: who exchanges with whom. Of a
+  # collective-permute, n = 2: from, to.
   groups: np.ndarray
+  # what each device puts in: types such as 'bf16[128,1024]'
   arrays: tuple[str, ...]
-  bytes: int
-  count: int
-  op_name: str
+  bytes: int  # of those
+  count: int  # how often it runs in one run of the program
+  op_name: str  # where in the program it comes from, as JAX names it
 
   @property
   def sent_bytes(self) -> float:
@@ -151,17 +144,12 @@ def collectives(text: str, num_devices: int) -> list[Collective]:
 
 @dataclasses.dataclass(frozen=True)
 class Asynchronous:
-  """A collective that is started, and waited for later.
+  """A collective that is started, and waited for later."""
 
-  Attributes:
-    kind: One of `KINDS`.
-    op_name: Where in the program it comes from, as JAX names it.
-    meanwhile: (operation, op_name) of what the schedule has in between, but
-      for what only names arrays.
-  """
-
-  kind: str
-  op_name: str
+  kind: str  # one of `KINDS`
+  op_name: str  # where in the program it comes from, as JAX names it
+  # (operation, op_name) of what the schedule has in between, but for what only
+  # names arrays
   meanwhile: tuple[tuple[str, str], ...]
 
 

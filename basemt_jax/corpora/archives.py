@@ -8,7 +8,6 @@ the archive and what to do about it.
 
 import bz2
 import dataclasses
-import functools
 import gzip
 import io
 import lzma
@@ -47,8 +46,7 @@ class Limits:
     files: Of all archives together, those within archives included.
     gigabytes: Of all their files.
     ratio: Of an archive's files to itself, once they are more than
-      `ratio_from` bytes.
-    ratio_from: See `ratio`. Text that repeats itself may be small.
+      `ratio_from` bytes: text that repeats itself may be small.
   """
 
   files: int = 100_000
@@ -73,13 +71,9 @@ def unpack(
   is_useful: Callable[[str], bool],
   limits: Limits | None = None,
 ) -> list[str]:
-  """Unpacks what is useful of all archives in `raw`, each once.
+  """Unpacks what is useful, by its path, of all archives in `raw`, each once.
 
-  Args:
-    raw: folder of downloaded files.
-    work: gets a folder for every archive; one that is there is left alone.
-    is_useful: whether a file is, by its path.
-    limits: for all of them.
+  In `work` every archive gets a folder; one that is there is left alone.
 
   Returns:
     Names of archives without anything useful.
@@ -100,7 +94,10 @@ def unpack(
       partial = work / f"{name}.partial"
       shutil.rmtree(partial, ignore_errors=True)
       partial.mkdir(parents=True)
-      of_archive = functools.partial(_joined, is_useful, name)
+
+      def of_archive(member: str, archive: pathlib.Path = name) -> bool:
+        return is_useful(f"{archive}/{member}")
+
       _unpack_one(path, partial, of_archive, count)
       partial.rename(target)
     inner = files(target)
@@ -113,12 +110,6 @@ def unpack(
 def files(folder: pathlib.Path) -> list[pathlib.Path]:
   """All files in a folder and its folders, in the order of their names."""
   return sorted(p for p in folder.rglob("*") if p.is_file())
-
-
-def _joined(
-  is_useful: Callable[[str], bool], archive: pathlib.Path, member: str
-) -> bool:
-  return is_useful(f"{archive}/{member}")
 
 
 @dataclasses.dataclass

@@ -29,17 +29,9 @@ def prepare(
   *,
   beam_options: Sequence[str] = (),
 ) -> dict[str, Any]:
-  """Prepares a folder of raw text on a Beam runner.
+  """As `preparation.prepare`, on a Beam runner.
 
-  Args:
-    raw: folder of downloaded files.
-    out: folder for the result.
-    names: of the corpus.
-    options: what training text must be like.
-    beam_options: as Beam's command lines have them, '--runner=DirectRunner'.
-
-  Returns:
-    The report, as `preparation.prepare`.
+  Its options are as Beam's command lines have them, '--runner=DirectRunner'.
 
   Raises:
     ValueError: as `preparation.prepare`.

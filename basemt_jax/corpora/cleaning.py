@@ -7,7 +7,6 @@ digest tells the shard it goes to, and the order in it.
 
 import dataclasses
 import hashlib
-import sys
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
@@ -56,20 +55,11 @@ class Options:
         )
 
 
-def normalised(
-  line: Pair | parallel_text.Trouble, max_characters: int = sys.maxsize
-) -> Pair | parallel_text.Trouble:
-  """Both sides normalised, or why they cannot be used."""
-  if isinstance(line, parallel_text.Trouble):
-    return line
-  return parallel_text.usable(line, max_characters)
-
-
 def usable(
   line: Pair | parallel_text.Trouble, options: Options
 ) -> Pair | parallel_text.Trouble:
   """Both sides normalised, or why they are no training pair."""
-  found = normalised(line, options.max_characters)
+  found = parallel_text.usable(line, options.max_characters)
   if not isinstance(found, parallel_text.Trouble):
     lengths = len(found[0].encode()), len(found[1].encode())
     short, long = (n + options.ratio_slack for n in sorted(lengths))
@@ -142,10 +132,10 @@ def clean(
   options: Options,
   held_out: np.ndarray,
 ) -> tuple[list[bytes], Outcome]:
-  """Normalises and filters lines of a text.
+  """Normalises and filters numbered lines of a text.
 
   Args:
-    lines: numbered pairs, or why they could not be read.
+    lines: pairs, or why they could not be read.
     languages: of the lines.
     pair: the order of the languages in the output.
     options: what to keep.

@@ -18,13 +18,7 @@ _CHUNK = 10_000  # Lines.
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-  """Training text of a pair of languages.
-
-  Attributes:
-    pair: In the order of the output.
-    texts: Raw texts.
-    shards: Number of files to write.
-  """
+  """Training text of a pair of languages, and the number of files to write."""
 
   pair: raw_text.Pair
   texts: tuple[raw_text.Text, ...]
@@ -33,13 +27,9 @@ class Job:
 
 @dataclasses.dataclass(frozen=True)
 class EvaluationSet:
-  """A dev or test set.
+  """A dev or test set: its pairs, normalised, in an order of languages.
 
-  Attributes:
-    text: That it is made of.
-    languages: Of its columns.
-    pairs: Its texts, normalised.
-    unread: Why lines could not be read, to the first of them.
+  `unread` tells why lines could not be read, with the first of them.
   """
 
   text: raw_text.Text
@@ -103,8 +93,9 @@ def plan(
       shards = min(_MAX_SHARDS, -(-size // options.shard_bytes)) or 1
       jobs.append(Job(pair, tuple(texts), shards))
   if not jobs:
+    languages = listed(["-".join(pair) for pair in names.pairs])
     raise ValueError(
-      f"there is no training text of {_languages(names)} in {str(raw)!r}: "
+      f"there is no training text of {languages} in {str(raw)!r}: "
       f"found {listed([*useless, *found.unused]) or 'no files'}; files are "
       "known by their names, which docs/data.md lists"
     )
@@ -148,10 +139,6 @@ def listed(names: Sequence[str]) -> str:
   return ", ".join(names[:_SHOWN]) + end
 
 
-def _languages(names: raw_text.Names) -> str:
-  return listed(["-".join(pair) for pair in names.pairs])
-
-
 def _check_doubts(doubtful: Sequence[str]) -> None:
   """Asks what only the user can know."""
   if doubtful:
@@ -174,7 +161,7 @@ def _evaluation_set(
   pairs: list[raw_text.Pair] = []
   outcome = cleaning.Outcome()
   for number, line in text.lines():
-    found = cleaning.normalised(line)
+    found = parallel_text.usable(line)
     if isinstance(found, parallel_text.Trouble):
       outcome.drop(found, number)
     else:

@@ -155,7 +155,7 @@ def _go_on(work: pathlib.Path, identity: Any, out: pathlib.Path) -> None:
       if path.is_dir() and (other or path.name != "unpacked"):
         shutil.rmtree(path)
   if old != identity:
-    _write_json(note, identity)
+    files.write_json(note, identity)
 
 
 def _check_identity(old: Any, new: Any, out: pathlib.Path) -> None:
@@ -351,7 +351,7 @@ def write_outcome(
   outcome: cleaning.Outcome,
 ) -> None:
   """Notes that a raw text has been read, and what became of its lines."""
-  _write_json(
+  files.write_json(
     job_folder(work, pair) / f"{number}.json",
     {
       "name": name,
@@ -366,11 +366,7 @@ def _by_number(counts: Mapping[str, int]) -> dict[str, int]:
 
 
 def check_read(todo: planning.Todo, work: pathlib.Path) -> None:
-  """Refuses texts that could not be read, and languages without a line.
-
-  Raises:
-    ValueError: such a text, or pair of languages.
-  """
+  """Refuses texts that could not be read, and languages without a line."""
   for job in todo.jobs:
     texts = _outcomes(job, work)
     for text in texts:
@@ -427,13 +423,7 @@ def write_shard(
 ) -> None:
   """Step 3 of a shard: writes its lines once each, in order of digests.
 
-  Args:
-    lines: in any order.
-    work: gets a note of their numbers.
-    out: gets the file.
-    pair: of languages.
-    shard: number of the shard.
-    shards: of the pair.
+  Lines come in any order; `work` gets a note of their numbers.
   """
   by_digest: dict[bytes, bytes] = {}
   total = 0
@@ -447,7 +437,7 @@ def write_shard(
   ):
     file.writelines(by_digest[key] + b"\n" for key in sorted(by_digest))
   kept = len(by_digest)
-  _write_json(
+  files.write_json(
     _shard_counts(work, pair, shard),
     {"kept": kept, "equal to another pair": total - kept},
   )
@@ -500,7 +490,7 @@ def finish(
     report["pairs"]["-".join(job.pair)] = _summary(
       _outcomes(job, work), shards.values()
     )
-  _write_json(out / REPORT, report)
+  files.write_json(out / REPORT, report)
   shutil.rmtree(work)
   return report
 
@@ -527,12 +517,6 @@ def _summary(
 
 def _read_json(path: pathlib.Path) -> Any:
   return json.loads(path.read_text(encoding="utf-8"))
-
-
-def _write_json(path: pathlib.Path, value: Any) -> None:
-  text = json.dumps(value, indent=1, ensure_ascii=False) + "\n"
-  # Names of files may hold bytes that are no UTF-8.
-  files.write_atomically(path, text.encode("utf-8", "backslashreplace"))
 
 
 def notes(report: Mapping[str, Any]) -> list[str]:

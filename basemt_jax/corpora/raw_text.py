@@ -161,7 +161,7 @@ class Text:
 # ---------------------------------------------------------------- finding
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(frozen=True)
 class Found:
   """The parallel texts of a corpus.
 
@@ -183,22 +183,23 @@ class Found:
 
 
 def find(folders: Sequence[pathlib.Path], names: Names) -> Found:
-  """Finds the parallel texts in folders, by their names.
+  """Finds parallel texts in folders of raw and unpacked files, by their names.
 
   Of several texts for 'validation' or 'test', those that were decided on are
   taken, of these those that are directed, else the first; the others are held
   out.
-
-  Args:
-    folders: of raw and unpacked files.
-    names: of the corpus.
 
   Raises:
     ValueError: a glob of `names.decided` that no text has.
   """
   found = Found({}, [], [], [], [])
   decided: set[str] = set()
-  texts = _texts(folders, names, found)
+  named = [
+    (archives.shown_name(str(path.relative_to(folder))), path)
+    for folder in folders
+    for path in archives.files(folder)
+  ]
+  texts = _texts(named, names, found.unused)
   _check_globs(names.decided, [name for _, files in texts for name in files])
   for text, files in texts:
     pair = next((p for p in names.pairs if set(p) == set(text.languages)), None)
@@ -219,27 +220,32 @@ def find(folders: Sequence[pathlib.Path], names: Names) -> Found:
   for of_pair in found.texts.values():
     for split in _EVALUATION & of_pair.keys():
       of_pair[split], others = _best(of_pair[split], decided)
-      found.held_out += others
-  found.unread = [n for n in found.unused if _is_unread(n, names)]
+      found.held_out.extend(others)
+  found.unread.extend(n for n in found.unused if _is_unread(n, names))
   return found
 
 
 def sets_of(
-  folder: pathlib.Path, names: Names, split: str | None
+  folder: pathlib.Path,
+  names: Names,
+  split: str | None,
+  files: Iterable[pathlib.Path] = (),
 ) -> list[Text]:
   """All texts of wanted pairs in a folder that are of a split, by their names.
 
-  Args:
-    folder: with files and folders; archives are not looked into.
-    names: of the corpus.
-    split: 'validation' or 'test'; None: whatever the names say.
+  Or, of some files of the folder, all that are. The split is 'validation',
+  'test' or None, for whatever the names say; archives are not looked into.
   """
-  pairs = [set(pair) for pair in names.pairs]
+  named = [
+    (str(path.relative_to(folder)), path)
+    for path in sorted(files) or archives.files(folder)
+  ]
   return [
     text
-    for text, files in _texts([folder], names, Found({}, [], [], [], []))
-    if (languages := set(text.languages)) in pairs and len(languages) == 2
-    if split in (None, _split(text, files[0], None, names))
+    for text, of_text in _texts(named, names, [])
+    if text.languages[0] != text.languages[1]
+    if any({*pair} == {*text.languages} for pair in names.pairs)
+    if split in (None, _split(text, of_text[0], None, names))
   ]
 
 
@@ -330,31 +336,31 @@ class _File:
 
 
 def _texts(
-  folders: Sequence[pathlib.Path], names: Names, found: Found
+  files: Iterable[tuple[str, pathlib.Path]], names: Names, unused: list[str]
 ) -> list[tuple[Text, list[str]]]:
-  """Texts with the names of their files; notes the files that are none."""
+  """Texts of files, by name and path, with the names of their files.
+
+  The names of files that are no parallel text go to `unused`.
+  """
   sides: dict[tuple[pathlib.Path, str], dict[str, tuple[str, str, _File]]] = {}
   texts: list[tuple[Text, list[str]]] = []
-  for folder in folders:
-    for path in archives.files(folder):
-      name = archives.shown_name(str(path.relative_to(folder)))
-      if archives.is_archive(path.name):
-        continue
-      file = _parse(pathlib.PurePosixPath(name), names)
-      if file is None:
-        found.unused.append(name)
-      elif file.side is not None:
-        language = str(names.language(file.side))
-        group = sides.setdefault((path.parent, f"{file.kind}:{file.key}"), {})
-        if language in group:  # Such as a second reference.
-          texts.append(_alone(str(path), name, file, language))
-        else:
-          group[language] = (str(path), name, file)
+  for name, path in files:
+    if archives.is_archive(path.name):
+      continue
+    file = _parse(pathlib.PurePosixPath(name), names)
+    if file is None:
+      unused.append(name)
+    elif file.side is not None:
+      language = str(names.language(file.side))
+      group = sides.setdefault((path.parent, f"{file.kind}:{file.key}"), {})
+      if language in group:  # Such as a second reference.
+        texts.append(_alone(str(path), name, file, language))
       else:
-        assert file.spelled is not None
-        texts.append(
-          (_text(name, file.kind, file.spelled, (path,), names), [name])
-        )
+        group[language] = (str(path), name, file)
+    else:
+      assert file.spelled is not None
+      text = _text(name, file.kind, file.spelled, (path,), names)
+      texts.append((text, [name]))
   for group in sides.values():
     texts += _side_by_side(group, names)
   return sorted(texts, key=lambda t: (t[0].name, t[0].paths))

@@ -37,14 +37,10 @@ _SETS = {
 }
 # Sets of several splits: another word says which; otherwise they are tests.
 _BENCHMARK = "benchmark"
-_BENCHMARKS = (
-  " flores ",
-  " floresp ",
-  " floresv ",
-  " ntrex ",
-  " tico ",
-  " wmt news ",
-)
+_BENCHMARKS = [
+  f" {name} "
+  for name in ("flores", "floresp", "floresv", "ntrex", "tico", "wmt news")
+]
 _WORDS = {
   TRAIN: ("train", "training", "trainset"),
   TEST: ("test", "tests", "eval", "testdata"),
@@ -83,14 +79,10 @@ _CAPITALS = re.compile(
 def split_of(path: str, codes: Collection[str] = ()) -> str:
   """The split that a path tells: TRAIN, VALIDATION, TEST or DOUBTFUL.
 
-  Args:
-    path: of the file, relative to the folder of all text.
-    codes: languages, as they may be spelled in names.
-
-  Returns:
-    What the file's name says, or else the nearest folder; TRAIN if nothing is
-    said. A doubt about the file's name goes if a folder is of evaluation, and a
-    folder tells the split of a benchmark of several.
+  What the file's name says, or else the nearest folder; TRAIN if nothing is
+  said. A doubt about the file's name goes if a folder is of evaluation, and a
+  folder tells the split of a benchmark of several. `codes` are languages, as
+  they may be spelled in names.
   """
   known = {part for c in codes for part in _words(c)}
   known |= {c.lower() for c in codes}

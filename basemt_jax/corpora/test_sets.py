@@ -6,14 +6,11 @@ languages have in common in their names: 'newstest2014' of
 `newstest2014-deen-src.de.sgm`.
 """
 
-import dataclasses
 import pathlib
 import re
-import tempfile
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
 
-from basemt_jax.corpora import cleaning, planning, raw_text
+from basemt_jax.corpora import planning, raw_text
 from basemt_jax.data import languages as languages_lib
 from basemt_jax.data import parallel_text
 
@@ -29,30 +26,13 @@ _WORDS = "src ref refA refB reference source txt tsv jsonl tmx sgm sgml xml"
 _NO_NAMES = frozenset([*_WORDS.split(), "gz", "bz2", "xz"])
 
 
-class Place(NamedTuple):
-  """Where a set is found: a folder, or files of one.
-
-  Attributes:
-    folder: its path.
-    files: some of its files; none: all of them.
-  """
-
-  folder: pathlib.Path
-  files: tuple[pathlib.Path, ...] = ()
-
-
 def find(
   paths: Sequence[str], directions: Iterable[str], split: str
 ) -> dict[str, Texts]:
-  """Reads the test sets of folders and files.
+  """The test sets of folders and files, by name.
 
-  Args:
-    paths: of folders, of which the files of `split` are taken, and of files.
-    directions: that the model knows, such as 'en-de'.
-    split: 'test' or 'validation'.
-
-  Returns:
-    By name of the set.
+  Of folders the files of the split, 'test' or 'validation', are taken, in the
+  directions that the model knows, such as 'en-de'.
 
   Raises:
     ValueError: a path without a text in a direction of the model's, or a text
@@ -65,10 +45,13 @@ def find(
   pairs = {frozenset(d): d for d in authentic}
   names = raw_text.Names(tuple((d.source, d.target) for d in pairs.values()))
   found: dict[str, Texts] = {}
-  for place in _places(paths):
-    texts = _texts(place, names, None if place.files else split)
+  for folder, files in _places(paths):
+    if files:  # Whatever they are called; but their folder may say languages.
+      texts = raw_text.sets_of(folder.parent, names, None, files)
+    else:
+      texts = raw_text.sets_of(folder, names, split)
     if not texts:
-      what = ", ".join(path.name for path in place.files) or str(place.folder)
+      what = ", ".join(path.name for path in files) or str(folder)
       raise ValueError(
         f"{what}: no {split} set of the model's languages, which are of "
         f"{planning.listed(known)}; files are known by their names, such as "
@@ -79,42 +62,19 @@ def find(
   return found
 
 
-def _places(paths: Sequence[str]) -> list[Place]:
-  """The folders, and the files by folder."""
-  folders: dict[pathlib.Path, list[pathlib.Path]] = {}
-  places = []
+def _places(
+  paths: Sequence[str],
+) -> list[tuple[pathlib.Path, list[pathlib.Path]]]:
+  """Folders, with some of their files; without any where all count."""
+  whole, some = [], dict[pathlib.Path, list[pathlib.Path]]()
   for path in map(pathlib.Path, paths):
     if path.is_dir():
-      places.append(Place(path))
+      whole.append((path, list[pathlib.Path]()))
     elif path.is_file():
-      folders.setdefault(path.absolute().parent, []).append(path)
+      some.setdefault(path.absolute().parent, []).append(path.absolute())
     else:
       raise ValueError(f"there is no file or folder {path}")
-  return places + [
-    Place(folder, tuple(files)) for folder, files in folders.items()
-  ]
-
-
-def _texts(
-  place: Place, names: raw_text.Names, split: str | None
-) -> list[raw_text.Text]:
-  if not place.files:
-    return raw_text.sets_of(place.folder, names, split)
-  # Only the files given, in a folder of the same name, which may say languages.
-  with tempfile.TemporaryDirectory() as scratch:
-    folder = pathlib.Path(scratch, place.folder.name or "files")
-    folder.mkdir()
-    for path in place.files:
-      (folder / path.name).symlink_to(path.absolute())
-    texts = raw_text.sets_of(pathlib.Path(scratch), names, split)
-  return [_moved(text, folder, place.folder) for text in texts]
-
-
-def _moved(
-  text: raw_text.Text, old: pathlib.Path, new: pathlib.Path
-) -> raw_text.Text:
-  paths = tuple(str(new / pathlib.Path(path).name) for path in text.paths)
-  return dataclasses.replace(text, paths=paths)
+  return [*whole, *some.items()]
 
 
 def _set_name(text: raw_text.Text, names: raw_text.Names) -> str:
@@ -158,7 +118,7 @@ def _read(text: raw_text.Text) -> list[parallel_text.Pair]:
   """All lines: without one that is no pair, scores would be of another set."""
   pairs = []
   for number, line in text.lines():
-    pair = cleaning.normalised(line)
+    pair = parallel_text.usable(line)
     if isinstance(pair, parallel_text.Trouble):
       raise ValueError(
         f"{text.name}:{number}: {pair}, in a test set: mend the line"

@@ -1,15 +1,17 @@
 """Batches drawn from a store of packed rows.
 
-Axis legend: B rows of the global batch, N directions, K steps planned
-together.
+Axis legend: B rows of the global batch, N directions, V versions of their rows,
+K steps planned together.
 
 The data contract: the global batch of step k is a pure function of (seed, k).
 Row r of step k draws its direction with the rates of the sampling strategy at
 step k, from a counter-based random stream; the direction then gives its next
-row in a permutation of its own for every epoch. The position of a run is k and
-one counter per direction, for any number of hosts.
+row in a permutation of its own for every epoch, of the epoch's version of its
+rows where there are several (`subword_sampling`). The position of a run is k
+and one counter per direction, for any number of hosts.
 """
 
+import zlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -24,29 +26,18 @@ def eval_batches(
   split: str,
   batch_size: int,
   *,
-  direction: str | None = None,
   host_rows: np.ndarray | None = None,
 ) -> Iterator[packing.Batch]:
   """All rows of a split once, in order, direction after direction.
 
-  Args:
-    store: an open store.
-    split: a split of it.
-    batch_size: B, rows of a global batch.
-    direction: only this one; None for all.
-    host_rows: as in `TrainBatches`.
-
-  Yields:
-    Batches; the last is filled up with empty rows, in which all is 0 but the
-    direction, so that every batch has the same shape on every host.
+  Batches of B rows of all hosts, of which this one reads `host_rows`, as in
+  `TrainBatches`; the last is filled up with empty rows, in which all is 0 but
+  the direction, so that every batch has the same shape on every host.
 
   Raises:
-    ValueError: an unknown split or direction.
+    ValueError: an unknown split.
   """
   counts = store.rows(split)
-  if direction is not None:
-    store.stats(split, direction)
-    counts = counts * (np.array(store.directions) == direction)
   directions = np.repeat(np.arange(len(counts)), counts)
   rows = packing.ranks(counts)
   yield from filled_up(store, split, directions, rows, batch_size, host_rows)
@@ -60,15 +51,10 @@ def filled_up(
   batch_size: int,
   host_rows: np.ndarray | None = None,
 ) -> Iterator[packing.Batch]:
-  """Given rows in batches of one size; the last is filled up with empty rows.
+  """Given rows in batches as `eval_batches` gives them.
 
-  Args:
-    store: an open store.
-    split: of the rows.
-    directions: [M] int, indices into `store.directions`.
-    rows: [M] int, numbers within the direction.
-    batch_size: B, rows of a global batch.
-    host_rows: as in `TrainBatches`.
+  Directions [M] int are indices into `store.directions`, rows [M] int numbers
+  within the direction.
   """
   share = slice(None) if host_rows is None else host_rows
   for start in range(0, len(rows), batch_size):
@@ -104,7 +90,6 @@ class TrainBatches:
     *,
     host_rows: np.ndarray | None = None,
     start_step: int = 0,
-    split: str = "train",
   ):
     """Starts at a step.
 
@@ -116,7 +101,6 @@ class TrainBatches:
       host_rows: numbers of the rows of every global batch that this host reads
         (`partitioning.host_rows`); None: all.
       start_step: the first batch is this step's.
-      split: the split to draw from.
 
     Raises:
       ValueError: a direction without rows, or a strategy that cannot be
@@ -125,20 +109,23 @@ class TrainBatches:
     self._host_rows = slice(None) if host_rows is None else host_rows
     if start_step < 0:
       raise ValueError(f"start_step must not be negative, got {start_step}")
-    self._store, self._split = store, split
+    self._store = store
     self.batch_size, self._seed = batch_size, int(seed)
     self.directions = store.directions
-    self._rows = store.rows(split)
-    if not self._rows.all():
-      name = self.directions[int(np.argmin(self._rows))]
+    self._versions = store.versions("train")
+    rows = np.array([store.rows(version) for version in self._versions])
+    # Rows of each direction up to the end of each version; [N, V].
+    self._ends = np.cumsum(rows, axis=0).T
+    if not rows[0].all():
+      name = self.directions[int(np.argmin(rows[0]))]
       raise ValueError(
-        f"direction {name!r} has no rows in split {split!r} of the store in "
+        f"direction {name!r} has no rows in split 'train' of the store in "
         f"{store.directory}: leave its task out of the mixture"
       )
     self.plan = strategy.plan(
       self.directions,
-      store.pairs(split),
-      self._rows,
+      store.pairs("train"),
+      store.epoch_rows("train"),
       batch_size,
       languages.meant,
     )
@@ -150,8 +137,16 @@ class TrainBatches:
     self._keys = np.array(
       [permutation.key_of("rows", self._seed, name) for name in self.directions]
     )
-    self.step = self._plan_start = self._plan_end = start_step
-    self._counters = self._drawn_before(start_step)
+    self.seek(start_step)
+
+  def seek(self, step: int) -> None:
+    """Goes to a step, computing the position from nothing."""
+    counts = np.zeros(len(self.directions), np.int64)
+    for start in range(0, step, self._chunk):
+      directions = self._draw(start // self._chunk)[: step - start]
+      counts += np.bincount(directions.reshape(-1), minlength=len(counts))
+    self.step = self._plan_start = self._plan_end = step
+    self._counters = counts
 
   def __iter__(self) -> "TrainBatches":
     return self
@@ -161,9 +156,10 @@ class TrainBatches:
       self._plan()
     at = self.step - self._plan_start
     batch = self._store.read_mixed(
-      self._split,
+      "train",
       self._plan_directions[at, self._host_rows],
       self._plan_rows[at, self._host_rows],
+      self._plan_versions[at, self._host_rows],
     )
     self._counters = self._plan_counters[at]
     self.step += 1
@@ -181,15 +177,24 @@ class TrainBatches:
     counter = np.empty(len(flat), np.int64)
     counter[order] = packing.ranks(np.bincount(flat, minlength=count))
     counter += self._counters[flat]
-    epoch, index = np.divmod(counter, self._rows[flat])
+    # An epoch goes through one version, and the next through the next.
+    ends = self._ends[flat]
+    turn, place = np.divmod(counter, ends[:, -1])
+    version = (place[:, None] >= ends).sum(axis=1)
+    epoch = turn * len(self._versions) + version
+    each = np.arange(len(flat))
+    starts = np.where(version, ends[each, version - 1], 0)
     key = permutation.mix(
       self._keys[flat] + permutation.GOLDEN * epoch.astype(np.uint64)
     )
-    rows = permutation.permuted(index, self._rows[flat], key)
+    rows = permutation.permuted(
+      place - starts, ends[each, version] - starts, key
+    )
     cells = flat + count * np.repeat(np.arange(steps), self.batch_size)
     drawn = np.bincount(cells, minlength=steps * count).reshape(steps, count)
     self._plan_directions = directions
     self._plan_rows = rows.reshape(directions.shape)
+    self._plan_versions = version.reshape(directions.shape)
     self._plan_counters = self._counters + np.cumsum(drawn, axis=0)
     self._plan_start, self._plan_end = self.step, self.step + steps
 
@@ -218,21 +223,11 @@ class TrainBatches:
     found = np.searchsorted(limits.reshape(-1), points, side="right")
     return found - len(self.directions) * np.arange(self._chunk)[:, None]
 
-  def position_at(self, step: int) -> dict[str, int]:
-    """Rows drawn from each direction before a step, computed from nothing."""
-    return self._by_name(self._drawn_before(step))
-
-  def _drawn_before(self, step: int) -> np.ndarray:
-    counts = np.zeros(len(self.directions), np.int64)
-    for start in range(0, step, self._chunk):
-      directions = self._draw(start // self._chunk)[: step - start]
-      counts += np.bincount(directions.reshape(-1), minlength=len(counts))
-    return counts
-
   @property
   def counters(self) -> dict[str, int]:
     """Rows drawn from each direction before the current step."""
-    return self._by_name(self._counters)
+    counters = self._counters.tolist()
+    return dict(zip(self.directions, counters, strict=True))
 
   def _identity(self) -> dict[str, Any]:
     """The settings that a saved position depends on."""
@@ -241,12 +236,20 @@ class TrainBatches:
       "batch_size": self.batch_size,
       "lengths": self._store.lengths,
       "schedule": str(self.plan.strategy),
+      "subword_sampling": self._store.fingerprint.get("subwords", ""),
     }
 
   def _data(self) -> dict[str, dict[str, int]]:
     """Size and checksum of every direction's rows."""
-    stats = {d: self._store.stats(self._split, d) for d in self.directions}
-    return {d: {"rows": s.rows, "crc32": s.crc32} for d, s in stats.items()}
+    found = {}
+    for name in self.directions:
+      first, *others = (self._store.stats(v, name) for v in self._versions)
+      rows, crc32 = first.rows, first.crc32
+      for stats in others:
+        rows += stats.rows
+        crc32 = zlib.crc32(stats.crc32.to_bytes(4, "little"), crc32)
+      found[name] = {"rows": rows, "crc32": crc32}
+    return found
 
   def state(self) -> dict[str, Any]:
     """The position before the next batch; plain JSON, the same on all hosts."""
@@ -260,12 +263,12 @@ class TrainBatches:
   def restore(self, state: Mapping[str, Any]) -> None:
     """Goes to a position that `state` returned, on any number of hosts.
 
-    Args:
-      state: of a run with the same seed, batch size, rows and strategy.
-
     Raises:
-      ValueError: naming everything that differs.
+      ValueError: it is of a run with another seed, batch size, rows or
+        strategy; naming everything that differs.
     """
+    # What it was before there was a choice.
+    state = {"subword_sampling": "", **state}
     differences = [
       f"{name} was {state.get(name)!r} and is {value!r}"
       for name, value in self._identity().items()
@@ -289,14 +292,6 @@ class TrainBatches:
       ) from error
     self.step = self._plan_start = self._plan_end = step
     self._counters = np.array(drawn, np.int64)
-
-  def seek(self, step: int) -> None:
-    """Goes to a step, computing the position from nothing."""
-    self.step = self._plan_start = self._plan_end = step
-    self._counters = self._drawn_before(step)
-
-  def _by_name(self, values: np.ndarray) -> dict[str, int]:
-    return dict(zip(self.directions, values.tolist(), strict=True))
 
 
 def _row_differences(

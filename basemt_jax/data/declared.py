@@ -12,39 +12,13 @@ import importlib.machinery
 import importlib.util
 import sys
 import types
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from basemt_jax import files
 from basemt_jax.data import vocabulary as vocabulary_lib
 
 _LIBRARY = "seqio"
-
-
-class Source(Protocol):
-  """What a declared task asks its data source; see `tasks.common`."""
-
-  @property
-  def splits(self) -> Sequence[str]:
-    """Names of the splits."""
-    ...
-
-  @property
-  def fingerprint(self) -> str:
-    """Stands for the texts."""
-    ...
-
-  def num_input_examples(self, split: str) -> int:
-    """Pairs of a split."""
-    ...
-
-  def list_shards(self, split: str) -> list[str]:
-    """Files, if any."""
-    ...
-
-  def text_pairs(self, split: str) -> Iterator[tuple[str, str]]:
-    """The (source, target) texts of a split."""
-    ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,23 +33,21 @@ class Feature:
 class Task:
   """As much of a `seqio.Task` as rows are packed from.
 
-  Attributes:
-    name: Of the task.
-    source: Of its texts, which are tokenised and nothing else.
-    output_features: `inputs` and `targets`.
+  Its source gives texts, which are tokenised and nothing else: a
+  `tasks.common.PairSource`, or what has its methods.
   """
 
   name: str
-  source: Source
+  source: Any
   output_features: Mapping[str, Feature]
 
   @property
   def splits(self) -> Sequence[str]:
-    """Names of the splits."""
+    """As of `seqio.Task`."""
     return self.source.splits
 
   def num_input_examples(self, split: str) -> int:
-    """Pairs of a split."""
+    """As of `seqio.Task`."""
     return self.source.num_input_examples(split)
 
 
@@ -97,14 +69,10 @@ def find(name: str) -> Task | Mixture | None:
 
 
 def declare(thing: Any, register: Callable[[], Any]) -> Any:
-  """Declares a task or mixture, and has it registered to SeqIO.
+  """Declares a `Task` or `Mixture`, and has it registered to SeqIO.
 
-  Args:
-    thing: A `Task` or `Mixture`.
-    register: Registers it; see `when_imported`.
-
-  Returns:
-    What `register` does, if SeqIO is there; else `thing`.
+  If SeqIO is there, what `register` returns is returned; else the thing itself,
+  and `register` is called when it is imported.
   """
   if _LIBRARY in sys.modules:
     return register()
@@ -141,7 +109,7 @@ class _Finder(importlib.abc.MetaPathFinder):
       execute = spec.loader.exec_module
 
       def executed(module: types.ModuleType) -> None:
-        with files.native_output_hidden():
+        with files.native_output_captured():
           execute(module)
         while _waiting:
           _waiting.pop(0)()

@@ -18,10 +18,8 @@ _SAMPLE = 100
 def of_data(mixture: Any, store: row_store.RowStore) -> list[str]:
   """A sentence for every kind of trouble, to be shown once.
 
-  Args:
-    mixture: what the store was made of; its `warnings`, if it has any, come
-      first.
-    store: the packed rows.
+  Of a store and of the mixture that it was made of, whose `warnings`, if it has
+  any, come first.
   """
   return [
     *getattr(mixture, "warnings", ()),

@@ -191,20 +191,11 @@ def heat(
   seed: int = 0,
   name: str | None = None,
 ) -> HeatedMixture:
-  """Registers the tasks of any mixture as a `HeatedMixture`.
+  """Registers the tasks of any mixture as a `HeatedMixture`, and returns it.
 
-  Args:
-    mixture: a registered name, or a mixture or task.
-    strategy: how its tasks are sampled.
-    examples_per_step: sentence pairs a training step uses, over all hosts.
-    total_steps: steps the temperature is tabulated for.
-    sizes: training pairs per task name; SeqIO's own count when left out.
-    seed: of the choices.
-    name: `<mixture>_heated` when left out. A heated mixture that already has
-      this name is replaced.
-
-  Returns:
-    The registered mixture.
+  The mixture may be given by its name; other arguments are those of the class.
+  The new name is `<mixture>_heated` unless given; a heated mixture that already
+  has it is replaced.
 
   Raises:
     ValueError: unknown mixture, a name that something else has, or numbers

@@ -301,12 +301,10 @@ def label_of(direction: str) -> str:
 
 
 def meant(name: str, directions: Sequence[str]) -> list[str]:
-  """Which directions a name means: one, or all from or to a language.
+  """Which of some directions a name means: one, or all from or to a language.
 
-  Args:
-    name: of a direction or a language, however spelled; or a label such as
-      'bt', or 'authentic' for all directions without any.
-    directions: their names.
+  It is of a direction or a language, however spelled; or a label such as 'bt',
+  or 'authentic' for all directions without any.
   """
   if name in directions:
     return [name]
@@ -358,9 +356,7 @@ _SAMPLE = 100_000
 def writing_of(language: str, texts: Iterable[str] = ()) -> str:
   """How words are told apart in a language: by its text, if there is any.
 
-  Args:
-    language: how it is spelled; counts where there are no letters.
-    texts: some of its text. Most of the letters decide, not the code.
+  Most of the letters decide, not the code, which counts where there are none.
 
   Returns:
     'Jpan', 'Hani' (Chinese), 'Kore', 'unspaced' for other scripts without
@@ -392,12 +388,8 @@ def writing_of(language: str, texts: Iterable[str] = ()) -> str:
 class BandThresholds:
   """Training pairs that divide the resource bands of directions.
 
-  By default those of NLLB (arXiv:2207.04672): high resource from 1,000,000,
-  low resource below 100,000.
-
-  Attributes:
-    high: The fewest pairs of a high-resource direction.
-    low: Directions with fewer pairs are low-resource.
+  High resource from `high` pairs on, low below `low`; by default those of NLLB
+  (arXiv:2207.04672).
   """
 
   high: ranges.Steps = 1_000_000

@@ -8,6 +8,7 @@ import difflib
 import re
 from typing import Any, TypeAlias
 
+from basemt_jax import files
 from basemt_jax.data import declared, languages
 
 MixtureOrTask: TypeAlias = Any  # Or the name that it is registered by.
@@ -17,7 +18,8 @@ def _keep_off_accelerators() -> None:
   """TensorFlow only reads data here; it would take JAX's memory."""
   import tensorflow as tf
 
-  tf.config.set_visible_devices([], "GPU")
+  with files.native_output_captured():  # It complains where there are none.
+    tf.config.set_visible_devices([], "GPU")
 
 
 declared.when_imported(_keep_off_accelerators)

@@ -64,15 +64,10 @@ class Ragged(NamedTuple):
     return Ragged(self.values[index], lengths)
 
   def truncate(self, limit: int, eos: bool) -> tuple["Ragged", np.ndarray]:
-    """Cuts every sequence to `limit` tokens.
+    """Cuts every sequence to `limit` tokens, and tells which were cut, bool.
 
-    Args:
-      limit: tokens that remain at most.
-      eos: the last token of a sequence that is cut becomes EOS, as
-        `seqio.preprocessors.append_eos_after_trim` has it.
-
-    Returns:
-      The sequences, and a bool array that tells which were cut.
+    With `eos` the last token of one that is cut becomes EOS, as
+    `seqio.preprocessors.append_eos_after_trim` has it.
     """
     cut = self.lengths > limit
     if not cut.any():
@@ -135,11 +130,8 @@ class RowLayout:
   ) -> np.ndarray:
     """Packs pairs into rows, both sides of a pair into the same row.
 
-    Args:
-      inputs: n sequences of at most Li tokens.
-      targets: n sequences of at most Lt tokens.
-      open_rows: rows that may still take a pair. 1 fills one row after the
-        other, as SeqIO does; more waste less.
+    Sequences have at most Li and Lt tokens. `open_rows` may still take a pair:
+    1 fills one row after the other, as SeqIO does; more waste less.
 
     Returns:
       [R, width] in `dtype`; within a row the pairs keep their order.

@@ -34,12 +34,10 @@ def block_of(position: int) -> int:
 
 
 def add(digests: list[str], position: int, data: bytes) -> None:
-  """Adds a pair to the digests of its split.
+  """Adds a pair of the sample to the digests of its split, by its position.
 
-  Args:
-    digests: of the blocks, 16 hexadecimal digits each, in order; changed.
-    position: in the sample.
-    data: what must be the same.
+  They are of the blocks, 16 hexadecimal digits each, in order; `data` is what
+  must be the same.
   """
   block = block_of(position)
   digests.extend("0" * 16 for _ in range(block + 1 - len(digests)))
@@ -57,12 +55,8 @@ def add_pairs(
 ) -> None:
   """Adds the pairs of the sample among those at `start` to `stop`.
 
-  Args:
-    digests: of their split; changed.
-    start: position of the first pair.
-    stop: position after the last, or beyond where the split ends before it.
-    inputs: source ids, cut to length, of those in the sample.
-    targets: target ids of the same.
+  Where the split ends before `stop` there are fewer: the source and target ids,
+  cut to length, of those in the sample.
   """
   sides = [
     np.split(side.values.astype("<i4"), np.cumsum(side.lengths))[:-1]

@@ -21,6 +21,7 @@ import lzma
 import os
 import pathlib
 import re
+import sys
 import zlib
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -130,41 +131,44 @@ def _whole(path: Path, where: Callable[[], str]) -> Iterator[Any]:
 # ----------------------------------------------------------------- formats
 
 
+def _each_line(
+  path: Path, pair: Callable[[str], Pair | Trouble]
+) -> Iterator[Line]:
+  for number, line in lines(path):
+    yield number, line if isinstance(line, Trouble) else pair(line)
+
+
 def tsv(paths: Sequence[Path], languages: Pair) -> Iterator[Line]:
   """Two columns with a tab between them, as in `en-de.train.tsv`."""
-  for number, line in lines(paths[0]):
-    cells = line.split("\t")
-    if isinstance(line, Trouble):
-      yield number, line
-    elif len(cells) == 2:
-      yield number, (cells[0], cells[1])
-    else:
-      tabs = f"{len(cells) - 1} tabs" if len(cells) > 1 else "no tab"
-      yield number, Trouble(f"{tabs} instead of one")
+
+  def pair(line: str) -> Pair | Trouble:
+    first, *others = line.split("\t")
+    if len(others) == 1:
+      return first, others[0]
+    tabs = f"{len(others)} tabs" if others else "no tab"
+    return Trouble(f"{tabs} instead of one")
+
+  return _each_line(paths[0], pair)
 
 
 def last_columns(paths: Sequence[Path], languages: Pair) -> Iterator[Line]:
   """The last two columns of a table, which may have others before them."""
-  for number, line in lines(paths[0]):
+
+  def pair(line: str) -> Pair | Trouble:
     cells = line.rsplit("\t", 2)
-    if isinstance(line, Trouble):
-      yield number, line
-    elif len(cells) > 1:
-      yield number, (cells[-2], cells[-1])
-    else:
-      yield number, Trouble("no tab")
+    return (cells[-2], cells[-1]) if len(cells) > 1 else Trouble("no tab")
+
+  return _each_line(paths[0], pair)
 
 
 def bars(paths: Sequence[Path], languages: Pair) -> Iterator[Line]:
   """Two texts a line with `|||` between them."""
-  for number, line in lines(paths[0]):
+
+  def pair(line: str) -> Pair | Trouble:
     cells = line.split("|||")
-    if isinstance(line, Trouble):
-      yield number, line
-    elif len(cells) == 2:
-      yield number, (cells[0], cells[1])
-    else:
-      yield number, Trouble("not one |||")
+    return (cells[0], cells[1]) if len(cells) == 2 else Trouble("not one |||")
+
+  return _each_line(paths[0], pair)
 
 
 def moses(paths: Sequence[Path], languages: Pair) -> Iterator[Line]:
@@ -190,8 +194,7 @@ def moses(paths: Sequence[Path], languages: Pair) -> Iterator[Line]:
 
 def jsonl(paths: Sequence[Path], languages: Pair) -> Iterator[Line]:
   """A line is `{"en": ..., "de": ...}`, or has that as its `translation`."""
-  for number, line in lines(paths[0]):
-    yield number, line if isinstance(line, Trouble) else _json(line, languages)
+  return _each_line(paths[0], lambda line: _json(line, languages))
 
 
 def _json(line: str, languages: Pair) -> Pair | Trouble:
@@ -360,8 +363,12 @@ FORMATS: dict[str, Format] = {".tsv": tsv, ".jsonl": jsonl, ".tmx": tmx}
 # ------------------------------------------------------------------- pairs
 
 
-def usable(pair: Pair, max_characters: int) -> Pair | Trouble:
+def usable(
+  pair: Pair | Trouble, max_characters: int = sys.maxsize
+) -> Pair | Trouble:
   """Both sides normalised, or why they cannot be used."""
+  if isinstance(pair, Trouble):
+    return pair
   if any(_SURROGATE.search(side) for side in pair if not side.isprintable()):
     return Trouble("lone surrogate")
   first, second = map(normalisation.normalise, pair)
@@ -409,25 +416,20 @@ def read(
   max_characters: int,
   report: Report | None = None,
 ) -> Iterator[Pair]:
-  """The usable pairs of a text, normalised.
+  """The usable pairs of a text, normalised; `report` counts what is found.
 
-  Args:
-    read_format: such as `moses`, or of `FORMATS`.
-    paths: one, or two for a format of two files.
-    languages: of its columns or paths.
-    max_characters: lines with a longer side are skipped.
-    report: counts what is found.
+  The format is such as `moses`, or of `FORMATS`, with as many paths as it
+  takes; languages are those of its columns or paths. Lines with a side of more
+  than `max_characters` are skipped.
 
   Raises:
     ValueError: a file that is in doubt as a whole.
   """
-  for number, found in read_format(paths, languages):
-    if not isinstance(found, Trouble):
-      found = usable(found, max_characters)
+  report = report or Report(str(paths[0]))
+  for number, line in read_format(paths, languages):
+    found = usable(line, max_characters)
     if isinstance(found, Trouble):
-      if report is not None:
-        report.skip(f"{paths[0]}:{number}", found)
-      continue
-    if report is not None:
+      report.skip(f"{paths[0]}:{number}", found)
+    else:
       report.pairs += 1
-    yield found
+      yield found

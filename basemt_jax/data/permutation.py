@@ -39,13 +39,8 @@ def permuted(
   (cycle walking), which leaves a permutation of the range. No table is kept,
   so ten million rows cost nothing.
 
-  Args:
-    index: int [n], below `size`.
-    size: int [n].
-    key: uint64 [n]; each key has its own permutation.
-
-  Returns:
-    int64 [n].
+  Of int [n] below sizes [n]; each key, uint64 [n], has its own permutation;
+  int64 [n].
   """
   size = size.astype(np.uint64)
   # frexp's exponent is the bit length. Six bits at least: a narrower network

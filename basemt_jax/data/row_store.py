@@ -6,7 +6,8 @@ A store is a directory. `store.json` names the format, the feature lengths, the
 vocabulary, the directions (sorted by name) and their statistics per split;
 `SPLIT/DIRECTION.rows` is a plain array of packed rows, each of one direction:
 input tokens, target tokens, input segments, target segments. It is memory
-mapped, so that a store may be larger than memory and needs no TensorFlow.
+mapped, so that a store may be larger than memory and needs no TensorFlow. Of
+`train`, `train.1`, ... are other versions (see `subword_sampling`).
 """
 
 import dataclasses
@@ -25,6 +26,7 @@ from basemt_jax.data import packing, pair_sample, permutation
 HEADER = "store.json"
 FORMAT = "basemt_jax row store"
 VERSION = 1
+_OPEN_ROWS = 32  # See `packing.RowLayout.pack`.
 
 PathLike = str | os.PathLike[str]
 
@@ -105,7 +107,6 @@ class RowStoreWriter:
     eos: bool = True,
     long_pairs: packing.LongPairs = "cut",
     chunk_pairs: int = 1 << 16,
-    open_rows: int = 32,
   ):
     """Opens the files, dropping what is not covered by a progress record.
 
@@ -132,7 +133,6 @@ class RowStoreWriter:
     self._eos = eos
     self._long_pairs = long_pairs
     self._chunk_pairs = chunk_pairs
-    self._open_rows = open_rows
     self._inputs = self._targets = packing.Ragged.of([])
     self._texts: list[Mapping[str, str]] = []
     self.stats = self._recover()
@@ -161,12 +161,9 @@ class RowStoreWriter:
     targets: packing.Ragged,
     texts: Sequence[Mapping[str, str]] = (),
   ) -> None:
-    """Takes the next pairs.
+    """Takes the next pairs: ids of n sources and targets.
 
-    Args:
-      inputs: n sequences of source ids.
-      targets: n sequences of target ids.
-      texts: n records for the file of raw texts, or none at all.
+    With n records for the file of raw texts, or none at all.
 
     Raises:
       ValueError: different numbers of sequences, or an empty one.
@@ -201,7 +198,7 @@ class RowStoreWriter:
     self.stats.finished = True
     if not self._texts_path.stat().st_size:
       self._texts_path.unlink()
-    _write_json(self._record_path, dataclasses.asdict(self.stats))
+    files.write_json(self._record_path, dataclasses.asdict(self.stats))
     return self.stats
 
   def _check_long(self) -> None:
@@ -243,7 +240,7 @@ class RowStoreWriter:
       key = np.full(count, permutation.key_of("chunk", self._name, first))
       order = permutation.permuted(np.arange(count), size, key)
       inputs, targets = inputs.take(order), targets.take(order)
-    packed = self._layout.pack(inputs, targets, self._open_rows).tobytes()
+    packed = self._layout.pack(inputs, targets, _OPEN_ROWS).tobytes()
     lines = "".join(
       json.dumps(dict(text), ensure_ascii=False) + "\n" for text in texts
     ).encode()
@@ -262,7 +259,7 @@ class RowStoreWriter:
     filled = stats.source_tokens + stats.target_tokens
     stats.padding = round(1 - filled / max(1, positions), 4)
     # The record comes last: it only ever speaks of what is on disk.
-    _write_json(self._record_path, dataclasses.asdict(stats))
+    files.write_json(self._record_path, dataclasses.asdict(stats))
 
 
 def _append(path: pathlib.Path, data: bytes) -> None:
@@ -270,11 +267,6 @@ def _append(path: pathlib.Path, data: bytes) -> None:
     file.write(data)
     file.flush()
     os.fsync(file.fileno())
-
-
-def _write_json(path: pathlib.Path, value: Mapping[str, Any]) -> None:
-  text = json.dumps(value, indent=1, ensure_ascii=False)
-  files.write_atomically(path, text + "\n")
 
 
 def _checksum(path: pathlib.Path) -> int:
@@ -295,15 +287,12 @@ def write_header(
 ) -> None:
   """Writes `store.json`: before the first row, and again with all the splits.
 
-  Args:
-    directory: of the store.
-    layout: of its rows.
-    vocabulary: 'kind' ('sentencepiece' or 'bytes'), 'file' (name in the
-      directory, or None) and 'size'.
-    fingerprint: what the store was built from, one JSON value per part.
-    splits: statistics per split and direction; None while the store is built.
+  Of the vocabulary it has 'kind' ('sentencepiece' or 'bytes'), 'file' (name in
+  the directory, or None) and 'size'; as fingerprint what the store was built
+  from, one JSON value per part; of splits statistics per direction, or None
+  while the store is built.
   """
-  _write_json(
+  files.write_json(
     pathlib.Path(directory) / HEADER,
     {
       "format": FORMAT,
@@ -357,7 +346,7 @@ class Header:
   Attributes:
     place: where it was read, for errors.
     directions: names, sorted; a batch's `direction` is an index into them.
-    splits: names of the splits.
+    splits: names of the splits, their versions left out.
     layout: of the rows.
     vocab_size: pieces of the vocabulary.
     vocabulary_kind: 'sentencepiece' or 'bytes'.
@@ -387,7 +376,7 @@ class Header:
         f"{self.place} does not describe a row store ({error}): it is damaged"
         " or of another version; delete the store and build it again"
       ) from error
-    self.splits = tuple(self._stats)
+    self.splits = tuple(name for name in self._stats if "." not in name)
     names = {name for stats in self._stats.values() for name in stats}
     self.directions: tuple[str, ...] = tuple(sorted(names))
 
@@ -429,6 +418,16 @@ class Header:
     """Packed rows per direction; int64 [N]."""
     return np.array([self.stats(split, d).rows for d in self.directions])
 
+  def versions(self, split: str) -> tuple[str, ...]:
+    """A split and its other versions; a direction may lack the last ones."""
+    count = sum(1 for name in self._stats if name.split(".")[0] == split)
+    return (split, *(f"{split}.{i}" for i in range(1, count)))
+
+  def epoch_rows(self, split: str) -> np.ndarray:
+    """Rows that hold all pairs once, the mean of the versions; float64 [N]."""
+    rows = np.array([self.rows(version) for version in self.versions(split)])
+    return rows.sum(axis=0) / np.maximum(1, (rows > 0).sum(axis=0))
+
   def has_pairs(self, split: str) -> bool:
     """Whether any direction has pairs in a split."""
     return split in self.splits and bool(self.pairs(split).any())
@@ -444,9 +443,8 @@ class RowStore(Header):
   def __init__(self, directory: PathLike, verify: bool = False):
     """Reads the header and checks sizes; rows are mapped when first read.
 
-    Args:
-      directory: where it lies.
-      verify: read all files, in parallel, and compare their checksums.
+    With `verify` all files are read, in parallel, and compared with their
+    checksums.
 
     Raises:
       ValueError: none there, of another version, unfinished, or damaged.
@@ -505,22 +503,17 @@ class RowStore(Header):
     return [json.loads(t) for t in path.read_text("utf-8").split("\n") if t]
 
   def read(self, split: str, direction: str, rows: np.ndarray) -> packing.Batch:
-    """Features of some rows of one direction.
-
-    Args:
-      split: a split of the store.
-      direction: a direction of the store.
-      rows: int [R], each below the number of rows.
-
-    Returns:
-      As `read_mixed`.
-    """
+    """Features of some rows, int [R], of one direction; as `read_mixed`."""
     self.stats(split, direction)
     index = self.directions.index(direction)
     return self.read_mixed(split, np.full(len(rows), index), rows)
 
   def read_mixed(
-    self, split: str, directions: np.ndarray, rows: np.ndarray
+    self,
+    split: str,
+    directions: np.ndarray,
+    rows: np.ndarray,
+    versions: np.ndarray | int = 0,
   ) -> packing.Batch:
     """Features of rows of several directions, in the order asked for.
 
@@ -528,29 +521,27 @@ class RowStore(Header):
       split: a split of the store.
       directions: int [R], indices into the store's directions.
       rows: int [R], each below the number of rows of its direction.
+      versions: int [R], indices into `versions(split)`; or of all.
 
     Returns:
       The features of `packing.RowLayout.unpack` and `direction`, int32 [R].
     """
     packed = np.empty((len(rows), self.layout.width), self.layout.dtype)
-    for direction in np.unique(directions):
-      at = np.flatnonzero(directions == direction)
-      packed[at] = self._array(split, int(direction))[rows[at]]
+    files = directions + len(self.directions) * versions
+    for file in np.unique(files):
+      at = np.flatnonzero(files == file)
+      version, direction = divmod(int(file), len(self.directions))
+      rows_there = self._array(self.versions(split)[version], direction)
+      packed[at] = rows_there[rows[at]]
     features = self.layout.unpack(packed)
     return features | {"direction": directions.astype(np.int32)}
 
   def some_sources(
     self, split: str, direction: str, count: int
   ) -> list[list[int]]:
-    """Token ids of some sources, spread over a direction's rows.
+    """Token ids of at most `count` sources, spread over a direction's rows.
 
-    Args:
-      split: a split of the store.
-      direction: a direction of the store.
-      count: at most so many.
-
-    Returns:
-      Sequences as they were packed, EOS included.
+    Sequences are as they were packed, EOS included.
     """
     total = self.stats(split, direction).rows
     rows = np.unique(np.linspace(0, total - 1, min(count, total)).astype(int))

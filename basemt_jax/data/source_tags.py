@@ -29,9 +29,7 @@ _AGREE = 0.9
 class SourceTag:
   """What a direction's sources have around their text; may be nothing.
 
-  Attributes:
-    prefix: before it, spaces included.
-    suffix: after it.
+  The prefix, spaces included, stands before it, the suffix after it.
   """
 
   prefix: str = ""

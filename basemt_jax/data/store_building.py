@@ -8,7 +8,6 @@ imported for tasks that only they can read.
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
 import logging
 import os
@@ -16,33 +15,28 @@ import pathlib
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TypeAlias
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
 from basemt_jax import checksums, files
 from basemt_jax.data import (
-  declared,
-  languages,
   mixtures,
   packing,
   pair_sample,
   row_store,
+  subword_sampling,
+  task_reading,
   vocabulary,
 )
-
-if TYPE_CHECKING:
-  import seqio
-  import tensorflow as tf
 
 _log = logging.getLogger(__name__)
 
 Progress = Callable[[str, str, int, int | None], None]
 
 SPLITS = ("train", "validation", "test")
-# Pairs read from a task at a time.
-_BLOCK = 1024
+_UNDRAWN = subword_sampling.SubwordSampling()
 
 
 def sizes(mixture: mixtures.MixtureOrTask) -> tuple[int, int]:
@@ -56,36 +50,22 @@ def ensure_store(
   task_feature_lengths: Mapping[str, int],
   cache_dir: row_store.PathLike,
   *,
-  splits: Sequence[str] = SPLITS,
-  long_pairs: packing.LongPairs = "cut",
   progress: Progress | None = None,
   verify: bool = True,
+  **packed: Any,
 ) -> row_store.RowStore:
-  """The store of a mixture, built at first use.
+  """The store of a mixture, built at first use in its `store_directory`.
 
-  Args:
-    mixture: a registered name, or a mixture or task.
-    task_feature_lengths: 'inputs' and 'targets'.
-    cache_dir: the store's folder in it is named after the mixture and the
-      fingerprint, so that changed data gets a store of its own.
-    splits: to build.
-    long_pairs: see `build_store`.
-    progress: see `build_store`.
-    verify: compare the files of a store that is there with their checksums.
-
-  Returns:
-    The open store.
+  `packed` are the options of `build_store` that decide what is in it.
   """
+  directory = store_directory(
+    mixture, task_feature_lengths, cache_dir, **packed
+  )
   return build_store(
-    mixture,
-    task_feature_lengths,
-    store_directory(
-      mixture, task_feature_lengths, cache_dir, splits, long_pairs
-    ),
-    splits=splits,
-    long_pairs=long_pairs,
+    *(mixture, task_feature_lengths, directory),
     progress=progress,
     verify=verify,
+    **packed,
   )
 
 
@@ -93,12 +73,15 @@ def store_directory(
   mixture: mixtures.MixtureOrTask,
   task_feature_lengths: Mapping[str, int],
   cache_dir: row_store.PathLike,
-  splits: Sequence[str] = SPLITS,
-  long_pairs: packing.LongPairs = "cut",
+  **packed: Any,
 ) -> pathlib.Path:
-  """Where `ensure_store` keeps a mixture's store, built or not."""
+  """Where `ensure_store` keeps a mixture's store, built or not.
+
+  Named after the mixture and the fingerprint, so that changed data gets a store
+  of its own.
+  """
   found = mixtures.get_mixture(mixture)
-  parts = fingerprint(found, task_feature_lengths, splits, long_pairs)
+  parts = fingerprint(found, task_feature_lengths, **packed)
   digest = _digest(json.dumps(parts, sort_keys=True).encode())
   name = re.sub(r"[^\w.-]", "-", found.name)
   return pathlib.Path(cache_dir) / f"{name}-{digest}"
@@ -111,8 +94,8 @@ def build_store(
   *,
   splits: Sequence[str] = SPLITS,
   long_pairs: packing.LongPairs = "cut",
+  subwords: subword_sampling.SubwordSampling = _UNDRAWN,
   progress: Progress | None = None,
-  overwrite: bool = False,
   verify: bool = False,
 ) -> row_store.RowStore:
   """Tokenises and packs every task of a mixture, direction by direction.
@@ -131,10 +114,10 @@ def build_store(
     long_pairs: whether training pairs with a longer side are cut (with EOS as
       the last token) and counted, left out and counted, or refused. Of other
       splits they are cut: their texts are whole.
+    subwords: which other versions of the training split there are.
     progress: called after every block with split, direction, pairs that are
       done, and pairs in all (None when not known).
-    overwrite: replace a store that was built from something else.
-    verify: see `ensure_store`.
+    verify: compare the files of a store that is there with their checksums.
 
   Returns:
     The open store.
@@ -144,8 +127,11 @@ def build_store(
       one direction, or a store there that was built from something else.
   """
   tasks = mixtures.tasks_by_direction(mixture)
-  parts = fingerprint(mixture, task_feature_lengths, splits, long_pairs)
+  parts = fingerprint(
+    mixture, task_feature_lengths, splits, long_pairs, subwords
+  )
   pieces = _vocabulary(mixtures.get_mixture(mixture))
+  _check_drawn(tasks.values(), pieces, subwords)
   layout = packing.RowLayout.of(task_feature_lengths, pieces.vocab_size)
   directory = pathlib.Path(directory)
   # Without a lock first: a finished store may be where nothing can be written.
@@ -167,7 +153,7 @@ def build_store(
     elif store:
       return store
     elif (directory / row_store.HEADER).exists():
-      _check_stale(directory, parts, overwrite)
+      _check_same(directory, parts)
     file = None if pieces.model is None else "vocabulary.model"
     if file:
       pieces.save(directory / file)
@@ -190,6 +176,17 @@ def build_store(
         for direction, task in tasks.items()
         if mixtures.task_split(task, split)
       }
+    for version in range(1, subwords.versions if "train" in splits else 1):
+      drawn = {
+        direction: _build_direction(
+          *(tasks[direction], f"train.{version}", direction, directory),
+          *(layout, long_pairs, progress, subwords.alpha),
+        )
+        for direction, known in stats["train"].items()
+        if version < subwords.versions_of(known.read)
+      }
+      if drawn:
+        stats[f"train.{version}"] = drawn
     row_store.write_header(directory, **header, splits=stats)
   return row_store.RowStore(directory)
 
@@ -207,19 +204,40 @@ def _finished(
   return row_store.RowStore(directory, verify)
 
 
-def _check_stale(
-  directory: pathlib.Path, parts: Mapping[str, str], overwrite: bool
+def _check_drawn(
+  tasks: Iterable[Any],
+  pieces: vocabulary.Vocabulary,
+  subwords: subword_sampling.SubwordSampling,
 ) -> None:
-  """Removes what was built there from something else, or refuses to."""
+  """Refuses to draw segmentations where there is but one, or no telling.
+
+  Raises:
+    ValueError: a vocabulary of bytes, or a task that tokenises by itself.
+  """
+  if not str(subwords):
+    return
+  if pieces.model is None:
+    raise ValueError(
+      "SUBWORD_SAMPLING draws pieces of a SentencePiece vocabulary, and this "
+      "one is bytes: leave it None, or use another vocabulary"
+    )
+  for task in tasks:
+    if not task_reading.is_of_texts(task):
+      raise ValueError(
+        f"SUBWORD_SAMPLING cannot segment the texts of task {task.name!r}, "
+        "which does more to its tokens than SeqIO's `tokenize`: leave it None"
+      )
+
+
+def _check_same(directory: pathlib.Path, parts: Mapping[str, str]) -> None:
+  """Refuses what was built there from something else."""
   header = row_store.read_header(directory)
   stale = _differences(header.get("fingerprint", {}), parts)
-  if stale and not overwrite:
+  if stale:
     raise ValueError(
       f"the row store in {directory} was built from something else (other "
       f"{', '.join(stale)}): delete it or choose another directory"
     )
-  if stale:
-    _remove_rows(directory)
 
 
 # Seconds in which a store is compared with its tasks, about, and at most.
@@ -270,15 +288,17 @@ def _has_sample(
   eos = features["inputs"].add_eos and features["targets"].add_eos
   found: list[str] = []
   position = 0
-  for inputs, targets, _ in read_task(task, split, layout, sampled=True):
+  for inputs, targets, _ in task_reading.read_task(
+    task, split, layout, sampled=True
+  ):
     pair_sample.add_pairs(
       found,
       position,
-      position + _BLOCK,
+      position + task_reading.BLOCK,
       inputs.truncate(layout.inputs, eos)[0],
       targets.truncate(layout.targets, eos)[0],
     )
-    position += _BLOCK
+    position += task_reading.BLOCK
     whole = pair_sample.block_of(position)
     if found[:whole] != noted[:whole]:
       return False
@@ -295,9 +315,15 @@ def _build_direction(
   layout: packing.RowLayout,
   long_pairs: packing.LongPairs,
   progress: Progress | None,
+  alpha: float | None = None,
 ) -> row_store.RowStats:
-  """Writes one direction of one split, from where it was left."""
-  train = split == "train"
+  """Writes one direction of one split, from where it was left.
+
+  With an `alpha` that is a version of the training split, drawn with it.
+  """
+  train = split == "train" or alpha is not None
+  name = f"{split}/{direction}"
+  draw = None if alpha is None else subword_sampling.Draw(alpha, name)
   features = task.output_features
   writer = row_store.RowStoreWriter(
     directory,
@@ -310,174 +336,17 @@ def _build_direction(
   )
   if writer.stats.finished:
     return writer.stats
-  source_split = str(mixtures.task_split(task, split))
+  source_split = str(mixtures.task_split(task, split.split(".")[0]))
   total = task.num_input_examples(source_split)
   done = writer.stats.read
-  for block in read_task(task, source_split, layout, done, texts=not train):
+  for block in task_reading.read_task(
+    task, source_split, layout, done, texts=not train, draw=draw
+  ):
     writer.add(*block)
     done += len(block[0].lengths)
     if progress:
       progress(split, direction, done, total)
   return writer.finish()
-
-
-_SIDES = ("inputs", "targets")
-_TEXT = "_pretokenized"  # SeqIO's suffix of a feature's text.
-_Block: TypeAlias = tuple[packing.Ragged, packing.Ragged, list[dict[str, str]]]
-
-
-def read_task(
-  task: Any,
-  split: str,
-  layout: packing.RowLayout,
-  skip: int = 0,
-  texts: bool = False,
-  sampled: bool = False,
-) -> Iterator[_Block]:
-  """Tokenised pairs of a task in its own order, a block at a time.
-
-  Tokenising is some twenty times faster outside of TensorFlow. That needs a
-  task whose ids are SeqIO's `tokenize` of its texts, and EOS: most are. Any
-  other is read as SeqIO gives it.
-
-  Args:
-    task: with features `inputs` and `targets`.
-    split: of the task.
-    layout: sequences come whole, or at least with a token more than fits.
-    skip: pairs to leave out at the beginning.
-    texts: give the texts, too.
-    sampled: give of each block only the pairs of the sample, without texts.
-
-  Yields:
-    Ids of both sides, and per pair `source`, `target` and `tagged_source`.
-  """
-  if isinstance(task, declared.Task):
-    return _read_texts(task, split, skip, texts, sampled)
-  import seqio
-
-  steps = [
-    step
-    for step in task.preprocessors
-    if not isinstance(step, seqio.CacheDatasetPlaceholder)
-  ]
-  plain = [
-    [seqio.preprocessors.tokenize, seqio.preprocessors.append_eos_after_trim],
-    [seqio.preprocessors.tokenize, seqio.preprocessors.append_eos],
-    [seqio.preprocessors.tokenize_and_append_eos],
-  ]
-  is_plain = any(steps[-len(tail) :] == tail for tail in plain)
-  if is_plain and _has_our_vocabulary(task):
-    return _read_texts(task, split, skip, texts, sampled)
-  blocks = _read_tokens(task, split, layout, skip, texts)
-  return _only_sample(blocks) if sampled else blocks
-
-
-def _only_sample(blocks: Iterator[_Block]) -> Iterator[_Block]:
-  start = 0
-  for inputs, targets, _ in blocks:
-    places = pair_sample.positions(start, start + len(inputs.lengths)) - start
-    yield inputs.take(places), targets.take(places), []
-    start += _BLOCK
-
-
-def _has_our_vocabulary(task: Any) -> bool:
-  """Whether `vocabulary.Vocabulary` gives the ids of both sides."""
-  first, second = (task.output_features[x].vocabulary for x in _SIDES)
-  try:
-    vocabulary.Vocabulary.from_seqio(first)
-  except (ValueError, AttributeError, NotImplementedError):
-    return False
-  return first == second
-
-
-def _read_texts(
-  task: Any, split: str, skip: int, texts: bool, sampled: bool
-) -> Iterator[_Block]:
-  """Reads a task's texts and tokenises them here; arguments as `read_task`."""
-  features = [task.output_features[name] for name in ("inputs", "targets")]
-  pieces = vocabulary.Vocabulary.from_seqio(features[0].vocabulary)
-  pairs = itertools.islice(vocabulary.raw_pairs(task, split), skip, None)
-  start = 0
-  while block := list(itertools.islice(pairs, _BLOCK)):
-    if sampled:
-      places = pair_sample.positions(start, start + len(block)) - start
-      block = [block[i] for i in places]
-      start += _BLOCK
-    sources, targets = zip(*block, strict=True) if block else ((), ())
-    ids = [pieces.encode_batch(side) for side in (sources, targets)]
-    for side, feature in zip(ids, features, strict=True):
-      if feature.add_eos:
-        for sequence in side:
-          sequence.append(packing.EOS_ID)
-    inputs, outputs = map(packing.Ragged.of, ids)
-    yield inputs, outputs, _texts(sources, targets) if texts else []
-
-
-def _read_tokens(
-  task: Any,
-  split: str,
-  layout: packing.RowLayout,
-  skip: int,
-  texts: bool,
-) -> Iterator[_Block]:
-  """Reads a task through all of its SeqIO preprocessors.
-
-  The task is asked for one token more than fits: a sequence that is still too
-  long was cut, which is how truncation is counted.
-  """
-  dataset = task.get_dataset(
-    {"inputs": layout.inputs + 1, "targets": layout.targets + 1},
-    split=split,
-    shuffle=False,
-    num_epochs=1,
-    try_in_mem_cache=False,
-  )
-  names = [name + end for end in ("", _TEXT) for name in _SIDES]
-  names = [name for name in names if name in dataset.element_spec]
-  dataset = dataset.map(lambda example: {k: example[k] for k in names})
-  # Ragged batches: leaving TensorFlow once per block, not once per pair.
-  for block in dataset.skip(skip).ragged_batch(_BLOCK).prefetch(2):
-    inputs, targets = (_ragged(block[name]) for name in _SIDES)
-    if not texts:
-      yield inputs, targets, []
-      continue
-    sides = [
-      [text.decode() for text in block[name + _TEXT].numpy()]
-      if name + _TEXT in block
-      else _decode(side, task.output_features[name].vocabulary)
-      for name, side in zip(_SIDES, (inputs, targets), strict=True)
-    ]
-    yield inputs, targets, _texts(*sides)
-
-
-def _decode(side: packing.Ragged, pieces: seqio.Vocabulary) -> list[str]:
-  sequences = np.split(side.values, np.cumsum(side.lengths)[:-1])
-  return [pieces.decode(ids.tolist()) for ids in sequences]
-
-
-def _ragged(tensor: tf.Tensor | tf.RaggedTensor) -> packing.Ragged:
-  import tensorflow as tf
-
-  if isinstance(tensor, tf.RaggedTensor):
-    return packing.Ragged(tensor.values.numpy(), tensor.row_lengths().numpy())
-  count, length = tensor.shape
-  return packing.Ragged(
-    tensor.numpy().reshape(-1), np.full(count, length, np.int64)
-  )
-
-
-def _texts(
-  sources: Sequence[str], targets: Sequence[str]
-) -> list[dict[str, str]]:
-  """Records for the store's file of raw texts."""
-  return [
-    {
-      "source": languages.split_tag(source)[1],
-      "target": target,
-      "tagged_source": source,
-    }
-    for source, target in zip(sources, targets, strict=True)
-  ]
 
 
 # ------------------------------------------------- vocabulary, fingerprint
@@ -513,8 +382,9 @@ def fingerprint(
   task_feature_lengths: Mapping[str, int],
   splits: Sequence[str] = SPLITS,
   long_pairs: packing.LongPairs = "cut",
+  subwords: subword_sampling.SubwordSampling = _UNDRAWN,
 ) -> dict[str, str]:
-  """What a store depends on, one digest per part; computed without reading.
+  """What a store depends on, mostly as digests; computed without reading.
 
   A data source may have an attribute `fingerprint` (a text) that stands for
   data that is not in files.
@@ -547,9 +417,9 @@ def fingerprint(
     name: _digest(json.dumps(part, sort_keys=True).encode())
     for name, part in parts.items()
   }
-  return digests | {
-    "vocabulary": _vocabulary(mixtures.get_mixture(mixture)).fingerprint
-  }
+  pieces = _vocabulary(mixtures.get_mixture(mixture))
+  drawn = {"subwords": str(subwords)} if str(subwords) else {}
+  return digests | {"vocabulary": pieces.fingerprint} | drawn
 
 
 def _source_stamp(source: Any, split: str) -> list[Any]:

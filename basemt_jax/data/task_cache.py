@@ -31,14 +31,9 @@ def cache_mixture(
 ) -> list[pathlib.Path]:
   """Caches all tasks of a mixture that are not cached there yet.
 
-  Args:
-    mixture: a registered name, or a mixture or task.
-    cache_dir: gets a folder per task; `seqio.add_global_cache_dirs` makes it
-      known to SeqIO.
-    progress: takes the name of a split and the examples written, now and then.
-
-  Returns:
-    The folders of the tasks.
+  In a folder per task, which are returned; `seqio.add_global_cache_dirs` makes
+  `cache_dir` known to SeqIO. `progress` takes the name of a split and the
+  examples written, now and then.
 
   Raises:
     ValueError: a task without `seqio.CacheDatasetPlaceholder`, or that was
@@ -75,7 +70,7 @@ def cache_task(
       f"{folder} was cached from other data: delete it, or choose another "
       "folder"
     )
-  files.write_atomically(note, files.json_text(made_of))
+  files.write_json(note, made_of)
   for split, info in infos.items():
     if not info.exists():  # Written last.
       try:
@@ -87,7 +82,7 @@ def cache_task(
         raise ValueError(
           f"the cache of {task.name} cannot be written: {error.message}"
         ) from error
-      files.write_atomically(info, files.json_text(features))
+      files.write_json(info, features)
   files.write_atomically(folder / "COMPLETED", "")
   return folder
 
@@ -155,9 +150,8 @@ def _write_split(
         longest[key] = max(longest.get(key, 0), len(example[name]))
       if counts["examples"] % 1000 == 0:
         progress(f"{task.name} {split}", counts["examples"])
-  statistics = files.json_text(counts | longest)
-  files.write_atomically(folder / f"stats.{split}.json", statistics)
-  files.write_atomically(_sample_file(folder, split), files.json_text(sample))
+  files.write_json(folder / f"stats.{split}.json", counts | longest)
+  files.write_json(_sample_file(folder, split), sample)
   return {
     "num_shards": 1,
     "features": {

@@ -18,6 +18,7 @@ import os
 import pathlib
 import re
 import tempfile
+import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -35,6 +36,9 @@ PAD_ID, EOS_ID, UNK_ID = 0, 1, 2
 _NUM_SPECIAL, _NUM_BYTES = 3, 256
 _CHUNK = 1000
 _TELL_SECONDS = 5.0
+# The seed is the library's and one for all; the generator is that of a thread,
+# seeded when it first draws, and a batch is encoded by a new thread.
+_DRAWING = threading.Lock()
 # No-break, em, thin, ideographic, ... spaces, and line ends.
 _SPACES = (
   "\t\n\r\x0b\x0c\x85\xa0\u1680\u2000\u2001\u2002\u2003\u2004\u2005\u2006"
@@ -95,10 +99,8 @@ class Vocabulary:
   def from_seqio(cls, vocabulary: Any) -> Vocabulary:
     """The same vocabulary as a SeqIO SentencePiece or byte vocabulary.
 
-    Args:
-      vocabulary: a `seqio.SentencePieceVocabulary` (also with extra ids) or
-        `seqio.ByteVocabulary`; told apart by shape, so that neither SeqIO nor
-        TensorFlow is imported. One of ours is returned as it is.
+    They are told apart by shape, so that neither SeqIO nor TensorFlow is
+    imported; both may have extra ids. One of ours is returned as it is.
 
     Raises:
       ValueError: it is another kind of vocabulary.
@@ -140,13 +142,33 @@ class Vocabulary:
       return [byte + _NUM_SPECIAL for byte in text.encode()]
     return self._pieces.encode(text)
 
-  def encode_batch(
-    self, texts: Sequence[str], num_threads: int = 1
-  ) -> list[list[int]]:
-    """`encode` of every text; several threads help SentencePiece only."""
+  def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+    """`encode` of every text."""
     if self._pieces is None:
       return [self.encode(text) for text in texts]
-    return self._pieces.encode(list(texts), num_threads=num_threads)
+    return self._pieces.encode(list(texts), num_threads=1)
+
+  def sample_batch(
+    self, texts: Sequence[str], alpha: float, seed: int
+  ) -> list[list[int]]:
+    """Segmentations drawn at random, of which each decodes to its text.
+
+    Args:
+      texts: any; the same ones with the same seed give the same.
+      alpha: see `subword_sampling.SubwordSampling`.
+      seed: from 0, below 2^31.
+    """
+    if self._pieces is None:
+      return self.encode_batch(texts)  # There is no other.
+    with _DRAWING:
+      sentencepiece.set_random_generator_seed(seed)
+      return self._pieces.encode(
+        list(texts),
+        enable_sampling=True,
+        alpha=alpha,
+        nbest_size=-1,
+        num_threads=1,
+      )
 
   def decode(self, ids: Iterable[int]) -> str:
     """Text of `ids` up to the first EOS; padding is dropped.
@@ -430,11 +452,6 @@ def sampled_examples(
   data several times over if there are fewer. Never more pairs are drawn than
   the whole mixture has at its largest direction's rate of one epoch, so that
   a small corpus is not repeated without need.
-
-  Args:
-    mixture: a `seqio.Mixture` or `seqio.Task`.
-    temperature: p_i is proportional to n_i^(1/temperature).
-    num_examples: how many pairs to draw, at most.
 
   Yields:
     (source, target), the source with its language tag.

@@ -223,24 +223,15 @@ def _float32(array: Any) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class Exported:
-  """A CTranslate2 model, loaded; used as `trained.Trained` is.
+  """A CTranslate2 model, loaded; used as `trained.Trained` is."""
 
-  Attributes:
-    run: Of the model directory it was exported from; its search counts.
-    description: What it was trained as.
-    pieces: The vocabulary.
-    engine: A `ctranslate2.Translator`.
-    console: Takes progress.
-    step: An export does not say of which checkpoint it is.
-    weights: Which they are.
-  """
-
+  # of the model directory it was exported from; its search counts
   run: run_lib.Run
-  description: description.Description
+  description: description.Description  # what it was trained as
   pieces: vocabulary.Vocabulary
-  engine: Any
-  console: run_lib.Console = run_lib.SILENT
-  step: None = None
+  engine: Any  # a `ctranslate2.Translator`
+  console: run_lib.Console = run_lib.SILENT  # takes progress
+  step: None = None  # an export does not say of which checkpoint it is
   weights: str = "exported"
 
   def translator(

@@ -41,15 +41,10 @@ def write(
   use: str,
   licence: str = model_card.UNKNOWN_LICENCE,
 ) -> None:
-  """Writes an export, all of it or nothing.
+  """Writes an export into a new folder, all of it or nothing.
 
-  Args:
-    target: A new folder.
-    model: What is exported.
-    fill: Writes the arrays into a folder.
-    weights: What they are, for the card.
-    use: A command that uses it, for the card; '{}' is the folder.
-    licence: For the card.
+  `fill` writes the arrays. The card says what they are (`weights`), under
+  which licence, and with which command to use them ('{}' is the folder).
 
   Raises:
     ValueError: The target is there; see also `model_card.text`.
@@ -82,9 +77,7 @@ def read(
 ) -> tuple[description.Description, vocabulary.Vocabulary]:
   """Description and vocabulary of an export that is whole.
 
-  Args:
-    directory: Of the export.
-    arrays: Name of the file that tells its kind.
+  The name of its file of arrays tells its kind.
 
   Raises:
     ValueError: It is no export of that kind, or damaged.

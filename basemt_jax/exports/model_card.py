@@ -21,19 +21,6 @@ FILE = "README.md"
 UNKNOWN_LICENCE = "unknown"
 
 
-def check_licence(licence: str) -> None:
-  """Refuses what is no licence's identifier.
-
-  Raises:
-    ValueError: It has spaces or signs that none has.
-  """
-  if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9.+-]*", licence):
-    raise ValueError(
-      f"the licence {licence!r} is not an identifier such as apache-2.0, "
-      "cc-by-nc-4.0 or other"
-    )
-
-
 def text(
   model: trained.Trained,
   name: str,
@@ -41,19 +28,19 @@ def text(
   use: str,
   licence: str = UNKNOWN_LICENCE,
 ) -> str:
-  """The card.
+  """The card of an export of that name.
 
-  Args:
-    model: What is exported.
-    name: Of the export.
-    weights: What its arrays are, such as 'int8'.
-    use: A shell command that uses it.
-    licence: Its identifier.
+  It tells what the arrays are (`weights`: 'int8'), and a shell command to `use`
+  them.
 
   Raises:
-    ValueError: See `check_licence`.
+    ValueError: The licence is no identifier.
   """
-  check_licence(licence)
+  if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9.+-]*", licence):
+    raise ValueError(
+      f"the licence {licence!r} is not an identifier such as apache-2.0, "
+      "cc-by-nc-4.0 or other"
+    )
   known = model.description
   scores = _scores(model)
   results = [r for r in scores.get("directions", ()) if r["bleu"] is not None]

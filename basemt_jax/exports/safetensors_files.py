@@ -6,7 +6,6 @@ the weights that `translate` uses: the averaged ones where they were kept. The
 optimizer's state is left behind.
 """
 
-import contextlib
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -65,7 +64,7 @@ def to_model_directory(
   tree = traverse_util.unflatten_dict(arrays, sep="/")
   params = tree.pop("params")
   with files.new_directory(target) as directory:
-    with contextlib.closing(checkpointing.Checkpoints(directory)) as saved:
+    with checkpointing.Checkpoints(directory) as saved:
       number = np.asarray(step, np.int32)
       state = checkpointing.state_dict(params, {}, number, tree)
       saved.save(step, state, {"data": None})

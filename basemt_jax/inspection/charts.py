@@ -1,9 +1,10 @@
 """Kinds of charts: Vega-Lite specifications that a page draws.
 
-Every chart is one panel as wide as its place. Colours are named as the page's
-style sheet defines them, so that they follow light, dark and print. A line's
-data is one record, `{name, x: [..], y: [..]}`, which keeps pages small; the
-chart spreads it.
+Every chart is one panel as wide as its place, with its title above it; `x` and
+`y` say what is on its axes, `marks` are vertical lines. Colours are named as
+the page's style sheet defines them, so that they follow light, dark and print.
+A line's data is one record, `{name, x: [..], y: [..]}`, which keeps pages
+small; the chart spreads it.
 """
 
 from collections.abc import Mapping, Sequence
@@ -43,15 +44,8 @@ def lines(
 ) -> Chart:
   """A line for each name, to be pointed at for its name and value.
 
-  Args:
-    title: above it.
-    x: what is on the horizontal axis.
-    y: what is on the vertical axis.
-    series: the lines.
-    colors: of names; others get one of their own.
-    marks: vertical lines.
-    log_x: whether the horizontal axis is logarithmic.
-    zero: whether the vertical axis begins at 0.
+  Names without one of `colors` get one of their own. The horizontal axis is
+  logarithmic with `log_x`, the vertical one begins at 0 with `zero`.
   """
   encoding = {
     "x": _along(x, {"type": "log", "base": 2} if log_x else {}),
@@ -114,17 +108,10 @@ def heat(
   top: float | None = None,
   marks: Marks | None = None,
 ) -> Chart:
-  """A row for each name, coloured by the values.
+  """A row for each name, coloured by the values; None is not drawn.
 
-  Args:
-    title: above it.
-    x: what the columns are.
-    value: what the colours are.
-    series: the rows; None: nothing is drawn.
-    log: whether colours are by the logarithm; 0 is not drawn then.
-    larger_is_better: which end of the colours is the bright one.
-    top: values above have the colour of this one.
-    marks: lines, each at the first column that is not before it.
+  With `log` colours are by the logarithm, and 0 is not drawn. Values above
+  `top` have its colour. A mark is at the first column that is not before it.
   """
   columns = list(dict.fromkeys(x for xs, _ in series.values() for x in xs))
   axis: dict[str, Any] = {"labelOverlap": "greedy", "labelAngle": 0}
@@ -192,16 +179,10 @@ def rows(
   bars: bool = False,
   spread: Mapping[str, float] | None = None,
 ) -> Chart:
-  """A row for each name, with a dot for each series.
+  """A row for each name, with a dot for each series, or a bar from 0.
 
-  Args:
-    title: above it.
-    x: what is on the horizontal axis.
-    series: values by name, by series.
-    marks: vertical lines.
-    log: whether the horizontal axis is logarithmic.
-    bars: from 0, in place of dots.
-    spread: half the width of a grey bar around 0 behind each row.
+  The horizontal axis is logarithmic with `log`. `spread` is half the width of
+  a grey bar around 0 behind each row.
   """
   names = list(dict.fromkeys(n for own in series.values() for n in own))
   data = [
@@ -303,9 +284,7 @@ def _tips(**titles: str) -> list[dict[str, Any]]:
 def _rules(marks: Mapping[str, Any], **along: Any) -> list[dict[str, Any]]:
   """Vertical lines that say what they mean when they are pointed at.
 
-  Args:
-    marks: see `Marks`.
-    **along: of the horizontal axis, where it is not one of quantities.
+  `along` is of the horizontal axis, where it is not one of quantities.
   """
   look = {"color": "var(--mark)", "strokeDash": [5, 3], "strokeWidth": 1.5}
   return [

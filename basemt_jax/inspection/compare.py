@@ -26,59 +26,39 @@ _SCORES = tuple(metrics.named(name) for name in ("bleu", "chrf"))
 
 @dataclasses.dataclass(frozen=True)
 class Curve:
-  """A run's dev loss.
+  """A run's dev loss."""
 
-  Attributes:
-    loss: [K], nats per token, mean over the directions.
-    axes: [K] each: updates, target tokens, seconds until then; what is not
-      known is missing.
-  """
-
-  loss: list[float]
-  axes: dict[str, list[float]]
+  loss: list[float]  # [K], nats per token, mean over the directions
+  axes: dict[str, list[float]]  # [K] of `AXES`, as far as they are known
 
 
 @dataclasses.dataclass(frozen=True)
 class Score:
-  """A run against the first one, on one direction of one test set.
+  """A run against the first one, on one direction of one test set."""
 
-  Attributes:
-    test: test set and search.
-    direction: name; '' for a mean over those of a band.
-    band: 'high', 'mid', 'low', or 'all'.
-    scores: by metric: this run's.
-    differences: by metric: this run's less the first one's.
-    p_values: by metric: how probable so large a difference were, were the two
-      equal; empty where their translations are not at hand.
-  """
-
-  test: str
-  direction: str
-  band: str
-  scores: dict[str, float]
-  differences: dict[str, float]
+  test: str  # test set and search
+  direction: str  # name; '' for a mean over those of a band
+  band: str  # 'high', 'mid', 'low', or 'all'
+  scores: dict[str, float]  # by metric: this run's
+  differences: dict[str, float]  # by metric: this run's less the first one's
+  # by metric: how probable so large a difference were, were the two equal;
+  # empty where their translations are not at hand
   p_values: dict[str, float]
 
 
 @dataclasses.dataclass(frozen=True)
 class Compared:
-  """One run.
+  """One run."""
 
-  Attributes:
-    name: its directory's name, or as much of its path as tells it apart.
-    settings: bindings of its configuration that differ between the runs.
-    curve: dev loss; None where it was not measured.
-    factors: by axis: the first run's way to its best dev loss, by this run's
-      way there; what was not reached, or is not known, is missing.
-    scores: by test set and direction.
-    bands: by test set and band, and of 'all': means over the directions.
-  """
-
-  name: str
+  name: str  # its directory's name, or as much of its path as tells it apart
+  # bindings of its configuration that differ between the runs
   settings: dict[str, str]
-  curve: Curve | None
+  curve: Curve | None  # None: dev loss was not measured
+  # by axis: the first run's way to its best dev loss, by this run's way there;
+  # what was not reached, or is not known, is missing
   factors: dict[str, float]
-  scores: tuple[Score, ...]
+  scores: tuple[Score, ...]  # by test set and direction
+  # by test set and band, and of 'all': means over the directions
   bands: tuple[Score, ...]
 
 
@@ -88,11 +68,9 @@ class Compared:
 def compare(
   model_dirs: Sequence[pathlib.Path], num_samples: int = 1000
 ) -> list[Compared]:
-  """Reads and compares runs.
+  """Reads runs and compares them with the first.
 
-  Args:
-    model_dirs: of the runs, the one to compare with first.
-    num_samples: bootstrap samples.
+  Differences are tested on so many samples of the sentences.
 
   Raises:
     ValueError: a directory that holds nothing of a run.
@@ -221,7 +199,9 @@ def _factors(first: Curve | None, own: Curve | None) -> dict[str, float]:
 
 
 def reached(
-  x: Sequence[float], losses: Sequence[float], target: float
+  x: Sequence[float] | np.ndarray,
+  losses: Sequence[float] | np.ndarray,
+  target: float,
 ) -> float | None:
   """Where a curve first is at or below a loss, interpolated; None: nowhere."""
   below = np.flatnonzero(np.array(losses) <= target)
@@ -386,10 +366,7 @@ def _factor_table(runs: Sequence[Compared]) -> Table:
 def _score_table(runs: Sequence[Compared], test: str, by: str) -> Table:
   """Scores of the first run, and how much more the others have.
 
-  Args:
-    runs: the runs.
-    test: test set and search.
-    by: 'direction' or 'band'.
+  A row for each 'direction' or 'band', as `by` says.
   """
   found = [
     {

@@ -1,6 +1,5 @@
-"""Reports of `compilation` for people and programs: tables and JSON."""
+"""Reports of `compilation` for people: their tables."""
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -170,13 +169,8 @@ def markdown(result: ahead_of_time.Report) -> str:
   return "\n".join(map(tables.markdown, tables_of(result)))
 
 
-def to_json(result: ahead_of_time.Report) -> dict[str, Any]:
-  """The report as JSON has it."""
-  return dataclasses.asdict(result)
-
-
 def from_json(value: Mapping[str, Any]) -> ahead_of_time.Report:
-  """A report out of `to_json`."""
+  """A report out of what `dataclasses.asdict` gave."""
   parts = {
     "memory": ahead_of_time.Memory(**value["memory"]),
     "exchanges": [ahead_of_time.Exchange(**e) for e in value["exchanges"]],

@@ -26,25 +26,15 @@ _SHOWN, _FINE = 120, 2000
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-  """How much data there is, by direction.
+  """How much data there is, by direction."""
 
-  Attributes:
-    directions: N names.
-    pairs: int [N], training pairs.
-    rows: float [N], packed rows of them.
-    source_tokens: float [N], in these rows.
-    target_tokens: float [N], in these rows.
-    dev_pairs: int [N].
-    is_exact: counted, not estimated from a sample.
-  """
-
-  directions: tuple[str, ...]
-  pairs: np.ndarray
-  rows: np.ndarray
-  source_tokens: np.ndarray
-  target_tokens: np.ndarray
-  dev_pairs: np.ndarray
-  is_exact: bool
+  directions: tuple[str, ...]  # N
+  pairs: np.ndarray  # int [N], training pairs
+  rows: np.ndarray  # float [N], packed rows of them
+  source_tokens: np.ndarray  # float [N], in these rows
+  target_tokens: np.ndarray  # float [N], in these rows
+  dev_pairs: np.ndarray  # int [N]
+  is_exact: bool  # counted, not estimated from a sample
 
 
 def sizes_of_store(store: row_store.Header) -> Sizes:
@@ -56,7 +46,7 @@ def sizes_of_store(store: row_store.Header) -> Sizes:
   return Sizes(
     store.directions,
     store.pairs("train"),
-    store.rows("train"),
+    store.epoch_rows("train"),
     np.array([s.source_tokens for s in stats]),
     np.array([s.target_tokens for s in stats]),
     dev,
@@ -97,66 +87,38 @@ def sizes_of_data(data: text_report.Data) -> Sizes:
 
 @dataclasses.dataclass(frozen=True)
 class DirectionForecast:
-  """What a run is expected to draw from a direction.
-
-  Attributes:
-    name: of the direction.
-    band: 'high', 'mid' or 'low'.
-    pairs: training pairs there are.
-    dev_pairs: dev pairs there are.
-    first_step: from which on it is sampled.
-    factor: on its rate, that weights and a cap on epochs ask for; 1: none.
-    rows: packed rows drawn in the whole run.
-    source_tokens: drawn.
-    target_tokens: drawn.
-    epochs: how often it is gone through.
-    seen: epochs of `MILESTONES` that are reached, and the step of each.
-  """
+  """What a run is expected to draw from a direction."""
 
   name: str
-  band: str
-  pairs: int
+  band: str  # 'high', 'mid' or 'low'
+  pairs: int  # of training
   dev_pairs: int
-  first_step: int
+  first_step: int  # from which on it is sampled
+  # on its rate, that weights and a cap on epochs ask for; 1: none
   factor: float
-  rows: float
-  source_tokens: float
-  target_tokens: float
-  epochs: float
+  rows: float  # packed, drawn in the whole run
+  source_tokens: float  # drawn in the whole run
+  target_tokens: float  # likewise
+  epochs: float  # how often it is gone through
+  # epochs of `MILESTONES` that are reached, and the step of each
   seen: dict[int, int]
 
 
 @dataclasses.dataclass(frozen=True)
 class Forecast:
-  """A strategy over a run, for given data.
+  """A strategy over a run, for given data."""
 
-  Attributes:
-    name: to tell it from another.
-    strategy: in words.
-    train_steps: of the run.
-    batch_size: rows a step.
-    is_exact: sizes were counted, not estimated from a sample.
-    directions: most training pairs first.
-    steps: [K], where rates and epochs are given.
-    temperatures: [K].
-    pair_rates: [K][N], share of the sentence pairs drawn at a step, directions
-      as in `directions`.
-    epochs: [K][N], epochs done before a step.
-    max_epochs: more are worth a warning.
-    warnings: a line for each kind of trouble.
-  """
-
-  name: str
-  strategy: str
+  name: str  # to tell it from another
+  strategy: str  # in words
   train_steps: int
-  batch_size: int
-  is_exact: bool
-  directions: tuple[DirectionForecast, ...]
-  steps: list[int]
-  temperatures: list[float]
-  pair_rates: list[list[float]]
-  epochs: list[list[float]]
-  max_epochs: float
+  batch_size: int  # rows a step
+  is_exact: bool  # sizes were counted, not estimated from a sample
+  directions: tuple[DirectionForecast, ...]  # most training pairs first
+  steps: list[int]  # [K], where rates and epochs are given
+  temperatures: list[float]  # [K]
+  pair_rates: list[list[float]]  # [K][N], share of the sentence pairs of a step
+  epochs: list[list[float]]  # [K][N], epochs done before a step
+  max_epochs: float  # more are worth a warning
   warnings: tuple[str, ...]
 
 
@@ -169,29 +131,17 @@ def forecast(
   bands: languages.BandThresholds,
   max_epochs: float = MAX_EPOCHS,
 ) -> Forecast:
-  """Works out what a run will draw.
-
-  Args:
-    name: to tell it from another.
-    strategy: how directions are sampled.
-    sizes: of the data.
-    train_steps: of the run.
-    batch_size: rows a step.
-    bands: training pairs that make a direction high or mid resource.
-    max_epochs: more are worth a warning.
-  """
+  """Works out what a run will draw; see `Forecast`."""
   plan = strategy.plan(
     sizes.directions, sizes.pairs, sizes.rows, batch_size, languages.meant
   )
   fine = np.unique(np.linspace(0, train_steps, _FINE + 1).astype(int))
   shown = np.unique(np.linspace(0, train_steps - 1, _SHOWN).astype(int))
-  drawn = plan.expected_rows(fine)
-  epochs = drawn / np.maximum(sizes.rows, 1)
+  epochs = plan.expected_epochs(fine)
   order = sorted(
     range(len(sizes.directions)),
     key=lambda i: (-sizes.pairs[i], sizes.directions[i]),
   )
-  total = drawn[-1]
   directions = [
     DirectionForecast(
       name=sizes.directions[i],
@@ -200,7 +150,7 @@ def forecast(
       dev_pairs=int(sizes.dev_pairs[i]),
       first_step=int(plan.starts[i]),
       factor=float(plan.multipliers[i]),
-      rows=float(total[i]),
+      rows=float(epochs[-1, i] * sizes.rows[i]),
       source_tokens=float(epochs[-1, i] * sizes.source_tokens[i]),
       target_tokens=float(epochs[-1, i] * sizes.target_tokens[i]),
       epochs=float(epochs[-1, i]),

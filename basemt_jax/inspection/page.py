@@ -1,4 +1,4 @@
-"""Sections of a report, for the terminal, for programs, and as one page.
+"""Sections of a report, for the terminal and as one page.
 
 The page is one file that loads nothing: style, plots (Vega-Lite) and the
 library that draws them are in it.
@@ -9,7 +9,7 @@ import functools
 import importlib.resources
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any, TextIO
+from typing import Any
 
 import rich.text
 
@@ -21,64 +21,31 @@ _TERMINAL_EXAMPLES = 3
 
 @dataclasses.dataclass(frozen=True)
 class Plot:
-  """A figure of a page.
-
-  Attributes:
-    caption: what it shows.
-    charts: a panel each.
-  """
+  """A figure of a page."""
 
   caption: str
-  charts: Sequence[charts.Chart]
+  charts: Sequence[charts.Chart]  # a panel each
 
 
 @dataclasses.dataclass(frozen=True)
 class Section:
-  """A view.
-
-  Attributes:
-    title: heading.
-    summary: lines below it.
-    warnings: a line each.
-    tables: numbers.
-    plots: for the page.
-    examples: (direction, pairs) for looking at.
-  """
+  """A view."""
 
   title: str
-  summary: Sequence[str]
-  warnings: Sequence[str]
+  summary: Sequence[str]  # lines below the title
+  warnings: Sequence[str]  # a line each
   tables: Sequence[tables.Table]
-  plots: Sequence[Plot]
+  plots: Sequence[Plot]  # for the page
+  # (direction, pairs) for looking at
   examples: Sequence[tuple[str, Sequence[text_report.Example]]] = ()
-
-
-def to_json(sections: Sequence[Section]) -> list[dict[str, Any]]:
-  """Summaries, warnings and tables for programs."""
-  return [
-    {
-      "title": s.title,
-      "summary": list(s.summary),
-      "warnings": list(s.warnings),
-      "tables": [tables.to_json(t) for t in s.tables if t.rows],
-    }
-    for s in sections
-  ]
 
 
 # --------------------------------------------------------------- terminal
 
 
-def print_sections(
-  sections: Sequence[Section], file: TextIO | None = None
-) -> None:
-  """Writes summaries, warnings and tables.
-
-  Args:
-    sections: in the order to show.
-    file: standard output by default.
-  """
-  console = tables.terminal(file)
+def print_sections(sections: Sequence[Section]) -> None:
+  """Writes summaries, warnings, tables and a few examples."""
+  console = tables.terminal()
   for section in sections:
     console.print(rich.text.Text(f"\n{section.title}", style="bold"))
     for line in section.summary:
@@ -101,17 +68,17 @@ def print_sections(
 
 def _example(example: text_report.Example) -> list[dict[str, Any]]:
   """Lines of a pair: label, text, and for tokens their pieces."""
-  lines: list[dict[str, Any]] = [{"label": "source", "text": example.source}]
-  for label, side, text in (
-    ("tagged", "source", example.tagged),
-    ("target", "target", example.target),
+  lines: list[dict[str, Any]] = [{"label": "source", "text": example[0].text}]
+  for label, side, own in (
+    ("tagged", "source", example[0]),
+    ("target", "target", example[1]),
   ):
-    pieces = getattr(example, f"{side}_pieces")
-    decoded = getattr(example, f"{side}_decoded")
+    tokens = {"text": " ".join(own.pieces), "pieces": own.pieces}
+    differs = own.decoded != own.tagged
     lines += [
-      {"label": label, "text": text},
-      {"label": f"{side} tokens", "text": " ".join(pieces), "pieces": pieces},
-      {"label": "decoded", "text": decoded, "differs": decoded != text},
+      {"label": label, "text": own.tagged},
+      {"label": f"{side} tokens", **tokens},
+      {"label": "decoded", "text": own.decoded, "differs": differs},
     ]
   return lines
 
@@ -144,18 +111,10 @@ def write(
 ) -> None:
   """Writes the files that a command was asked for, and says so.
 
-  Args:
-    json_path: for the numbers, and all tables; None: not wanted.
-    html_path: for the page; None: not wanted.
-    title: of the page.
-    sections: in the order to show.
-    numbers: the report's own.
+  The JSON file has the numbers, the page the sections that show them.
   """
   for path, text in (
-    (
-      json_path,
-      lambda: files.json_text({**numbers, "sections": to_json(sections)}),
-    ),
+    (json_path, lambda: files.json_text(numbers)),
     (html_path, lambda: page(title, sections)),
   ):
     if path:

@@ -8,7 +8,6 @@ it.
 import dataclasses
 import json
 import pathlib
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -45,18 +44,12 @@ def read_metrics(path: pathlib.Path) -> dict[str, Series]:
 
 @dataclasses.dataclass(frozen=True)
 class Evaluated:
-  """One evaluation.
+  """One evaluation."""
 
-  Attributes:
-    name: test set and search: 'test, greedy', 'test, beam 4'.
-    step: of the checkpoint.
-    directory: where its files are.
-    directions: `evaluation.DirectionResult`s as dictionaries, by direction.
-  """
-
-  name: str
-  step: int
+  name: str  # 'test, greedy', 'test, beam 4'
+  step: int  # of the checkpoint; 0 of an export
   directory: pathlib.Path
+  # `evaluation.DirectionResult`s as dictionaries, by direction
   directions: Mapping[str, Mapping[str, Any]]
 
   def scores(self, metric: str) -> dict[str, float]:
@@ -78,56 +71,38 @@ class Evaluated:
 def evaluations(
   model_dir: pathlib.Path, step: int | None = None
 ) -> dict[str, Evaluated]:
-  """The last evaluation of every test set and search.
-
-  Args:
-    model_dir: of the run.
-    step: later checkpoints are left out; None: none are.
-
-  Returns:
-    By name, sorted.
-  """
+  """The last evaluation of every test set and search until a step, by name."""
   found: dict[str, Evaluated] = {}
   for path in sorted(model_dir.glob("evaluation/*/scores.json")):
     own = _read(path)
-    if own is None or (step is not None and own.step > step):
+    if step is not None and own.step > step:
       continue
     if own.name not in found or found[own.name].step <= own.step:
       found[own.name] = own
   return dict(sorted(found.items()))
 
 
-def _read(path: pathlib.Path) -> Evaluated | None:
-  """One evaluation; None for a file that is not one.
+def _read(path: pathlib.Path) -> Evaluated:
+  """One evaluation.
 
   Raises:
     ValueError: it is damaged.
   """
   try:
-    return _evaluated(path, json.loads(path.read_text(encoding="utf-8")))
-  except (ValueError, KeyError, TypeError, AttributeError) as error:
+    contents = json.loads(path.read_text(encoding="utf-8"))
+    return Evaluated(
+      f"{contents['test_set']}, {search_name(contents['search'])}",
+      contents["step"] or 0,
+      path.parent,
+      {r["direction"]: r for r in contents["directions"]},
+    )
+  except (ValueError, KeyError, TypeError) as error:
     raise ValueError(
       f"{path} is damaged ({error}); evaluate again, or delete it"
     ) from error
 
 
-def _evaluated(path: pathlib.Path, contents: Any) -> Evaluated | None:
-  split, _, number = path.parent.name.partition("_")
-  split = contents.get("test_set", contents.get("split", split))
-  number = contents.get("step", number)
-  step = re.match(r"\d+", str(number))
-  if step is None or "directions" not in contents:
-    return None
-  search = contents.get("search")
-  return Evaluated(
-    f"{split}, {search_name(search)}" if search else split,
-    int(step[0]),
-    path.parent,
-    {r["direction"]: r for r in contents["directions"]},
-  )
-
-
 def search_name(search: Mapping[str, Any]) -> str:
   """What readers call a search: 'greedy' or 'beam 4'."""
-  beam = search.get("beam_size", 1)
+  beam = search["beam_size"]
   return "greedy" if beam == 1 else f"beam {beam}"

@@ -6,7 +6,6 @@ Read from MODEL_DIR: checkpoints (any, T5X's too), `metrics.jsonl` and the
 scores of evaluations. What is not there is left out.
 """
 
-import contextlib
 import dataclasses
 import itertools
 import pathlib
@@ -29,114 +28,70 @@ _FAR = 5.0
 
 @dataclasses.dataclass(frozen=True)
 class DirectionRun:
-  """A direction in a run, up to a checkpoint.
-
-  Attributes:
-    name: of the direction.
-    band: 'high', 'mid' or 'low'.
-    pairs: training pairs.
-    planned_rows: expected of the strategy.
-    drawn_rows: as the checkpoint counts them; None: it does not.
-    planned_target_tokens: expected.
-    trained_target_tokens: as the metrics count them; None: they do not.
-    epochs: drawn rows by rows there are; None where those are.
-    loss: last training loss, nats per token.
-    dev_loss: last, nats per token.
-    scores: BLEU of the last evaluation of each test set and search.
-  """
+  """A direction in a run, up to a checkpoint."""
 
   name: str
-  band: str
-  pairs: int
-  planned_rows: float
-  drawn_rows: int | None
-  planned_target_tokens: float
+  band: str  # 'high', 'mid' or 'low'
+  pairs: int  # of training
+  planned_rows: float  # expected of the strategy
+  drawn_rows: int | None  # as the checkpoint counts them; None: it does not
+  planned_target_tokens: float  # likewise
+  # as the metrics count them; None: they do not
   trained_target_tokens: float | None
-  epochs: float | None
-  loss: float | None
-  dev_loss: float | None
+  epochs: float | None  # drawn rows by rows there are; None where those are
+  loss: float | None  # the last in training, nats per token
+  dev_loss: float | None  # the last, nats per token
+  # BLEU of the last evaluation of each test set and search
   scores: dict[str, float]
 
 
 @dataclasses.dataclass(frozen=True)
 class Curves:
-  """A metric over the steps.
+  """A metric over the steps."""
 
-  Attributes:
-    metric: its full name: 'loss', 'dev/loss', 'dev/bleu'; 'router/load_max'
-      of layers.
-    label: in words.
-    unit: of the values.
-    digits: after the point, in tables.
-    larger_is_better: scores are, losses are not.
-    steps: at which it was measured.
-    lines: values of each direction, or of each layer; None: not measured then.
-    bands: means of the directions by resource band, and of 'all'; {} of layers.
-  """
-
+  # its full name: 'loss', 'dev/loss', 'dev/bleu'; 'router/load_max' of layers
   metric: str
-  label: str
-  unit: str
-  digits: int
-  larger_is_better: bool
-  steps: list[int]
+  label: str  # in words
+  unit: str  # of the values
+  digits: int  # after the point, in tables
+  larger_is_better: bool  # scores are, losses are not
+  steps: list[int]  # at which it was measured
+  # values of each direction, or of each layer; None: not measured then
   lines: dict[str, list[float | None]]
+  # means of the directions by resource band, and of 'all'; {} of layers
   bands: dict[str, list[float | None]]
 
 
 @dataclasses.dataclass(frozen=True)
 class ExpertMap:
-  """Which experts a layer sends the tokens of a language to, at test time.
+  """Which experts a layer sends the tokens of a language to, at test time."""
 
-  Attributes:
-    layer: 'decoder/layers_1'.
-    side: 'source' (encoder) or 'target' (decoder): whose languages they are.
-    languages: names, sorted.
-    tokens: of each language that were routed.
-    shares: [languages][E], of a language's tokens; each row sums to 1.
-    directions: the same by direction: [E] shares.
-  """
-
-  layer: str
+  layer: str  # 'decoder/layers_1'
+  # 'source' (encoder) or 'target' (decoder): whose languages they are
   side: str
-  languages: list[str]
-  tokens: list[int]
+  languages: list[str]  # names, sorted
+  tokens: list[int]  # of each language that were routed
+  # [languages][E], of a language's tokens; each row sums to 1
   shares: list[list[float]]
-  directions: dict[str, list[float]]
 
 
 @dataclasses.dataclass(frozen=True)
 class RunReport:
-  """The report on a model directory.
-
-  Attributes:
-    model_dir: the directory.
-    step: of the checkpoint looked at.
-    phase: of it: 'dense' or 'sparse'.
-    train_steps: of the whole run.
-    checkpoints: steps that there are checkpoints of.
-    conversion_step: when the dense model became sparse; None: not.
-    strategy: of sampling, in words.
-    directions: most training pairs first.
-    curves: of the main metrics that were measured, by direction.
-    routers: what the routers did in training, by layer.
-    experts: by layer; none for a dense checkpoint.
-    routed_split: of which rows were routed.
-    warnings: a line for each kind of trouble.
-  """
+  """The report on a model directory."""
 
   model_dir: str
-  step: int
-  phase: str
-  train_steps: int
-  checkpoints: list[int]
-  conversion_step: int | None
-  strategy: str
-  directions: tuple[DirectionRun, ...]
+  step: int  # of the checkpoint looked at
+  phase: str  # of it: 'dense' or 'sparse'
+  train_steps: int  # of the whole run
+  checkpoints: list[int]  # steps
+  conversion_step: int | None  # when the dense model became sparse; None: not
+  strategy: str  # of sampling, in words
+  directions: tuple[DirectionRun, ...]  # most training pairs first
+  # of the main metrics that were measured, by direction
   curves: tuple[Curves, ...]
-  routers: tuple[Curves, ...]
-  experts: tuple[ExpertMap, ...]
-  routed_split: str
+  routers: tuple[Curves, ...]  # what the routers did in training, by layer
+  experts: tuple[ExpertMap, ...]  # by layer; none for a dense checkpoint
+  routed_split: str  # of which rows were routed
   warnings: tuple[str, ...]
 
 
@@ -144,31 +99,24 @@ def inspect_run(
   run: run_lib.Run,
   console: run_lib.Console,
   which: str | int = "latest",
-  rows: int = ROWS,
 ) -> RunReport:
-  """Looks at a model directory.
+  """Looks at a run's model directory.
 
-  Args:
-    run: the run that wrote it.
-    console: takes progress, if rows have to be built.
-    which: checkpoint: 'latest', 'best' or a step.
-    rows: rows of each direction to route through the checkpoint.
+  The checkpoint is the 'latest', the 'best', or that of a step.
 
   Raises:
     ValueError: no checkpoints, no such one, or they are of another model.
   """
   trained = trained_lib.load(run, console, which)
   header, step = trained.description.header, trained.step
-  with contextlib.closing(
-    checkpointing.Checkpoints(run.model_dir, read_only=True)
-  ) as checkpoints:
+  with checkpointing.Checkpoints(run.model_dir, read_only=True) as checkpoints:
     steps = checkpoints.steps()
     position = checkpoints.position(step)
   model_dir = pathlib.Path(run.model_dir)
   series = results.read_metrics(model_dir / "metrics.jsonl")
   split = "validation" if header.has_pairs("validation") else "train"
   try:
-    experts, gone = expert_maps(trained, split, rows), ""
+    experts, gone = expert_maps(trained, split), ""
   except ValueError as error:
     experts, gone = (), str(error)
   directions = _directions(run, header, step, position, series)
@@ -221,7 +169,7 @@ def _directions(
   series: Mapping[str, results.Series],
 ) -> list[DirectionRun]:
   """Planned against drawn, and how each direction fared."""
-  pairs, rows = store.pairs("train"), store.rows("train")
+  pairs, rows = store.pairs("train"), store.epoch_rows("train")
   plan = run.strategy.plan(
     store.directions, pairs, rows, run.batch_size, languages.meant
   )
@@ -248,7 +196,7 @@ def _directions(
           planned[i] * stats.target_tokens / max(1, stats.rows)
         ),
         trained_target_tokens=trained,
-        epochs=None if drawn is None else drawn / max(1, stats.rows),
+        epochs=None if drawn is None else drawn / max(1, rows[i]),
         loss=_last(series.get(f"loss/{name}"), step),
         dev_loss=_last(series.get(f"dev/loss/{name}"), step),
         scores={s: own[name] for s, own in scores.items() if name in own},
@@ -264,11 +212,6 @@ def known_metrics(
 
   A model directory has no code: what a metric of the user's is called is not
   known without the configuration, and its name has to do.
-
-  Args:
-    own: those of the configuration.
-    names: full names that were measured.
-    directions: of the run.
   """
   known, directions = list(own), set(directions)
   for full in names:
@@ -348,12 +291,7 @@ def _routers(
 def expert_maps(
   trained: trained_lib.Trained, split: str, rows: int = ROWS
 ) -> tuple[ExpertMap, ...]:
-  """Routes some rows of every direction through a checkpoint.
-
-  Args:
-    trained: the checkpoint.
-    split: of the rows.
-    rows: of each direction, at most; spread over the split.
+  """Routes some rows of every direction, spread over a split.
 
   Returns:
     A map per layer of experts; none for a dense model.
@@ -413,13 +351,8 @@ def _expert_map(
     ("source", "target")[side],
     names,
     [int(n) for n in sums.sum(axis=1)],
-    _shares(sums).tolist(),
-    dict(zip(directions, _shares(counts).tolist(), strict=True)),
+    (sums / np.maximum(1, sums.sum(axis=1, keepdims=True))).tolist(),
   )
-
-
-def _shares(counts: np.ndarray) -> np.ndarray:
-  return counts / np.maximum(1, counts.sum(axis=1, keepdims=True))
 
 
 def _warnings(

@@ -121,23 +121,20 @@ def _comparison_table(forecasts: Sequence[Forecast]) -> Table:
   first, second = forecasts[:2]
   others = {d.name: d for d in second.directions}
   pairs = [(d, others[d.name]) for d in first.directions if d.name in others]
-  return listed(
+  return Table(
     f"{first.name} against {second.name}",
-    pairs,
     [
-      Column("direction", value=lambda pair: pair[0].name),
-      Column("band", value=lambda pair: pair[0].band),
-      Column(f"rows, {first.name}", count, lambda pair: pair[0].rows),
-      Column(f"rows, {second.name}", count, lambda pair: pair[1].rows),
-      Column(f"epochs, {first.name}", fixed(2), lambda pair: pair[0].epochs),
-      Column(f"epochs, {second.name}", fixed(2), lambda pair: pair[1].epochs),
-      Column(
-        "ratio",
-        fixed(2),
-        lambda pair: (
-          pair[1].epochs / pair[0].epochs if pair[0].epochs else None
-        ),
-      ),
+      *("direction", "band"),
+      *(Column(f"rows, {f.name}", count) for f in (first, second)),
+      *(Column(f"epochs, {f.name}", fixed(2)) for f in (first, second)),
+      Column("ratio", fixed(2)),
+    ],
+    [
+      [
+        *(a.name, a.band, a.rows, b.rows, a.epochs, b.epochs),
+        b.epochs / a.epochs if a.epochs else None,
+      ]
+      for a, b in pairs
     ],
   )
 

@@ -12,18 +12,11 @@ from basemt_jax.inspection import tables
 SHOWN = tuple(metrics.named(name) for name in ("loss", "bleu", "chrf"))
 
 
-def table(
-  results: Sequence[evaluation.DirectionResult], pivot: str = "en"
-) -> tables.Table:
-  """A row for each direction, and below them the means.
-
-  Args:
-    results: in the order to show.
-    pivot: see `evaluation.summarise`.
-  """
+def table(results: Sequence[evaluation.DirectionResult]) -> tables.Table:
+  """A row for each direction in the order given, and below them the means."""
   others = list(dict.fromkeys(name for r in results for name in r.metrics))
   means = []
-  for mean in evaluation.summarise(results, pivot):
+  for mean in evaluation.summarise(results):
     resource = " resource" if mean.name in languages.BANDS else ""
     scores = _scores(mean, others)
     label = f"mean of {mean.name}{resource}"
@@ -56,13 +49,11 @@ def _scores(
 
 
 def print_scores(
-  results: Sequence[evaluation.DirectionResult],
-  file: TextIO | None = None,
-  pivot: str = "en",
+  results: Sequence[evaluation.DirectionResult], file: TextIO | None = None
 ) -> None:
   """Writes the table, with means and sacreBLEU's signatures."""
   console = tables.terminal(file)
-  tables.show(table(results, pivot), console)
+  tables.show(table(results), console)
   for sentence in evaluation.missing_tokenizers(results):
     print(sentence, file=file)
   for line in _signature_lines(results):

@@ -1,4 +1,4 @@
-"""One table type for the terminal, a page, Markdown and JSON.
+"""One table type for the terminal, a page and Markdown.
 
 Cells keep their values; how they are shown is the column's affair. On a
 terminal a table that is too wide is shown in parts, one below the other, each
@@ -42,16 +42,11 @@ def percent(share: float) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Column:
-  """A column.
+  """A column."""
 
-  Attributes:
-    name: heading.
-    text: how a value is shown; None is shown as '-'.
-    value: for `listed`: an attribute of the items, or a function of one.
-  """
-
-  name: str
-  text: Callable[[Any], str] = str
+  name: str  # heading
+  text: Callable[[Any], str] = str  # how a value is shown; None is shown as '-'
+  # for `listed`: an attribute of the items, or a function of one
   value: str | Callable[[Any], Any] = ""
 
   def of(self, item: Any) -> Any:
@@ -63,21 +58,14 @@ class Column:
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-  """Values by row and column.
-
-  Attributes:
-    title: what is in it.
-    columns: headings and formats; a plain name is shown as it is.
-    rows: a value for each column; None: not known.
-    foot: rows below a line, such as means.
-    note: on how to read it.
-  """
+  """Values by row and column."""
 
   title: str
+  # headings and formats; a plain name is shown as it is
   columns: Sequence[Column | str]
-  rows: Sequence[Sequence[Any]]
-  foot: Sequence[Sequence[Any]] = ()
-  note: str = ""
+  rows: Sequence[Sequence[Any]]  # a value for each column; None: not known
+  foot: Sequence[Sequence[Any]] = ()  # rows below a line, such as means
+  note: str = ""  # on how to read it
 
   @property
   def names(self) -> list[str]:
@@ -111,16 +99,6 @@ def listed(
   return Table(title, columns, rows, note=note)
 
 
-def to_json(table: Table) -> dict[str, Any]:
-  """The table for programs: its rows are values by heading."""
-  rows, foot = (
-    [dict(zip(table.names, row, strict=True)) for row in part]
-    for part in (table.rows, table.foot)
-  )
-  own = {"title": table.title, "rows": rows, "foot": foot, "note": table.note}
-  return {name: value for name, value in own.items() if value}
-
-
 def markdown(table: Table) -> str:
   """The table for documents."""
   marks = [" -- |" if text else " --: |" for text in table.is_text]
@@ -134,19 +112,14 @@ def markdown(table: Table) -> str:
 
 
 def terminal(file: TextIO | None = None) -> rich.console.Console:
-  """Where tables are written: as wide as the terminal.
+  """Standard output, or a file, for tables: as wide as the terminal.
 
   Files and pipes have no edge, so that a row stays a line.
-
-  Args:
-    file: standard output by default.
   """
   console = rich.console.Console(file=file, highlight=False, markup=False)
-  if console.is_terminal:
-    return console
-  return rich.console.Console(
-    file=file, highlight=False, markup=False, width=10_000
-  )
+  if not console.is_terminal:
+    console.width = 10_000
+  return console
 
 
 def show(table: Table, console: rich.console.Console) -> None:

@@ -42,102 +42,60 @@ Block = tuple[packing.Ragged, packing.Ragged, list[dict[str, str]]]
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-  """How closely to look.
+  """How closely to look."""
 
-  Attributes:
-    lengths: {'inputs': Li, 'targets': Lt}, where the model cuts, in tokens.
-    sample: pairs of a split to look at; None: all.
-    examples: pairs of a direction to show.
-    bands: training pairs that make a direction high or mid resource.
-  """
-
+  # {'inputs': Li, 'targets': Lt}, where the model cuts, in tokens
   lengths: Mapping[str, int]
-  sample: int | None = SAMPLE
-  examples: int = 2
+  sample: int | None = SAMPLE  # pairs of a split to look at; None: all
+  examples: int = 2  # pairs of a direction to show
+  # training pairs that make a direction high or mid resource
   bands: languages.BandThresholds = languages.BandThresholds()  # noqa: RUF009
 
 
 @dataclasses.dataclass(frozen=True)
-class Example:
-  """A training pair as the model gets it.
+class Shown:
+  """A side of a training pair as the model gets it."""
 
-  Attributes:
-    source: text, without the tag.
-    tagged: source text with the tag.
-    target: text.
-    source_pieces: tokens as text, EOS and tag included, not cut.
-    target_pieces: the same.
-    source_decoded: text that the ids, cut to the limit, stand for.
-    target_decoded: the same.
-  """
-
-  source: str
+  text: str  # without the tag
   tagged: str
-  target: str
-  source_pieces: tuple[str, ...]
-  target_pieces: tuple[str, ...]
-  source_decoded: str
-  target_decoded: str
+  pieces: tuple[str, ...]  # tokens as text, EOS and tag included, not cut
+  decoded: str  # text that the ids, cut to the limit, stand for
+
+
+Example = tuple[Shown, Shown]  # Source and target.
 
 
 @dataclasses.dataclass(frozen=True)
 class HeldOut:
-  """A dev or test split against the training pairs looked at.
+  """A dev or test split against the training pairs looked at."""
 
-  Attributes:
-    split: 'validation' or 'test'.
-    pairs: in the split, as far as known; None: not known.
-    looked_at: pairs of it that were compared.
-    pairs_seen: of those, how many are training pairs, both sides the same.
-    sources_seen: how many have the source text of a training pair.
-    targets_seen: how many have the target text of a training pair.
-  """
-
-  split: str
-  pairs: int | None
-  looked_at: int
-  pairs_seen: int
-  sources_seen: int
-  targets_seen: int
+  split: str  # 'validation' or 'test'
+  pairs: int | None  # None: not known
+  looked_at: int  # compared
+  pairs_seen: int  # of those, both sides are a training pair's
+  sources_seen: int  # the source is a training pair's
+  targets_seen: int  # the target is a training pair's
 
 
 @dataclasses.dataclass(frozen=True)
 class Direction:
-  """What was found in a direction's training split.
+  """What was found in a direction's training split."""
 
-  Attributes:
-    name: of the direction, or the task's where it has none of its own.
-    task: SeqIO's name.
-    pairs: training pairs; None: not known.
-    looked_at: the first so many of them.
-    is_whole: they are all there is.
-    band: 'high', 'mid' or 'low'; None where `pairs` is.
-    source: side.
-    target: side.
-    duplicates: pairs looked at that repeat an earlier one.
-    empty: pairs with a side that is empty or only spaces.
-    copied: pairs whose two sides are the same text.
-    rows: packed rows of the pairs looked at.
-    row_tokens: source and target tokens in these rows.
-    held_out: dev and test splits, those that there are.
-    examples: spread over the pairs looked at.
-  """
-
-  name: str
-  task: str
-  pairs: int | None
-  looked_at: int
-  is_whole: bool
-  band: str | None
+  name: str  # or the task's, where it has none of its own
+  task: str  # SeqIO's name
+  pairs: int | None  # training pairs; None: not known
+  looked_at: int  # the first so many of them
+  is_whole: bool  # they are all there is
+  band: str | None  # 'high', 'mid' or 'low'; None where `pairs` is
   source: token_counts.Side
   target: token_counts.Side
-  duplicates: int
-  empty: int
-  copied: int
-  rows: int
-  row_tokens: tuple[int, int]
-  held_out: tuple[HeldOut, ...]
-  examples: tuple[Example, ...]
+  duplicates: int  # pairs looked at that repeat an earlier one
+  empty: int  # pairs with a side that is empty or only spaces
+  copied: int  # pairs whose two sides are the same text
+  rows: int  # packed rows of the pairs looked at
+  row_tokens: tuple[int, int]  # source and target tokens in these rows
+  held_out: tuple[HeldOut, ...]  # dev and test splits, those that there are
+  examples: tuple[Example, ...]  # spread over the pairs looked at
 
   def share(self, count: int) -> float:
     """Of the pairs looked at."""
@@ -146,44 +104,26 @@ class Direction:
 
 @dataclasses.dataclass(frozen=True)
 class Language:
-  """What the vocabulary charges a language, over all its directions.
+  """What the vocabulary charges a language, over all its directions."""
 
-  Attributes:
-    name: its code.
-    characters: looked at.
-    tokens: that they became, without tags and EOS.
-    tokens_per_character: what a character costs.
-    unknown: share of its tokens that are the unknown token.
-    bytes: share of its tokens that are single bytes; None: see
-      `token_counts.Side`.
-  """
-
-  name: str
-  characters: int
-  tokens: int
+  name: str  # code
+  characters: int  # looked at
+  tokens: int  # that they became, without tags and EOS
   tokens_per_character: float
-  unknown: float
+  unknown: float  # share of its tokens that are the unknown token
+  # share of its tokens that are single bytes; None: see `token_counts.Side`
   bytes: float | None
 
 
 @dataclasses.dataclass(frozen=True)
 class Data:
-  """The report on a task's or a mixture's text.
+  """The report on a task's or a mixture's text."""
 
-  Attributes:
-    name: of the task or mixture.
-    lengths: where the model cuts.
-    sample: pairs of a split that were looked at, at most; None: all.
-    directions: most training pairs first.
-    languages: dearest first.
-    warnings: a line for each kind of trouble.
-  """
-
-  name: str
-  lengths: Mapping[str, int]
-  sample: int | None
-  directions: tuple[Direction, ...]
-  languages: tuple[Language, ...]
+  name: str  # of the task or mixture
+  lengths: Mapping[str, int]  # where the model cuts
+  sample: int | None  # pairs of a split that were looked at, at most; None: all
+  directions: tuple[Direction, ...]  # most training pairs first
+  languages: tuple[Language, ...]  # dearest first
   warnings: tuple[str, ...]
 
 
@@ -196,9 +136,6 @@ def inspect_data(
     mixture: a `seqio.Mixture` or `seqio.Task`, or the name of a registered one.
     options: how closely.
     progress: takes a direction's name when it is done.
-
-  Returns:
-    The report.
 
   Raises:
     ValueError: no such mixture, a task without inputs and targets, or without
@@ -265,12 +202,12 @@ def _inspect_task(
   options: Options,
 ) -> Direction:
   """Looks at one direction."""
-  from basemt_jax.data import mixtures, store_building
+  from basemt_jax.data import mixtures, task_reading
 
   layout = packing.RowLayout.of(options.lengths, 1)
   long = packing.RowLayout(_LONGER * layout.inputs, _LONGER * layout.targets)
   head = _Head(
-    store_building.read_task(task, "train", long, texts=True), options.sample
+    task_reading.read_task(task, "train", long, texts=True), options.sample
   )
   limits = (layout.inputs, layout.targets)
   sides = [
@@ -422,25 +359,24 @@ def _examples(
   """Some pairs, spread evenly over a block."""
   count = min(count, len(records))
   examples = []
-  for i in ((2 * j + 1) * len(records) // (2 * count) for j in range(count)):
-    pieces, decoded = [], []
-    for side, ids in zip(sides, (inputs, targets), strict=True):
+  for j in range(count):
+    i = (2 * j + 1) * len(records) // (2 * count)
+    pair = []
+    for side, ids, text, tagged in (
+      (sides[0], inputs, "source", "tagged_source"),
+      (sides[1], targets, "target", "target"),
+    ):
       own = ids.take(np.array([i]))
       cut, _ = own.truncate(side.limit, eos=True)
-      pieces.append(tuple(side.pieces.piece(t) for t in own.values.tolist()))
-      decoded.append(side.pieces.decode(cut.values.tolist()))
-    record = records[i]
-    examples.append(
-      Example(
-        record["source"],
-        record["tagged_source"],
-        record["target"],
-        pieces[0],
-        pieces[1],
-        decoded[0],
-        decoded[1],
+      pair.append(
+        Shown(
+          records[i][text],
+          records[i][tagged],
+          tuple(side.pieces.piece(t) for t in own.values.tolist()),
+          side.pieces.decode(cut.values.tolist()),
+        )
       )
-    )
+    examples.append((pair[0], pair[1]))
   return examples
 
 

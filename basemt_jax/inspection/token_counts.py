@@ -24,39 +24,26 @@ class Side:
   """One side of the pairs looked at.
 
   Lengths are in tokens, tag and EOS included, before anything is cut.
-
-  Attributes:
-    language: its code; the direction and side where the direction's name is
-      not two codes.
-    mean: length.
-    median: length.
-    p95: length that 95% of the sequences do not exceed.
-    longest: length.
-    histogram: sequences by length; bin i ends at `BINS[i]`, one more bin is
-      for what is longer.
-    truncated: share of the sequences that exceed the limit.
-    characters: of the texts, without tags.
-    tokens: of the texts, without tags and EOS.
-    unknown: share of these tokens that are the unknown token.
-    bytes: share of these tokens that are single bytes of a character without a
-      piece; None for a vocabulary that has no such pieces, or nothing else.
-    tokens_per_character: what a character costs.
-    altered: share of the texts that decoding does not give back exactly.
   """
 
+  # its code; the direction and side where the direction's name is not two codes
   language: str
-  mean: float
+  mean: float  # lengths
   median: float
-  p95: float
+  p95: float  # length that 95% of the sequences do not exceed
   longest: int
+  # sequences by length; bin i ends at `BINS[i]`, one more bin is for what is
+  # longer
   histogram: tuple[int, ...]
-  truncated: float
-  characters: int
-  tokens: int
-  unknown: float
+  truncated: float  # share of the sequences that exceed the limit
+  characters: int  # of the texts, without tags
+  tokens: int  # likewise, without EOS too
+  unknown: float  # share of these tokens that are the unknown token
+  # share of these tokens that are single bytes of a character without a piece;
+  # None for a vocabulary that has no such pieces, or nothing else
   bytes: float | None
   tokens_per_character: float
-  altered: float
+  altered: float  # share of the texts that decoding does not give back exactly
 
 
 class Pieces:
@@ -135,13 +122,9 @@ class SideCounter:
     tagged: str,
     plain: str,
   ) -> None:
-    """Takes more sequences.
+    """Takes more sequences, and the records that have their texts.
 
-    Args:
-      ids: as the task gives them.
-      records: their texts.
-      tagged: key of the text that the ids stand for.
-      plain: key of the text without its tag.
+    The ids stand for `record[tagged]`, which is `record[plain]` with a tag.
     """
     self._lengths.append(ids.lengths)
     self._counts += self.pieces.counts(ids.values)

@@ -47,19 +47,13 @@ class Model(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-  """What a request may ask for.
+  """What a request may ask for."""
 
-  Attributes:
-    texts: Of one request.
-    beam: Hypotheses that are searched side by side.
-    waiting: Texts, of all requests, that wait for others to be translated.
-    body: Bytes of a request.
-  """
-
-  texts: ranges.Count = 64
-  beam: ranges.Count = 8
+  texts: ranges.Count = 64  # of one request
+  beam: ranges.Count = 8  # hypotheses that are searched side by side
+  # texts, of all requests, that wait for others to be translated
   waiting: ranges.Count = 1024
-  body: ranges.Count = 2**20
+  body: ranges.Count = 2**20  # bytes of a request
 
 
 class Request(pydantic.BaseModel):

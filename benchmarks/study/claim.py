@@ -10,18 +10,24 @@ from typing import Any
 import numpy as np
 
 from basemt_jax.data import languages
+from basemt_jax.inspection import compare
 from benchmarks.study import reading, tables
 
 SET = "recipe"
 BASELINES = ("base", "base_static_5")
 
 # Systems of the claim and the names of their logs. All have a weight decay of
-# 0.3, averaged weights and groups of 64 rows.
+# 0.3, averaged weights and groups of 64 rows. With Muon, each at the better of
+# two learning rates; then those at the other one.
 MUON = {
   "base": "base_muon",
-  "base_static_5": "base_static_5_muon",
-  "back_at_70": "back_at_70_muon",
+  "base_static_5": "base_static_5_muon_6",
   "recommended": "recommended",
+}
+OTHER_RATE = {
+  "base, 0.006": "base_muon_6",
+  "base_static_5, 0.003": "base_static_5_muon",
+  "recommended, 0.003": "slowly_back_muon",
 }
 ADAMW = {
   "dense": "dense",
@@ -30,6 +36,17 @@ ADAMW = {
   "base_static_5": "base_static_5",
   "back_at_70": "back_at_70",
   "recommended": "slowly_back",
+}
+# Runs planned for other lengths, at 0.003 but the last.
+LONG = {
+  "base, 20,000": "base_muon_long",
+  "base_static_5, 20,000": "base_static_5_muon_long",
+  "recommended, 10,000": "slowly_back_muon_10000",
+}
+HALF = {
+  "base, 5,000": "base_muon",
+  "base_static_5, 5,000": "base_static_5_muon_6",
+  "recommended, 2,500": "recommended_2500",
 }
 # Milliseconds of a step, alone on an H100; the runs shared theirs by twos.
 #   python benchmarks/training_step.py --width 384 --experts 16 --length 64
@@ -72,10 +89,14 @@ def scores(
 @functools.cache
 def runs(descent: str = "muon") -> dict[str, list[reading.Finished]]:
   """Runs of the claim by system; whole ones only."""
-  names = {"muon": MUON, "adamw": ADAMW}[descent]
+  return _named({"muon": MUON, "adamw": ADAMW}[descent])
+
+
+def _named(names: Mapping[str, str]) -> dict[str, list[reading.Finished]]:
+  """Whole runs by what a table calls them, from the names of their logs."""
   found = {
     system: [
-      reading.with_seconds(one, STEP_MS[descent])
+      reading.with_seconds(one, STEP_MS[one.header["size"]["descent"]])
       for one in all_runs().values()
       if one.header["name"] == name
       and one.steps[-1] == one.header["size"]["train_steps"]
@@ -85,11 +106,16 @@ def runs(descent: str = "muon") -> dict[str, list[reading.Finished]]:
   return {k: v for k, v in found.items() if v}
 
 
+def both_rates() -> dict[str, list[reading.Finished]]:
+  """All systems with Muon at both rates."""
+  return {**runs(), **_named(OTHER_RATE)}
+
+
 def both() -> dict[str, list[reading.Finished]]:
-  """All runs of the claim, by system and optimizer."""
+  """All runs of the claim, by system, rate and optimizer."""
   return {
     **{f"{system}, AdamW": own for system, own in runs("adamw").items()},
-    **runs(),
+    **both_rates(),
   }
 
 
@@ -104,8 +130,8 @@ def significance(other: str) -> dict[str, dict[str, int]]:
   Those with Muon, against one with Muon.
   """
   bands = runs()[reading.BASELINE][0].bands
-  systems = {name: system for system, name in MUON.items()}
-  found: dict[str, dict[str, int]] = {system: {} for system in MUON}
+  systems = {name: system for system, name in {**MUON, **OTHER_RATE}.items()}
+  found: dict[str, dict[str, int]] = {s: {} for s in systems.values()}
   for record in _score_records(SET):
     if record.get("against") == MUON[other] and record["run"] in systems:
       counts = found[systems[record["run"]]]
@@ -254,11 +280,57 @@ def with_plain_baselines() -> dict[str, list[reading.Finished]]:
   return {**plain, "recommended": runs()["recommended"]}
 
 
+def table_of_lengths(names: Mapping[str, str]) -> str:
+  """Best dev losses of runs planned for other lengths, and when they came."""
+  found = _named(names)
+
+  def row(name: str, own: Sequence[reading.Finished]) -> list[str]:
+    [one] = own
+    best = int(one.loss("all").argmin())
+    return [
+      name,
+      f"{one.steps[best]:,}",
+      *(f"{one.loss(band)[best]:.3f}" for band in reading.BANDS),
+    ]
+
+  return tables.table(
+    ["system, planned for", "best at", *reading.BANDS],
+    (row(name, own) for name, own in found.items()),
+  )
+
+
+def table_of_arrivals() -> str:
+  """When the recipe reaches what a baseline of the long runs had, and when."""
+  found = _named(LONG)
+  *baselines, recipe = found.values()
+  rows = []
+  for name, [base] in zip(found, baselines, strict=False):
+    for updates in (4000, 8000, 12000, 16000, 20000):
+      loss = float(base.loss("all")[base.steps <= updates].min())
+      at = int(base.steps[base.loss("all") <= loss][0])
+      needed = compare.reached(recipe[0].steps, recipe[0].loss("all"), loss)
+      rows.append(
+        [
+          name,
+          f"{at:,}",
+          f"{loss:.3f}",
+          f"{needed:,.0f}" if needed else "not in 10,000",
+          f"{at / needed:.2f}" if needed else "–",
+        ]
+      )
+  return tables.table(
+    ["baseline", "after updates", "dev loss", "recipe", "times fewer"], rows
+  )
+
+
 TABLES: Mapping[str, Any] = {
-  "claim updates": lambda: tables.factors(runs(), "steps"),
+  "claim updates": lambda: tables.factors(both_rates(), "steps"),
   "claim updates, fixed 5": lambda: tables.factors(
-    runs(), "steps", "base_static_5"
+    both_rates(), "steps", "base_static_5"
   ),
+  "long runs": lambda: table_of_lengths(LONG),
+  "long arrivals": table_of_arrivals,
+  "half runs": lambda: table_of_lengths(HALF),
   "AdamW updates": lambda: tables.factors(runs("adamw"), "steps"),
   "AdamW updates, fixed 5": lambda: tables.factors(
     runs("adamw"), "steps", "base_static_5"

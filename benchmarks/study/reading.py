@@ -17,13 +17,14 @@ import dataclasses
 import json
 import lzma
 import pathlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from basemt_jax import steps
 from basemt_jax.data import languages
+from basemt_jax.inspection import compare
 from benchmarks.study import systems
 
 LOGS = pathlib.Path(__file__).parent / "logs"
@@ -33,37 +34,28 @@ BANDS = ("all", *languages.BANDS)
 
 @dataclasses.dataclass(frozen=True)
 class Finished:
-  """One run's log.
+  """One run's log."""
 
-  Attributes:
-    system: Its name.
-    seed: Its seed.
-    header: Device, versions, size, settings.
-    steps: [K] of the evaluations.
-    seconds: [K] of training until then, without compiling, converting and
-      saving, as told above; not known (NaN) until `with_seconds`.
-    losses: Direction to dev losses [K], nats per token.
-    pairs: Direction to training pairs.
-    bands: Direction to 'high', 'mid' or 'low'.
-    scores: (Beam, direction) to (BLEU, chrF++).
-    experts: Layer to (languages, shares [languages, E]).
-    windows: (Network, steps per second) of each logged window.
-    by_affinity: Direction to dev loss at the end if prices do not count.
-    bleu: Band to (step, BLEU) of some dev sentences; empty where not measured.
-  """
-
-  system: str
+  system: str  # name
   seed: int
-  header: Mapping[str, Any]
-  steps: np.ndarray
+  header: Mapping[str, Any]  # device, versions, size, settings
+  steps: np.ndarray  # [K] of the evaluations
+  # [K] of training until then, without compiling, converting and saving, as
+  # told above; not known (NaN) until `with_seconds`
   seconds: np.ndarray
+  # direction to dev losses [K], nats per token
   losses: Mapping[str, np.ndarray]
-  pairs: Mapping[str, int]
-  bands: Mapping[str, str]
+  pairs: Mapping[str, int]  # direction to training pairs
+  bands: Mapping[str, str]  # direction to 'high', 'mid' or 'low'
+  # (Beam, direction) to (BLEU, chrF++)
   scores: Mapping[tuple[int, str], tuple[float, float]]
+  # layer to (languages, shares [languages, E])
   experts: Mapping[str, tuple[Sequence[str], np.ndarray]]
+  # (Network, steps per second) of each logged window
   windows: Sequence[tuple[str, float]]
+  # direction to dev loss at the end if prices do not count
   by_affinity: Mapping[str, float]
+  # band to (step, BLEU) of some dev sentences; empty where not measured
   bleu: Mapping[str, Sequence[tuple[int, float]]]
 
   def members(self, band: str) -> list[str]:
@@ -199,16 +191,8 @@ def with_seconds(one: Finished, step_ms: Mapping[str, float]) -> Finished:
   )
 
 
-def reached(x: np.ndarray, losses: np.ndarray, target: float) -> float | None:
-  """Where a curve first is at or below a loss, interpolated; None: nowhere."""
-  below = np.flatnonzero(losses <= target)
-  if not below.size:
-    return None
-  i = int(below[0])
-  if i == 0:
-    return float(x[0])
-  share = (losses[i - 1] - target) / (losses[i - 1] - losses[i])
-  return float(x[i - 1] + share * (x[i] - x[i - 1]))
+# Where a run was, and a figure that falls; None: not measured.
+Curve = Callable[[Finished], tuple[np.ndarray, np.ndarray] | None]
 
 
 def convergence(
@@ -216,51 +200,46 @@ def convergence(
 ) -> list[float] | None:
   """How many times fewer updates or seconds than a baseline to its best loss.
 
-  Args:
-    runs: Of all systems; a run is compared with the baseline's of the same
-      seed, if there is one, else with its first.
-    system: Its name.
-    band: See `BANDS`.
-    axis: 'steps' or 'seconds'.
-    baseline: Its name.
+  A run is compared with the baseline's of the same seed, if there is one, else
+  with its first. The axis is 'steps' or 'seconds'.
 
   Returns:
     The factor of every run; None where one of them never gets there, or the
     baseline was not run.
   """
-  factors = []
-  for own in runs[system]:
-    bases = runs.get(baseline)
-    if not bases:
-      return None
-    base = next((r for r in bases if r.seed == own.seed), bases[0])
-    target = float(base.loss(band).min())
-    needed = reached(getattr(own, axis), own.loss(band), target)
-    whole = reached(getattr(base, axis), base.loss(band), target)
-    if needed is None or whole is None:
-      return None
-    factors.append(whole / needed)
-  return factors
+  return _times_fewer(
+    runs[system],
+    runs.get(baseline, ()),
+    lambda one: (getattr(one, axis), one.loss(band)),
+  )
 
 
 def bleu_convergence(runs: Runs, system: str, band: str) -> list[float] | None:
-  """As `convergence` in updates, for dev BLEU, of runs that measured it.
+  """As `convergence` in updates, for dev BLEU, of runs that measured it."""
 
-  Base's best is that of the same seed, or of its first that measured any.
-  """
-  bases = {r.seed: r.bleu[band] for r in runs[BASELINE] if r.bleu[band]}
+  def falling(one: Finished) -> tuple[np.ndarray, np.ndarray] | None:
+    if not one.bleu[band]:
+      return None
+    updates, values = np.array(one.bleu[band], float).T
+    return updates, -values
+
+  return _times_fewer(runs[system], runs[BASELINE], falling)
+
+
+def _times_fewer(
+  own: Sequence[Finished], bases: Sequence[Finished], curve: Curve
+) -> list[float] | None:
+  known = {one.seed: found for one in bases if (found := curve(one))}
   factors = []
-  for own in runs[system]:
-    if not own.bleu[band] or not bases:
+  for one in own:
+    found = curve(one)
+    if not found:
       continue
-    base = bases.get(own.seed, next(iter(bases.values())))
-    target = max(value for _, value in base)
-    needed, whole = (
-      reached(updates, -values, -target)
-      for updates, values in (
-        np.array(b, float).T for b in (own.bleu[band], base)
-      )
-    )
+    if not known:
+      return None
+    base = known.get(one.seed, next(iter(known.values())))
+    target = float(base[1].min())
+    needed, whole = (compare.reached(*c, target) for c in (found, base))
     if needed is None or whole is None:
       return None
     factors.append(whole / needed)

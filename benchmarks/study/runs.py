@@ -302,8 +302,8 @@ def prepare(data: str, store: str, vocab_size: int, length: int) -> None:
     print(f"{name} {pairs} pairs {rows} rows")
 
 
-def main() -> None:
-  """Parses the command line."""
+def parsed() -> argparse.Namespace:
+  """The command line."""
   parser = argparse.ArgumentParser(description=__doc__)
   commands = parser.add_subparsers(required=True, dest="command")
   sub = commands.add_parser("prepare")
@@ -341,7 +341,38 @@ def main() -> None:
   sub.add_argument("--store", required=True)
   sub.add_argument("--logs", type=pathlib.Path, required=True)
   sub.add_argument("--size", nargs="+", default=[], metavar="FIELD=VALUE")
-  options = parser.parse_args()
+  return parser.parse_args()
+
+
+def run_system(
+  name: str, seed: int, size: systems.Size, options: argparse.Namespace
+) -> None:
+  """Makes a system's run, unless another process does."""
+  system = systems.with_changes(systems.SYSTEMS[name], options.change)
+  header = {
+    "system": name,
+    "seed": seed,
+    "settings": systems.settings_of(system),
+    "network": systems.network_of(system),
+    "size": dataclasses.asdict(size),
+    "pairs": pairs_of(row_store.RowStore(options.store)),
+  }
+  model_dir = str(options.work / f"{name}_{seed}")
+  described = systems.run_of(system, size, seed, options.store, model_dir)
+  beams = options.beams
+  if beams is None:
+    beams = (1, 4) if system.beam else (1,)
+  if beams:
+    described = dataclasses.replace(
+      described, bleu_every=max(size.train_steps // 10, 1)
+    )
+  with contextlib.suppress(BlockingIOError):
+    make_run(described, header, options.logs, beams, options.affinities)
+
+
+def main() -> None:
+  """Packs rows, or makes the runs that are missing."""
+  options = parsed()
   if options.command == "prepare":
     prepare(options.data, options.store, options.vocab_size, options.length)
     return
@@ -352,28 +383,8 @@ def main() -> None:
   for seed in options.seeds or range(3):
     for name in options.systems:
       wanted = options.seeds or seed < systems.SYSTEMS[name].seeds
-      if not wanted or is_complete(options.logs / f"{name}_{seed}.jsonl"):
-        continue
-      system = systems.with_changes(systems.SYSTEMS[name], options.change)
-      header = {
-        "system": name,
-        "seed": seed,
-        "settings": systems.settings_of(system),
-        "network": systems.network_of(system),
-        "size": dataclasses.asdict(size),
-        "pairs": pairs_of(row_store.RowStore(options.store)),
-      }
-      model_dir = str(options.work / f"{name}_{seed}")
-      described = systems.run_of(system, size, seed, options.store, model_dir)
-      beams = options.beams
-      if beams is None:
-        beams = (1, 4) if system.beam else (1,)
-      if beams:
-        described = dataclasses.replace(
-          described, bleu_every=max(size.train_steps // 10, 1)
-        )
-      with contextlib.suppress(BlockingIOError):  # Another one makes it.
-        make_run(described, header, options.logs, beams, options.affinities)
+      if wanted and not is_complete(options.logs / f"{name}_{seed}.jsonl"):
+        run_system(name, seed, size, options)
 
 
 if __name__ == "__main__":

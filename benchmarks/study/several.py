@@ -36,23 +36,14 @@ from benchmarks.study import runs, systems
 
 @dataclasses.dataclass(frozen=True)
 class Planned:
-  """A line of a file of runs.
+  """A line of a file of runs."""
 
-  Attributes:
-    part: Of which process.
-    name: Of the log.
-    system: With its changes.
-    system_name: Before the changes.
-    size: With its changes.
-    seed: Of model and data.
-  """
-
-  part: int
-  name: str
-  system: systems.System
-  system_name: str
-  size: systems.Size
-  seed: int
+  part: int  # of which process
+  name: str  # of the log
+  system: systems.System  # with its changes
+  system_name: str  # before the changes
+  size: systems.Size  # with its changes
+  seed: int  # of model and data
 
   @property
   def label(self) -> str:
@@ -157,7 +148,13 @@ def make(
         store, "validation", plan.size.batch_size
       ),
       hooks=trainer.Hooks(message=lambda text: _say(plan, text)),
-      make_program=shared.program,
+      make_program=lambda phase: shared.program(
+        described.config(store),
+        described.settings,
+        phase,
+        described.mesh(),
+        len(store.directions),
+      ),
     )
     timer = threading.Timer(max(deadline - time.monotonic(), 0), loop.stop)
     timer.daemon = True

@@ -24,46 +24,28 @@ from basemt_jax.data import languages
 
 @dataclasses.dataclass(frozen=True)
 class System:
-  """What tells a system from the others.
-
-  Attributes:
-    feed_forward: See `model_lib.TransformerConfig`.
-    dense_share: Of the steps, before conversion.
-    schedule: Name of a schedule of `heating`.
-    start: Temperature at the start.
-    end: Temperature at the end.
-    heating_share: Of the steps, until the end temperature; or the top one.
-    top: Temperature in between, of the schedule `there_and_back`.
-    end_share: Of the steps, until `there_and_back` is at its end.
-    max_epochs: See `sampling.Strategy`; 0: no cap.
-    router: Chooses experts.
-    placement: Of the experts; see `model_lib.TransformerConfig`.
-    learning_rate: Peak, at the end of the warm-up.
-    seeds: How many runs the study makes of it.
-    beam: Whether its translations are searched with a beam, too.
-    reinitialise, noise, centroids, optimizer: See `conversion.Options`.
-    rewarm_steps: See `steps.Settings`.
-  """
+  """What tells a system from the others."""
 
   feed_forward: model_lib.FeedForward = "experts"
-  dense_share: float = 0.0
-  schedule: str = "constant"
-  start: float = 1.0
-  end: float = 2.5
-  heating_share: float = 1.0
-  top: float = 0.0
-  end_share: float = 1.0
-  max_epochs: float = 0.0
+  dense_share: float = 0.0  # of the steps, before conversion
+  schedule: str = "constant"  # name of one of `heating`
+  start: float = 1.0  # temperature at the start
+  end: float = 2.5  # temperature at the end
+  heating_share: float = 1.0  # of the steps, until the end's; or the top one
+  top: float = 0.0  # temperature in between, of `there_and_back`
+  end_share: float = 1.0  # of the steps, until `there_and_back` is at its end
+  max_epochs: float = 0.0  # see `sampling.Strategy`; 0: no cap
   router: routing.Router = routing.BalancedRouter()  # noqa: RUF009
   placement: model_lib.Placement = "replace"
-  learning_rate: float = 3e-3
-  seeds: int = 1
-  beam: bool = False
+  learning_rate: float = 3e-3  # peak, at the end of the warm-up
+  seeds: int = 1  # runs that the study makes of it
+  beam: bool = False  # whether translations are searched with a beam, too
+  # See `conversion.Options`.
   reinitialise: float = 0.0
   noise: float = 0.0
   centroids: Literal["orthogonal", "activations"] = "orthogonal"
   optimizer: Literal["reset", "copy"] = "reset"
-  rewarm_steps: int = 0
+  rewarm_steps: int = 0  # see `steps.Settings`
 
   def temperature(self, train_steps: int) -> heating.Schedule:
     """The schedule of a run."""
@@ -103,7 +85,11 @@ SYSTEMS: dict[str, System] = {
     router=routing.BalancedRouter(prices_at_test=False), placement="insert"
   ),
   "recommended": System(
-    schedule="there_and_back", top=3.0, end=1.5, heating_share=0.2
+    schedule="there_and_back",
+    top=3.0,
+    end=1.5,
+    heating_share=0.2,
+    learning_rate=6e-3,
   ),
   "dense_heated": System("dense", schedule="linear", **_DENSE),
 }
@@ -112,48 +98,29 @@ BANDS = languages.BandThresholds(high=20_000, low=5_000)
 
 @dataclasses.dataclass(frozen=True)
 class Size:
-  """What all systems share.
+  """What all systems share."""
 
-  Attributes:
-    train_steps: Updates of a run.
-    batch_size: Packed rows.
-    emb_dim: D; feed-forwards are of 4 D.
-    head_dim: Of attention.
-    blocks: Of encoder and of decoder.
-    expert_every: Of so many blocks the last has experts.
-    dtype: Computation type.
-    num_experts: E.
-    warmup_steps: Updates in which the learning rate rises.
-    rate: Name of a schedule of `optimizer`; 'inverse_square_root' does not know
-      how long a run will be, and 'cosine_decay' ends at 0.
-    dropout_rate: See `model_lib.TransformerConfig`.
-    evaluations: Of the dev loss, in the course of a run.
-    rows_per_group: Rows that compete for experts together.
-    descent: Name of an optimizer of `optimizer`.
-    moments: Type of the means that `adamw` keeps.
-    weight_decay: Of its matrices.
-    average_decay: Of averaged weights, which are then evaluated; 0: none.
-    stop_at: Where to stop a run that is planned as one of `train_steps`; 0: at
-      its end.
-  """
-
-  train_steps: int = 5000
-  batch_size: int = 256
-  emb_dim: int = 384
-  head_dim: int = 64
-  blocks: int = 6
-  expert_every: int = 3
-  dtype: model_lib.Dtype = "bfloat16"
-  num_experts: int = 16
-  warmup_steps: int = 600
+  train_steps: int = 5000  # updates of a run
+  batch_size: int = 256  # packed rows
+  emb_dim: int = 384  # D; feed-forwards are of 4 D
+  head_dim: int = 64  # of attention
+  blocks: int = 6  # of encoder and of decoder
+  expert_every: int = 3  # of so many blocks the last has experts
+  dtype: model_lib.Dtype = "bfloat16"  # computation type
+  num_experts: int = 16  # E
+  warmup_steps: int = 600  # updates in which the learning rate rises
+  # name of a schedule of `optimizer`; 'inverse_square_root' does not know how
+  # long a run will be, and 'cosine_decay' ends at 0
   rate: str = "inverse_square_root"
-  dropout_rate: float = 0.1
-  evaluations: int = 25
-  rows_per_group: int = 16
-  descent: str = "adamw"
-  moments: str = "float32"
-  weight_decay: float = 0.0
+  dropout_rate: float = 0.1  # see `model_lib.TransformerConfig`
+  evaluations: int = 25  # of the dev loss, in the course of a run
+  rows_per_group: int = 16  # rows that compete for experts together
+  descent: str = "adamw"  # name of an optimizer of `optimizer`
+  moments: str = "float32"  # type of the means that `adamw` keeps
+  weight_decay: float = 0.0  # of its matrices
+  # of averaged weights, which are then evaluated; 0: none
   average_decay: float = 0.0
+  # where to stop a run that is planned as one of `train_steps`; 0: at its end
   stop_at: int = 0
 
 

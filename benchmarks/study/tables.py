@@ -1,7 +1,7 @@
 """The tables of the report, as Markdown."""
 
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -51,6 +51,12 @@ def specialisation(shares: np.ndarray) -> float:
   mean = shares.mean(axis=0, keepdims=True)
   ratio = np.divide(shares, mean, where=shares > 0, out=np.ones_like(shares))
   return float((shares * np.log(ratio)).sum(axis=1).mean())
+
+
+def _those(runs: Runs, wanted: Callable[[Finished], Any]) -> Runs:
+  """Runs of which something is known, and their systems."""
+  known = {s: [r for r in own if wanted(r)] for s, own in runs.items()}
+  return {system: own for system, own in known.items() if own}
 
 
 def systems_of(runs: Runs) -> str:
@@ -103,11 +109,7 @@ def losses(runs: Runs) -> str:
 
 def scores(runs: Runs, beam: int, metric: int) -> str:
   """BLEU (0) or chrF++ (1) of each band, of runs that were translated so."""
-  tested = {
-    s: found
-    for s, own in runs.items()
-    if (found := [r for r in own if r.has_scores(beam)])
-  }
+  tested = _those(runs, lambda r: r.has_scores(beam))
   return table(
     ["system", "seeds", *BANDS],
     (
@@ -148,11 +150,7 @@ def significance(found: Mapping[str, Mapping[str, Any]]) -> str:
 
 def routing(runs: Runs) -> str:
   """Dev loss at the end if prices count at test time, and if they do not."""
-  priced = {
-    s: found
-    for s, own in runs.items()
-    if (found := [r for r in own if r.by_affinity])
-  }
+  priced = _those(runs, lambda r: r.by_affinity)
   return table(
     ["system", "with prices", "by affinity"],
     (
@@ -168,11 +166,7 @@ def routing(runs: Runs) -> str:
 
 def experts(runs: Runs) -> str:
   """Mutual information of language and expert, by layer."""
-  sparse = {
-    s: found
-    for s, own in runs.items()
-    if (found := [r for r in own if r.experts])
-  }
+  sparse = _those(runs, lambda r: r.experts)
   layers = sorted(next(iter(sparse.values()))[0].experts) if sparse else []
   return table(
     ["system", *layers],

@@ -1,0 +1,24 @@
+"""What tests tell XLA: simulated devices, and not to optimise what runs once.
+
+Most of a test's time goes into compiling: a third of that into optimising
+machine code, half into XLA's newer way to emit fusions. Where XLA has no other
+way any more it ignores that option.
+"""
+
+import os
+
+_QUICKLY = (
+  "--xla_backend_optimization_level=0",
+  "--xla_llvm_disable_expensive_passes=true",
+  "--xla_cpu_parallel_codegen_split_count=1",
+  "--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters",
+)
+
+
+def xla_flags(devices: int) -> str:
+  """`XLA_FLAGS` of a process that has so many CPU devices."""
+  # Told twice, a flag would make other keys in the cache of programs.
+  given = os.environ.get("XLA_FLAGS", "").split()
+  count = "--xla_force_host_platform_device_count="
+  own = [f for f in given if f not in _QUICKLY and not f.startswith(count)]
+  return " ".join((*own, f"{count}{devices}", *_QUICKLY))
