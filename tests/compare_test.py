@@ -114,6 +114,14 @@ def test_only_the_same_search_compares(runs, tmp_path):
   assert [t.title for t in section.tables if "beam" in t.title]
 
 
+def test_an_export_is_compared_by_its_scores(runs, tmp_path):
+  export = write_run(tmp_path / "export", 8, [2.0], 10.0, BETTER)
+  (scores,) = export.glob("evaluation/*/scores.json")
+  scores.write_text(scores.read_text().replace('"step": 400', '"step": null'))
+  _, found = compare.compare([runs[0], export], 10)
+  assert [s.direction for s in found.scores] == ["en-de"]
+
+
 def test_the_command_writes_table_page_and_json(runs, tmp_path, capsys):
   out = [tmp_path / name for name in ("x.json", "x.html")]
   command = ["compare", *map(str, runs), "--samples", "20", "--traceback"]
