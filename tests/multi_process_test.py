@@ -404,6 +404,23 @@ def test_experts_over_processes(
 
 
 @pytest.mark.slow
+def test_pairs_that_two_processes_write_are_those_of_one(alone, tmp_path):
+  (tmp_path / "text").write_text("".join(f"no {i} {i}\n" for i in range(150)))
+  found = []
+  for count in (1, 2):
+    arguments = ("--from=de", "--to=en", f"--input={tmp_path / 'text'}")
+    folder = tmp_path / f"by_{count}"
+    command = alone.command("backtranslate", *arguments, f"--output={folder}")
+    group = alone.group(count)
+    group.run(*command, "--batch_size=4")  # Several small chunks.
+    found.append((folder / "en_x_bt-de.train.tsv").read_bytes())
+    assert "of 150 sentences" in group.output()
+  assert found[0] == found[1] and found[0].count(b"\n") > 30
+  # What is done is not done again.
+  group.run(*command, "--batch_size=4")
+
+
+@pytest.mark.slow
 def test_conversion_by_two_processes(store, compiled, tmp_path):
   extra = "conversion.Options.centroids = 'activations'\nFEED_FORWARD = "
   sparse = [
