@@ -287,7 +287,7 @@ class Checkpoints:
     if not available:
       raise ValueError(
         f"{self.directory} holds no checkpoints; train first, or, if it is an "
-        "export, give the model directory it was made of"
+        "export, `basemt import` it or give the model directory it was made of"
       )
     if which == "latest":
       newest = max(self._steps_there(), default=0)
