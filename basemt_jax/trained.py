@@ -66,8 +66,7 @@ class Trained:
     step: Of the checkpoint.
     program: Its phase's program.
     variables: What `program.model.apply` takes.
-    description: What it was trained as.
-    pieces: The vocabulary it was trained with.
+    description: What it was trained as, with `pieces` as vocabulary.
     console: Takes progress, if rows have to be built.
   """
 

@@ -189,7 +189,9 @@ def described(
   name: str, store: str, work: pathlib.Path, size: systems.Size
 ) -> run.Run:
   """The run of a system; all differ in experts and data alone."""
-  system = systems.SYSTEMS["recommended"]
+  system = dataclasses.replace(
+    systems.SYSTEMS["recommended"], learning_rate=3e-3
+  )
   if name.startswith("dense"):
     system = dataclasses.replace(system, feed_forward="dense")
   made = systems.run_of(system, size, 0, store, str(work / name))
