@@ -184,10 +184,10 @@ def add_direction(
     source: source language.
     target: target language.
     read: gives the (source, target) texts of a split, untagged.
-    num_pairs: see `PairSource`, as for `fingerprint`.
+    num_pairs: see `PairSource`.
     vocabulary: of both sides. With one of ours the task is declared, and
       registered when SeqIO is imported.
-    fingerprint: of the pairs.
+    fingerprint: see `PairSource`.
 
   Returns:
     The SeqIO task, or the declared one. Its examples have `inputs` and
