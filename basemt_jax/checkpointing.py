@@ -285,7 +285,10 @@ class Checkpoints:
     """
     available = self.steps()
     if not available:
-      raise ValueError(f"{self.directory} holds no checkpoints; train first")
+      raise ValueError(
+        f"{self.directory} holds no checkpoints; train first, or, if it is an "
+        "export, `basemt import` it or give the model directory it was made of"
+      )
     if which == "latest":
       newest = max(self._steps_there(), default=0)
       if newest > available[-1]:
