@@ -135,23 +135,17 @@ class Trained:
     """
     return choose_tag(self.description.tags, to, source)
 
-  def texts(
-    self, direction: str, pairs: Sequence[tuple[str, str]]
-  ) -> evaluation.DirectionTexts:
-    """Pairs of any origin, tagged as those of a direction were in training.
-
-    Raises:
-      UnknownTagError: See `tag`.
-    """
-    return tagged_texts(self.description, direction, pairs)
-
 
 def tagged_texts(
   known: description.Description,
   direction: str,
   pairs: Sequence[tuple[str, str]],
 ) -> evaluation.DirectionTexts:
-  """Texts of a model that is described; see `Trained.texts`."""
+  """Pairs of any origin, tagged as those of a direction were in training.
+
+  Raises:
+    UnknownTagError: See `Trained.tag`.
+  """
   tag = known.tags[direction]
   if tag is None:
     raise UnknownTagError(_not_alike(direction))

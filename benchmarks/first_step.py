@@ -20,7 +20,8 @@ line of the table is one process:
 With --conversion `trainer.Trainer` trains `--steps` dense steps, which should
 take longer than a sparse one takes to compile, and a few sparse ones. The pause
 is the time between the last dense and the first sparse step, less the median of
-a step. --profile tells where the compiler spends its time.
+a step: the dev loss of one batch, a checkpoint, the conversion. --profile tells
+where the compiler spends its time.
 """
 
 import argparse
@@ -211,6 +212,7 @@ def measure_conversion(shape: Shape, count: int) -> dict[str, Any]:
   """Seconds of the pause at a conversion after `count` dense steps."""
   clock: dict[int, float] = {}
   last = count + 20
+  data = batches(shape)
 
   def report(progress: trainer.Progress) -> None:
     clock[progress.step] = time.perf_counter()
@@ -221,9 +223,10 @@ def measure_conversion(shape: Shape, count: int) -> dict[str, Any]:
       settings(shape, last, dense_steps=count),
       partitioning.make_mesh(),
       [f"en-x{i:02}" for i in range(DIRECTIONS)],
-      itertools.cycle(batches(shape)),
+      itertools.cycle(data),
       folder,
       measuring.NoWriter(),
+      dev_batches=lambda: data[:1],
       hooks=trainer.Hooks(
         report=report, message=lambda text: print(f"    {text}", flush=True)
       ),
