@@ -13,6 +13,9 @@ WORSE = [r.replace("sits", "sat") for r in REFERENCES]
 BETTER = [*REFERENCES[:10], *WORSE[10:]]
 CONFIG = """# Macros:
 BATCH_SIZE = {batch}
+
+# Parameters for steps.Settings:
+# ==============================================================================
 JOINS = \\
     {{'gu': 20,
      'kk': {batch}}}

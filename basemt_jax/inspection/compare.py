@@ -125,7 +125,7 @@ def _settings(model_dir: pathlib.Path) -> dict[str, str]:
   path = model_dir / "config.gin"
   text = path.read_text(encoding="utf-8") if path.exists() else ""
   # A long value goes on in indented lines.
-  text = re.sub(r"\\?\n\s+", " ", text)
+  text = re.sub(r"\\?\n[ \t]+", " ", text)
   found = re.findall(r"^([\w./]+) = *(.*)$", text, re.MULTILINE)
   return {name: value.strip() for name, value in found}
 
