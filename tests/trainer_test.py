@@ -22,6 +22,7 @@ from basemt_jax import (
   metrics,
   optimizer,
   partitioning,
+  phases,
   prefetch,
   sampling,
   steps,
@@ -87,6 +88,27 @@ def data(store, seed=0):
   return batches.TrainBatches(store, sampling.Strategy(schedule), ROWS, seed)
 
 
+@functools.cache
+def program(config, settings, phase, mesh):
+  return phases.program(config, settings, phase, mesh, len(toy.DIRECTIONS))
+
+
+def shared(config, settings, mesh):
+  """Programs for all runs that differ in what no step is made of."""
+  alike = dataclasses.replace(
+    settings,
+    train_steps=100,
+    log_every=1,
+    eval_every=1,
+    save_every=1,
+    keep_checkpoints=1,
+    patience=None,
+  )
+  return lambda phase: program(config, alike, phase, mesh).with_settings(
+    settings
+  )
+
+
 @contextlib.contextmanager
 def make(
   model_dir,
@@ -97,18 +119,21 @@ def make(
   rows=None,
   dev=True,
   mesh=None,
+  shares=True,
 ):
-  log = log or Log()
+  log, mesh = log or Log(), mesh or toy.mesh()
   loop = trainer.Trainer(
     config,
     settings,
-    mesh or toy.mesh(),
+    mesh,
     toy.DIRECTIONS,
     rows or data(store),
     str(model_dir),
     log,
     (lambda: batches.eval_batches(store, "validation", ROWS)) if dev else None,
     log.hooks(),
+    # Other batches than the store's have another shape.
+    make_program=shared(config, settings, mesh) if store and shares else None,
   )
   with contextlib.closing(loop):
     yield loop
@@ -127,7 +152,7 @@ def whole(store, tmp_path_factory):
   """Directory, log and last state of a run that nothing interrupted."""
   directory = tmp_path_factory.mktemp("whole")
   log = Log()
-  with make(directory, store, log=log) as loop:
+  with make(directory, store, log=log, shares=False) as loop:
     assert loop.run() == "done"
     return directory, log, loop
 
