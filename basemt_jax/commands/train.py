@@ -24,7 +24,6 @@ def run(options: argparse.Namespace) -> int:
   from basemt_jax import trained, training
 
   run = configuration.configured(options)
-  configuration.keep_memory()
   known = run.settings.known_metrics
   with trackers.Writer(run.model_dir, run.trackers, known) as writer:
 
