@@ -53,7 +53,6 @@ setuptools.setup(
     "annotated-types>=0.7",
     "babel>=2.16",
     "clu>=0.0.12",
-    "filelock>=3.16",
     "flax>=0.12,<0.13",
     "gin-config>=0.5.0",
     "jax>=0.10,<0.13",

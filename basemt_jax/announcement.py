@@ -49,7 +49,7 @@ def _data(run: run_lib.Run, store: row_store.RowStore) -> list[str]:
   """Directions and pairs, and how they are spread over the bands."""
   pairs = np.asarray(store.pairs("train"))
   tongues = {
-    language
+    language.authentic
     for name in store.directions
     for language in languages.Direction.parse(name)
   }

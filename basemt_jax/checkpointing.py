@@ -285,7 +285,10 @@ class Checkpoints:
     """
     available = self.steps()
     if not available:
-      raise ValueError(f"{self.directory} holds no checkpoints; train first")
+      raise ValueError(
+        f"{self.directory} holds no checkpoints; train first, or, if it is an "
+        "export, `basemt import` it or give the model directory it was made of"
+      )
     if which == "latest":
       newest = max(self._steps_there(), default=0)
       if newest > available[-1]:
@@ -373,10 +376,6 @@ class Checkpoints:
     """Directory of a step's checkpoint."""
     return self.directory / f"{PREFIX}_{step}"
 
-  def shapes(self, step: int) -> dict[str, tuple[int, ...]]:
-    """Path ('target/encoder/...') and shape of every stored array."""
-    return {path: leaf.shape for path, leaf in self.stored(step).items()}
-
   def stored(self, step: int) -> dict[str, jax.ShapeDtypeStruct]:
     """Path ('target/encoder/...'), shape and type of every stored array."""
     self._check(step)
@@ -397,7 +396,7 @@ class Checkpoints:
     The arrays tell, so that a checkpoint that `convert` or T5X wrote needs no
     note of it.
     """
-    has_experts = any("/base_layer/" in path for path in self.shapes(step))
+    has_experts = any("/base_layer/" in path for path in self.stored(step))
     return "sparse" if has_experts else "dense"
 
   def restore(self, step: int, like: dict[str, Any], what: str) -> dict:
@@ -412,7 +411,7 @@ class Checkpoints:
     Raises:
       ValueError: An array is missing, or has another shape; names it.
     """
-    stored = self.shapes(step)
+    stored = self.stored(step)
     wanted = traverse_util.flatten_dict(like, sep="/")
     for path, leaf in wanted.items():
       if path not in stored:
@@ -421,9 +420,9 @@ class Checkpoints:
           "checkpoint is of another model: use the configuration it was "
           "trained with"
         )
-      if stored[path] != tuple(leaf.shape):
+      if stored[path].shape != tuple(leaf.shape):
         raise ValueError(
-          f"{path} has shape {stored[path]} in {self.path(step)}, but "
+          f"{path} has shape {stored[path].shape} in {self.path(step)}, but "
           f"{what} needs {tuple(leaf.shape)}; use the configuration it was "
           "trained with"
         )

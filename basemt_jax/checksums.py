@@ -67,8 +67,8 @@ def bytes_checksum(data: bytes) -> str:
 def seal(directory: str | os.PathLike[str], but: Container[str] = ()) -> None:
   """Writes the checksums of all files of a directory that will not change.
 
-  But for those named, and those whose names begin with a dot (locks,
-  half-written ones).
+  Files named in `but` do not count, nor those whose names begin with a dot
+  (locks, half-written ones).
   """
   root = pathlib.Path(directory)
   names = sorted(

@@ -12,13 +12,14 @@ import functools
 import importlib.util
 import os
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from sacrebleu import metrics, significance
 
 from basemt_jax import files, translation
 from basemt_jax.data import languages, normalisation
+from basemt_jax.data import vocabulary as vocabulary_lib
 
 # The name that gin files know.
 BandThresholds = languages.BandThresholds
@@ -284,19 +285,9 @@ class DirectionResult:
   metrics: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
 
-class Vocabulary(Protocol):
-  """Text to ids and back, as `vocabulary.Vocabulary` does."""
-
-  def encode(self, text: str) -> list[int]:
-    """Ids of a text, without EOS."""
-
-  def decode(self, ids: Sequence[int]) -> str:
-    """The text of ids."""
-
-
 def translate_texts(
   translator: translation.Translator,
-  vocabulary: Vocabulary,
+  vocabulary: vocabulary_lib.Vocabulary,
   texts: Sequence[str],
   tag: Callable[[str], str] = str,
   progress: Callable[[int, int], None] | None = None,
@@ -336,7 +327,7 @@ def translate_texts(
 
 def evaluate(
   translator: translation.Translator,
-  vocabulary: Vocabulary,
+  vocabulary: vocabulary_lib.Vocabulary,
   texts: Sequence[DirectionTexts],
   losses: Mapping[str, float] | None = None,
   thresholds: BandThresholds | None = None,

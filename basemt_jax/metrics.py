@@ -262,8 +262,13 @@ def band_means(
 ) -> dict[str, float]:
   """Means over the directions of each band, of the main metrics.
 
-  By full name, such as 'dev/loss/low', of values by full name, whose names they
-  are not, and the bands of directions.
+  Args:
+    values: by full name.
+    bands: of the directions.
+    known: the metrics that a run measures.
+
+  Returns:
+    By full name, such as 'dev/loss/low'; without those that `values` has.
   """
   groups: dict[str, list[float]] = {}
   for name, value in values.items():

@@ -559,9 +559,9 @@ def forward(
     network: The Transformer.
     variables: {'params': ..., 'prices': ...}.
     batch: T5X's features; others are ignored.
-    train: See `Transformer.__call__`, as for `enable_dropout`.
-    enable_dropout: With a key of it.
-    dropout_rng: The key.
+    train: See `Transformer.__call__`.
+    enable_dropout: See `Transformer.__call__`.
+    dropout_rng: Key, needed with dropout.
     reported: Collections of what modules tell: `intermediates` of routers,
       `expert_inputs`.
 

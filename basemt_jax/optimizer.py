@@ -153,11 +153,11 @@ def muon(
   matrix orthogonal. Its updates are scaled to the root mean square 0.2 that
   Adam's have (arXiv:2502.16982), so the learning rate means the same as for
   `adamw`. Embeddings, centroids, gates and norms are NAdam's: both have
-  Nesterov's momentum. Arguments besides these are as of `adamw`.
+  Nesterov's momentum.
 
-  `momentum` is the decay of the mean of a matrix's gradients, `dtype` that in
-  which matrices are made orthogonal: the iteration does not converge in any
-  case, so bfloat16, the method's own, serves as well.
+  `momentum` is the decay of the mean of a matrix's gradients. Matrices are made
+  orthogonal in `dtype`: the iteration does not converge in any case, so
+  bfloat16, the method's own, serves as well. Other arguments are as of `adamw`.
   """
   direction = optax.partition(
     {

@@ -229,8 +229,11 @@ class Run:
 class Console:
   """Where a run speaks.
 
-  Of a line; of a `trainer.Progress` and the temperature; of progress of
-  building a row store (see `store_building`); of (done, all) sentences.
+  Attributes:
+    message: Takes one line.
+    progress: Takes a `trainer.Progress` and the temperature.
+    building: Takes progress of building a row store; see `store_building`.
+    translating: Takes (done, all) sentences.
   """
 
   message: Callable[[str], None]

@@ -132,8 +132,8 @@ class Strategy:
       rows: [N] packed rows; `pairs` where nothing is packed.
       batch_size: rows of a global batch.
       meant: which of the directions a name in `joins` and `sizes` means, such
-        as `languages.meant`, which knows every spelling; None: those that are
-        spelled so.
+        as `languages.meant`, which knows every spelling; None: the direction
+        of that very name.
 
     Raises:
       ValueError: names that no direction has, directions without a size, no
@@ -161,15 +161,12 @@ def unimax(
 
 
 class Plan:
-  """A strategy for given data.
+  """A strategy for given data; made by `Strategy.plan`.
 
   Attributes:
-    strategy: What this is the plan of.
-    directions: Names.
     pairs: float [N], training pairs.
     rows: float [N], packed rows.
     sizes: float [N], the n_i of the rates.
-    batch_size: Rows of a global batch.
     starts: int [N], the first step of each direction.
     multipliers: float [N], w_i c_i; c_i is below 1 where the cap bites.
   """
@@ -370,10 +367,15 @@ def _cap(
 ) -> np.ndarray | None:
   """Multipliers under which no direction is drawn more than its limit.
 
-  Of logarithms of weights [G, N], -inf for 0, draws with each row of them [G],
-  and limits [N] above 0: [N] in (0, 1], such that with the expected draws d_i =
-  sum_g draws_g softmax(logs_g + log c)_i, either c_i = 1 and d_i <= limits_i,
-  or d_i = limits_i. None where there are none, or not to the tolerance.
+  Args:
+    logs: [G, N] logarithms of weights, -inf for 0.
+    draws: [G] draws with each row of weights.
+    limits: [N] above 0.
+
+  Returns:
+    [N] in (0, 1]: with the expected draws d_i = sum_g draws_g softmax(logs_g +
+    log c)_i, either c_i = 1 and d_i <= limits_i, or d_i = limits_i. None where
+    there are none, or not to the tolerance.
   """
   x = np.zeros(len(limits))
   capped = np.zeros(len(limits), bool)

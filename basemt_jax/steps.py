@@ -337,8 +337,8 @@ def train_step(
 ) -> tuple[TrainState, dict[str, Any]]:
   """One update, of a batch of global arrays; see `microbatch_loss`.
 
-  The key, of dropout, is the same at every step; `learning_rate` gives a
-  step's.
+  The key is of dropout, and the same at every step; `learning_rate` gives the
+  rate of a step.
 
   Returns:
     The new state; and sums over the batch: by direction [N] `loss`, `nll`,
@@ -421,7 +421,8 @@ def routing_step(
 class Program:
   """One phase's model with its shardings and compiled functions.
 
-  Of the phase's network and the learning rate by step, for N directions.
+  The network is that of the phase; `learning_rate` gives the rate of a step;
+  there are N directions.
   """
 
   def __init__(
@@ -567,8 +568,8 @@ class Program:
   def with_settings(self, settings: Settings) -> "Program":
     """The same compiled functions for another run.
 
-    Its settings may differ in seed, counts of steps and conversion: in nothing
-    that a step is made of.
+    Its settings may differ in seed, counts of steps and conversion, and in
+    nothing that a step is made of.
     """
     other = copy.copy(self)
     other._key, other._dropout_key = keys(settings.seed)

@@ -10,6 +10,8 @@ Text of persons is translated, a chunk at a time, into a TSV file that
 Whoever is killed goes on where the last whole chunk ended. A sentence is padded
 to the bucket of its own length, and every device runs the program of one, with
 as many rows, so that neither chunks nor the number of devices show in the file.
+Of several processes all translate, each with its own devices, and the first
+writes.
 """
 
 import contextlib
@@ -28,6 +30,7 @@ from basemt_jax import (
   evaluation,
   files,
   partitioning,
+  processes,
   trained,
   translation,
 )
@@ -122,6 +125,11 @@ def _write(
 ) -> Progress:
   """`write` of one job."""
   state = _State.of(job.path)
+  is_there = job.path.exists()
+  # Nobody writes before all have looked.
+  processes.check_same(
+    f"what is in {job.path.parent}", json.dumps([state.values, is_there])
+  )
   if state.values and state.identity != identity:
     changed = [k for k in identity if identity[k] != state.identity.get(k)]
     raise ValueError(
@@ -129,7 +137,7 @@ def _write(
       f"({', '.join(changed)}): set them back, remove it and {state.note}, or "
       "choose another place"
     )
-  if not state.values and job.path.exists():
+  if not state.values and is_there:
     raise ValueError(
       f"{job.path} is there already and was not written by this command: "
       "remove it or choose another place"
@@ -139,6 +147,7 @@ def _write(
     start, began = state.values["done"], time.monotonic()
     texts = itertools.islice(job.texts(), start, None)
     while some := list(itertools.islice(texts, chunk)):
+      processes.check_same("the text to translate", json.dumps(some))
       lines = _lines(job, model, translator, some, state.values["done"])
       state.add(file, lines, len(some))
       rate = (state.values["done"] - start) / (time.monotonic() - began)
@@ -269,19 +278,25 @@ class _State:
     return self.values.get("identity", {})
 
   @contextlib.contextmanager
-  def opened(self, identity: Mapping[str, Any]) -> Iterator[BinaryIO]:
-    """The growing file, with nothing behind the last whole chunk."""
+  def opened(self, identity: Mapping[str, Any]) -> Iterator[BinaryIO | None]:
+    """The growing file, with nothing behind the last whole chunk.
+
+    None where there is nothing to write: all is there, or another process is
+    the one that does.
+    """
     if not self.values:
       empty = {"done": 0, "lines": 0, "bytes": 0, "whole": False}
       self.values = {"identity": identity, **empty}
+    if not processes.is_first():
+      yield None
+      return
     self.path.parent.mkdir(parents=True, exist_ok=True)
     if self.path.exists():
       if self.path.stat().st_size != self.values["bytes"]:
         raise ValueError(
           f"{self.path} is not as it was written: remove it and {self.note}"
         )
-      with self.path.open("rb") as file:
-        yield file  # Whole: there is nothing to add.
+      yield None
       return
     with files.named(self.partial), self.partial.open("ab") as file:
       try:
@@ -298,24 +313,26 @@ class _State:
       file.truncate(self.values["bytes"])
       yield file
 
-  def add(self, file: BinaryIO, lines: Sequence[str], texts: int) -> None:
+  def add(
+    self, file: BinaryIO | None, lines: Sequence[str], texts: int
+  ) -> None:
     """Adds a chunk's lines: first to the file, then to the note."""
     data = "".join(f"{line}\n" for line in lines).encode()
-    file.write(data)
-    file.flush()
-    os.fsync(file.fileno())
     self.values["done"] += texts
     self.values["lines"] += len(lines)
     self.values["bytes"] += len(data)
-    self._write()
+    if file is not None:
+      file.write(data)
+      file.flush()
+      os.fsync(file.fileno())
+      self._write()
 
-  def finish(self, file: BinaryIO) -> None:
+  def finish(self, file: BinaryIO | None) -> None:
     """Gives the file its name."""
-    if self.path.exists():
-      return
-    self.values["whole"] = True
-    self._write()
-    os.replace(self.partial, self.path)
+    if file is not None:
+      self.values["whole"] = True
+      self._write()
+      os.replace(self.partial, self.path)
 
   def progress(self, job: Job, per_second: float) -> Progress:
     """For whoever waits."""

@@ -107,12 +107,7 @@ def start(
 
 @struct.dataclass
 class OptimizerState:
-  """T5X's optimizer state.
-
-  Attributes:
-    step: [] int32.
-    param_states: The Optax state.
-  """
+  """T5X's optimizer state: steps, [] int32, and the Optax state."""
 
   step: Array
   param_states: Tree

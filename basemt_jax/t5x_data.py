@@ -79,10 +79,10 @@ def get_dataset(
 ) -> TrainIterator:
   """T5X's `get_dataset_fn`: the run's batches, from where its model stands.
 
-  `cfg` is T5X's DatasetConfig of the training data, `shard_id` this host's part
-  of every batch by T5X's count; `checkpoint_cfg` the CheckpointConfig that T5X
-  has: it starts from the newest checkpoint in the model directory, else from
-  `restore.path`. `phase` is that T5X trains, 'dense' or 'sparse'.
+  `cfg` is T5X's DatasetConfig of the training data, and this host has part
+  `shard_id` of every batch by T5X's count. T5X starts from the newest
+  checkpoint in the model directory, else from `restore.path` of its
+  `checkpoint_cfg`, and trains one phase, 'dense' or 'sparse'.
 
   Raises:
     ValueError: T5X is told something else than the run; the directory holds

@@ -66,8 +66,7 @@ class Trained:
     step: Of the checkpoint.
     program: Its phase's program.
     variables: What `program.model.apply` takes.
-    description: What it was trained as.
-    pieces: The vocabulary it was trained with.
+    description: What it was trained as, with `pieces` as vocabulary.
     console: Takes progress, if rows have to be built.
   """
 
@@ -136,23 +135,17 @@ class Trained:
     """
     return choose_tag(self.description.tags, to, source)
 
-  def texts(
-    self, direction: str, pairs: Sequence[tuple[str, str]]
-  ) -> evaluation.DirectionTexts:
-    """Pairs of any origin, tagged as those of a direction were in training.
-
-    Raises:
-      UnknownTagError: See `tag`.
-    """
-    return tagged_texts(self.description, direction, pairs)
-
 
 def tagged_texts(
   known: description.Description,
   direction: str,
   pairs: Sequence[tuple[str, str]],
 ) -> evaluation.DirectionTexts:
-  """Texts of a model that is described; see `Trained.texts`."""
+  """Pairs of any origin, tagged as those of a direction were in training.
+
+  Raises:
+    UnknownTagError: See `Trained.tag`.
+  """
   tag = known.tags[direction]
   if tag is None:
     raise UnknownTagError(_not_alike(direction))

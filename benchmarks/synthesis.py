@@ -189,7 +189,9 @@ def described(
   name: str, store: str, work: pathlib.Path, size: systems.Size
 ) -> run.Run:
   """The run of a system; all differ in experts and data alone."""
-  system = systems.SYSTEMS["recommended"]
+  system = dataclasses.replace(
+    systems.SYSTEMS["recommended"], learning_rate=3e-3
+  )
   if name.startswith("dense"):
     system = dataclasses.replace(system, feed_forward="dense")
   made = systems.run_of(system, size, 0, store, str(work / name))
@@ -222,7 +224,7 @@ class DevBleu:
     """See `trainer.Writer`."""
     if "dev/bleu/all" in scalars:
       self.by_step[step] = float(scalars["dev/bleu/all"])
-      files.write_atomically(self._path, files.json_text(self.by_step))
+      files.write_json(self._path, self.by_step)
 
   def flush(self) -> None:
     """See `trainer.Writer`."""
@@ -305,7 +307,7 @@ def test(name: str, model: trained.Trained, work: pathlib.Path) -> None:
       }
       for result, translated in zip(results, translations, strict=True)
     }
-  files.write_atomically(work / f"{name}.json", files.json_text(found))
+  files.write_json(work / f"{name}.json", found)
 
 
 # ------------------------------------------------------- what models write

@@ -139,14 +139,6 @@ class PairSource:
     return dataset.map(lambda pair: {"inputs": pair[0], "targets": pair[1]})
 
 
-def features(vocabulary: seqio.Vocabulary) -> dict[str, seqio.Feature]:
-  """The features of every direction: `inputs`, `targets`, both with EOS."""
-  import seqio
-
-  feature = seqio.Feature(vocabulary, add_eos=True)
-  return {"inputs": feature, "targets": feature}
-
-
 def whole_target(
   output: str, example: Mapping[str, Any] | None = None, is_target: bool = False
 ) -> str:
@@ -192,10 +184,10 @@ def add_direction(
     source: source language.
     target: target language.
     read: gives the (source, target) texts of a split, untagged.
-    num_pairs: see `PairSource`, as for `fingerprint`.
+    num_pairs: see `PairSource`.
     vocabulary: of both sides. With one of ours the task is declared, and
       registered when SeqIO is imported.
-    fingerprint: of the pairs.
+    fingerprint: see `PairSource`.
 
   Returns:
     The SeqIO task, or the declared one. Its examples have `inputs` and
@@ -243,6 +235,7 @@ def add_task(
   """
   import seqio
 
+  feature = seqio.Feature(vocabulary, add_eos=True)
   return seqio.TaskRegistry.add(
     _task_name(corpus, source, target),
     source=data,
@@ -252,7 +245,7 @@ def add_task(
       seqio.CacheDatasetPlaceholder(),
       seqio.preprocessors.append_eos_after_trim,
     ],
-    output_features=features(vocabulary),
+    output_features={"inputs": feature, "targets": feature},
     postprocess_fn=whole_target,
     metric_fns=[functools.partial(bleu, language=target), chrf],
     shuffle_buffer_size=_SHUFFLE_BUFFER,

@@ -152,7 +152,16 @@ def mixture(
       f" vocabulary or another limit than {folder} now: give another `name`"
     )
   summary = _scan(folder, files, ignored, max_characters)
-  tasks = _add_tasks(name, summary, vocabulary, repr(identity))
+  pieces, stamp = vocabulary.seqio(), repr(identity)
+  tasks = []
+  for source, target in summary.directions:
+    sizes = summary.num_pairs((source, target))
+    read = functools.partial(
+      read_direction, summary, source=source, target=target
+    )
+    tasks.append(
+      common.add_direction(name, source, target, read, sizes, pieces, stamp)
+    )
   made = common.add_mixture(name, tasks)
   made.summary, made.identity = summary, identity
   made.warnings = summary.warnings  # Shown when training starts.
@@ -294,27 +303,6 @@ def _stamps(folder: pathlib.Path, files: finding.Found) -> tuple[object, ...]:
   )
   stamps = tuple((path.name, *checksums.stamp(path)) for path in paths)
   return str(folder.resolve()), stamps
-
-
-def _add_tasks(
-  name: str,
-  summary: Summary,
-  vocabulary: vocabulary_lib.Vocabulary,
-  stamp: str,
-) -> list[Any]:
-  """Registers all directions."""
-  tasks = []
-  for source, target in summary.directions:
-    sizes = summary.num_pairs((source, target))
-    read = functools.partial(
-      read_direction, summary, source=source, target=target
-    )
-    tasks.append(
-      common.add_direction(
-        name, source, target, read, sizes, vocabulary.seqio(), stamp
-      )
-    )
-  return tasks
 
 
 # ------------------------------------------------------------------ reading

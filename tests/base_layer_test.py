@@ -366,7 +366,7 @@ def test_prices_follow_training_only():
   h, mask = inputs()
   groups = h.reshape(-1, 2 * L, D)
   centroids = variables["params"]["expert_centroids"]
-  plans = jax.vmap(layer.router.plan, (0, 0, None))(
+  plans = jax.jit(jax.vmap(layer.router.plan, (0, 0, None)))(
     groups @ centroids.T, mask.reshape(-1, 2 * L), jnp.zeros(4)
   )
   np.testing.assert_allclose(prices, plans.prices.mean(axis=0), atol=1e-5)

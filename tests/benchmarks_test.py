@@ -3,6 +3,7 @@
 The measurements of `benchmarks/` run here for what they compute, not for times.
 """
 
+import dataclasses
 import gzip
 import importlib
 import json
@@ -415,3 +416,78 @@ def test_two_devices_do_what_one_does(tmp_path):
   assert len(found["exchanges"]["all_to_alls"]) == 8
   assert found["exchanges"]["equal_splits"]
   assert split == (slots * 64 * 4 // 2,) * 2
+
+
+def small_tatoeba(folder):
+  """Three languages with English: two of many pairs, one of few are taken."""
+  folder.mkdir()
+  for number, language in enumerate(("de", "fr", "es")):
+    rows = [
+      f"{i} apples on a tree\t{i} {language}{number} are on it"
+      for i in range(120)
+    ]
+    for split, part in (
+      ("train", rows[40:]),
+      ("dev", rows[:20]),
+      ("test", rows[20:40]),
+    ):
+      text = "".join(f"{row}\n" for row in part)
+      (folder / f"en-{language}.{split}.tsv").write_text(text)
+  return folder
+
+
+PREPARE = ["--high", "de=60", "fr=50", "--low", "es=20", "--mono=30"]
+PREPARE.append("--vocab_size=320")
+
+
+def run_synthesis(script, monkeypatch, *arguments):
+  monkeypatch.setattr(sys, "argv", ["synthesis.py", *map(str, arguments)])
+  script("synthesis").main()
+
+
+def test_synthesis_keeps_pairs_and_monolingual_text_apart(
+  script, tmp_path, monkeypatch, capsys
+):
+  data, work = small_tatoeba(tmp_path / "data"), tmp_path / "work"
+  flags = ("--data", data, "--work", work, *PREPARE)
+  run_synthesis(script, monkeypatch, "prepare", *flags)
+  with gzip.open(work / "data/en-es.train.tsv.gz", "rt") as file:
+    pairs = [line.rstrip("\n").split("\t") for line in file]
+  with gzip.open(work / "mono/es.txt.gz", "rt") as file:
+    alone = file.read().splitlines()
+  assert len(pairs) == 20 and len(alone) == 30
+  assert not {own for _, own in pairs} & set(alone)
+  assert not (work / "mono/de.txt.gz").exists()
+  # A system that copies the references beside one that says nothing of use.
+  references = [f"{i} es2 are on it" for i in range(20, 40)]
+  for name, hypotheses in (
+    ("sparse", [f"{i} fr1 is under that" for i in range(40, 60)]),
+    ("sparse_bt", references),
+  ):
+    scores = {"band": "low", "bleu": 1.0, "chrf": 2.0, "hypotheses": hypotheses}
+    found = {"step": 5, "beams": {"1": {"en-es": scores}}}
+    (work / f"{name}.json").write_text(json.dumps(found))
+  capsys.readouterr()
+  run_synthesis(script, monkeypatch, "report", "--work", work)
+  row = "| low, from English | 1 | 1.00 | 1.00 | 2.00 | 2.00 | 1, 0 |"
+  assert row in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_synthesis_at_toy_size(script, tmp_path, monkeypatch, capsys):
+  """All four systems, that is: the whole way from pairs to the table."""
+  data, work = small_tatoeba(tmp_path / "data"), tmp_path / "work"
+  flags = ("--data", data, "--work", work, *PREPARE)
+  run_synthesis(script, monkeypatch, "prepare", *flags)
+  module = script("synthesis")
+  monkeypatch.setattr(
+    module, "SEARCH", dataclasses.replace(module.SEARCH, batch_size=16)
+  )
+  size = "train_steps=4 evaluations=2 emb_dim=32 head_dim=16 blocks=2"
+  size += " num_experts=2 batch_size=8 rows_per_group=1 warmup_steps=1"
+  flags = ("--work", work, "--size", *size.split())
+  run_synthesis(script, monkeypatch, "run", *module.SYSTEMS, *flags)
+  capsys.readouterr()
+  run_synthesis(script, monkeypatch, "report", "--work", work)
+  table = capsys.readouterr().out
+  assert table.count("| all | 6 |") == 4  # Two comparisons, two beams.

@@ -375,7 +375,6 @@ def kills(
   store = toy.write_store(work / "store")
   (work / "whole").mkdir()
   whole = kill_test.Command(work / "whole", store)
-  whole.share_compiled(work / "compiled")
   whole.finish()
   start = time.monotonic()
   shutil.rmtree(whole.model_dir)
@@ -385,7 +384,6 @@ def kills(
     directory = work / f"killed_{number}"
     directory.mkdir()
     command = kill_test.Command(directory, store)
-    command.share_compiled(work / "compiled")
     tried = min(each, count - number)
     for _ in range(tried):
       with command.started():

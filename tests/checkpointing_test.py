@@ -164,7 +164,7 @@ def test_layout_on_disk_is_t5x_s(make):
   assert ("target", "encoder", "kernel") in keys
   assert ("flax_mutables", "prices", "encoder", "prices") in keys
   assert ("state", "param_states", "1", "mu", "encoder", "kernel") in keys
-  assert checkpoints.shapes(20)["target/encoder/kernel"] == (2, 3)
+  assert checkpoints.stored(20)["target/encoder/kernel"].shape == (2, 3)
   assert checkpoints.phase(20) == "dense"
 
 

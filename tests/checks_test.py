@@ -44,6 +44,7 @@ FITS = {
   "STEP_BOUNDARIES": {"[]"},
   "OPTIMIZER": {"@optimizer.adamw"},
   "PATIENCE": {"None"},
+  "SUBWORD_SAMPLING": {"None", "0.5", HUGE},
   "TOP_TEMPERATURE": {"0.5", HUGE},
   "TOP_STEPS": {"0"},
   "AVERAGE_DECAY": {"0", "0.5"},

@@ -13,6 +13,9 @@ WORSE = [r.replace("sits", "sat") for r in REFERENCES]
 BETTER = [*REFERENCES[:10], *WORSE[10:]]
 CONFIG = """# Macros:
 BATCH_SIZE = {batch}
+
+# Parameters for steps.Settings:
+# ==============================================================================
 JOINS = \\
     {{'gu': 20,
      'kk': {batch}}}
@@ -29,7 +32,7 @@ def write_run(directory, batch, losses, speed, hypotheses, search=None):
   lines = []
   for i, loss in enumerate(losses):
     step = 100 * (i + 1)
-    own = {"target_tokens/en-de": 7.0 * batch, "target_tokens/de-en": 3 * batch}
+    own = {"target_tokens": 10.0 * batch}
     lines += [
       {"step": step, "loss": loss, "steps_per_second": speed, **own},
       {"step": step, "dev/loss": loss, "dev/loss/en-de": loss},
@@ -112,6 +115,14 @@ def test_only_the_same_search_compares(runs, tmp_path):
   assert not runs[1].scores
   section = compare.section(runs)
   assert [t.title for t in section.tables if "beam" in t.title]
+
+
+def test_an_export_is_compared_by_its_scores(runs, tmp_path):
+  export = write_run(tmp_path / "export", 8, [2.0], 10.0, BETTER)
+  (scores,) = export.glob("evaluation/*/scores.json")
+  scores.write_text(scores.read_text().replace('"step": 400', '"step": null'))
+  _, found = compare.compare([runs[0], export], 10)
+  assert [s.direction for s in found.scores] == ["en-de"]
 
 
 def test_the_command_writes_table_page_and_json(runs, tmp_path, capsys):

@@ -81,6 +81,15 @@ def test_empty_paths_of_flags_are_refused(capsys):
 # -------------------------------------------------------------- modules
 
 
+def test_the_command_line_uses_what_gin_files_import():
+  run = configured("optax.lion.b1=0.9", "OPTIMIZER=@optax.lion")
+  optimizer = run.settings.optimizer
+  assert optimizer.func.__name__ == "lion" and optimizer.keywords["b1"] == 0.9
+  found = sentence("OPTIMIZER=@optax.lionn")
+  assert "optax has no lionn" in found
+  assert "a gin file has to import" in sentence("OPTIMIZER=@elsewhere.lion")
+
+
 def test_modules_of_the_working_directory_are_found(tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
   monkeypatch.setattr(sys, "path", [p for p in sys.path if p])

@@ -43,18 +43,19 @@ VARIANTS = {
 KERNEL = "encoder/layers_0/base_layer/experts/sublayer_0/wi/kernel"
 
 
-def init(config, seed):
-  network = model.Transformer(config)
+@functools.cache
+def drawn(network, seed):
   ones = jnp.ones((16, 4), jnp.int32)
-  variables = dict(
-    jax.jit(functools.partial(network.init, train=True))(
-      jax.random.key(seed), ones, ones, ones
-    )
+  variables = jax.jit(functools.partial(network.init, train=True))(
+    jax.random.key(seed), ones, ones, ones
   )
   variables.pop("intermediates", None)
-  return network, {
-    k: v for k, v in variables.items() if not k.endswith("_axes")
-  }
+  return {k: v for k, v in variables.items() if not k.endswith("_axes")}
+
+
+def init(config, seed):
+  network = model.Transformer(config)
+  return network, dict(drawn(network, seed))
 
 
 def flat(tree):

@@ -80,14 +80,19 @@ def test_layer_with_kernel_matches_the_loop(load, dtype, monkeypatch):
 
   def run(has_kernel):
     monkeypatch.setattr(experts, "_has_kernel", lambda _: has_kernel)
-    out, backward = jax.vjp(
-      lambda x, w: experts.run_tokens(
-        layer._settings(), x, jnp.asarray(expert[:, None], jnp.int32), w, None
-      ),
-      tokens,
-      weights,
-    )
-    return out, backward(cotangent)
+
+    @jax.jit
+    def there_and_back(tokens, weights):
+      out, backward = jax.vjp(
+        lambda x, w: experts.run_tokens(
+          layer._settings(), x, jnp.asarray(expert[:, None], jnp.int32), w, None
+        ),
+        tokens,
+        weights,
+      )
+      return out, backward(cotangent)
+
+    return there_and_back(tokens, weights)
 
   actual, expected = run(True), run(False)
   np.testing.assert_array_equal(actual[0][expert == E], 0)

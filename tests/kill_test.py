@@ -35,19 +35,20 @@ translation.SearchOptions.max_target_length = 4
 class Command:
   """`basemt train`, always the same command for a directory."""
 
-  def __init__(self, directory: pathlib.Path, store: str):
+  def __init__(self, directory: pathlib.Path, store: str, **environment: str):
     self.model_dir = directory / "run"
     self._gin = directory / "run.gin"
     self._gin.write_text(
       CONFIG
       + f"MODEL_DIR = '{self.model_dir}'\nrun.Run.store_dir = '{store}'\n"
     )
-    # One device, and compiled code that the runs share.
+    # One device; the runs share compiled code by the suite's own cache.
     self._environment = {
       **os.environ,
       "JAX_PLATFORMS": "cpu",
       "XLA_FLAGS": simulated.xla_flags(devices=1),
       "PYTHONPATH": str(ROOT),
+      **environment,
     }
 
   @contextlib.contextmanager
@@ -71,13 +72,6 @@ class Command:
     finally:
       process.kill()
       process.communicate()
-
-  def share_compiled(self, directory: pathlib.Path):
-    self._environment |= {
-      "JAX_COMPILATION_CACHE_DIR": str(directory),
-      "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-      "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
-    }
 
   def finish(self) -> str:
     """Runs to the end; what it wrote to standard error."""
@@ -136,19 +130,17 @@ def assert_same_end(left: Command, right: Command) -> None:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-  """A run that nothing interrupted, its store, and its compiled code."""
+  """A run that nothing interrupted, and its store."""
   directory = tmp_path_factory.mktemp("whole")
   store = toy.write_store(directory / "store")
   command = Command(directory, store)
-  command.share_compiled(directory / "compiled")
   command.finish()
-  return command, store, directory / "compiled"
+  return command, store
 
 
 def test_killed_at_the_worst_moments(whole, tmp_path):
-  uninterrupted, store, compiled = whole
+  uninterrupted, store = whole
   command = Command(tmp_path, store)
-  command.share_compiled(compiled)
   command.kill(r"step +2/.* dense ", delay=0.05)
   command.kill("converting")
   assert set(toy.saved(command.model_dir).values()) == {"dense"}
@@ -161,9 +153,8 @@ def test_killed_at_the_worst_moments(whole, tmp_path):
 
 
 def test_terminated_saves_and_goes_on(whole, tmp_path):
-  uninterrupted, store, compiled = whole
+  uninterrupted, store = whole
   command = Command(tmp_path, store)
-  command.share_compiled(compiled)
   with command.started() as process:
     wait_for(process, r"step +5/.* dense ")
     process.terminate()
@@ -177,8 +168,8 @@ def test_terminated_saves_and_goes_on(whole, tmp_path):
 
 @pytest.mark.slow
 def test_killed_anywhere_with_everything_compiled_anew(whole, tmp_path):
-  uninterrupted, store, _ = whole
-  command = Command(tmp_path, store)
+  uninterrupted, store = whole
+  command = Command(tmp_path, store, JAX_ENABLE_COMPILATION_CACHE="false")
   for pattern, delay in (
     (r"step +1/", 0.0),
     (r"step +3/", 0.3),

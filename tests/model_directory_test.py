@@ -199,7 +199,7 @@ def test_a_damaged_checkpoint_is_named_with_the_newest_whole_one(copy, damage):
   with pytest.raises(
     ValueError, match=r"checkpoint_4 is damaged: .*whole one is of step 2$"
   ):
-    with_checkpoints(copy / "model", lambda c: c.shapes(4))
+    with_checkpoints(copy / "model", lambda c: c.stored(4))
   assert with_checkpoints(copy / "model", lambda c: c.position(2))["data"]
   told = with_checkpoints(
     copy / "model", lambda c: c.set_aside, read_only=False

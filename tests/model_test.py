@@ -46,21 +46,24 @@ def shift(targets):
   return jnp.pad(targets, ((0, 0), (1, 0)))[:, :-1]
 
 
-def init(config, seed=0):
-  network = model.Transformer(config)
+@functools.cache
+def drawn(network):
   ones = jnp.ones((1, 4), jnp.int32)
-  variables = dict(
-    jax.jit(functools.partial(network.init, train=True))(
-      jax.random.key(seed), ones, ones, ones
-    )
+  variables = jax.jit(functools.partial(network.init, train=True))(
+    jax.random.key(0), ones, ones, ones
+  )
+  # Inserted experts start as the identity, which would test nothing.
+  params = jax.tree.map(
+    lambda p: p + 0.1 * np.random.RandomState(p.size).normal(size=p.shape),
+    variables.pop("params"),
   )
   variables.pop("intermediates", None)
-  # Inserted experts start as the identity, which would test nothing.
-  variables["params"] = jax.tree.map(
-    lambda p: p + 0.1 * jax.random.normal(jax.random.key(p.size), p.shape),
-    variables["params"],
-  )
-  return network, variables
+  return {**variables, "params": params}
+
+
+def init(config):
+  network = model.Transformer(config)
+  return network, dict(drawn(network))
 
 
 @functools.partial(jax.jit, static_argnames=("network", "train"))

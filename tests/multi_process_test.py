@@ -50,7 +50,7 @@ AGAIN = "start all processes again: training goes on from its last checkpoint"
 class Group:
   """The processes of one command: `basemt ARGUMENTS`, or a script."""
 
-  def __init__(self, directory, count, devices=1, **environment):
+  def __init__(self, directory, count, devices=1):
     self.directory, self.count, self.devices = directory, count, devices
     directory.mkdir(parents=True, exist_ok=True)
     self.environment = {
@@ -58,7 +58,6 @@ class Group:
       "JAX_PLATFORMS": "cpu",
       "XLA_FLAGS": simulated.xla_flags(devices),
       "PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "tests"))),
-      **environment,
     }
 
   @contextlib.contextmanager
@@ -138,8 +137,8 @@ class Group:
 class Training:
   """`basemt train` into one directory, by any number of processes."""
 
-  def __init__(self, directory, store, compiled, extra=""):
-    self.directory, self._compiled, self._runs = directory, compiled, 0
+  def __init__(self, directory, store, extra=""):
+    self.directory, self._runs = directory, 0
     self.model_dir = directory / "run"
     directory.mkdir(parents=True, exist_ok=True)
     self.gin = directory / "run.gin"
@@ -150,14 +149,7 @@ class Training:
 
   def group(self, count, devices=1):
     self._runs += 1
-    return Group(
-      self.directory / f"log_{self._runs}",
-      count,
-      devices,
-      JAX_COMPILATION_CACHE_DIR=str(self._compiled),
-      JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0",
-      JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES="-1",
-    )
+    return Group(self.directory / f"log_{self._runs}", count, devices)
 
   def command(self, name="train", *arguments):
     return (
@@ -201,19 +193,14 @@ def assert_same_training(left, right):
 
 
 @pytest.fixture(scope="module")
-def compiled(tmp_path_factory):
-  return tmp_path_factory.mktemp("compiled")
-
-
-@pytest.fixture(scope="module")
 def store(tmp_path_factory):
   return toy.write_store(tmp_path_factory.mktemp("store"))
 
 
 @pytest.fixture(scope="module")
-def alone(store, compiled, tmp_path_factory):
+def alone(store, tmp_path_factory):
   """A run of one process on one device."""
-  training = Training(tmp_path_factory.mktemp("alone"), store, compiled)
+  training = Training(tmp_path_factory.mktemp("alone"), store)
   training.finish()
   return training
 
@@ -306,9 +293,9 @@ def test_global_batches_and_refusals_are_those_of_one_process(store, tmp_path):
 # ------------------------------------------------ one dies, others stop
 
 
-def test_one_of_two_is_killed_and_the_run_goes_on_with_one(compiled, tmp_path):
+def test_one_of_two_is_killed_and_the_run_goes_on_with_one(tmp_path):
   store = toy.write_store(tmp_path / "store", ["train"])
-  training = Training(tmp_path, store, compiled, SHORT)
+  training = Training(tmp_path, store, SHORT)
   group = training.group(2)
   with group.started(*training.command()) as processes:
     group.wait_for(r"step +60/")
@@ -333,8 +320,8 @@ def test_one_of_two_is_killed_and_the_run_goes_on_with_one(compiled, tmp_path):
 
 
 @pytest.mark.slow
-def test_four_then_two_then_one(alone, store, compiled, tmp_path):
-  training = Training(tmp_path, store, compiled)
+def test_four_then_two_then_one(alone, store, tmp_path):
+  training = Training(tmp_path, store)
   group = training.group(4)
   with group.started(*training.command()) as processes:
     group.wait_for(r"step +2/")
@@ -357,9 +344,9 @@ def test_four_then_two_then_one(alone, store, compiled, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("victim", [0, 1])
-def test_a_process_that_hangs_is_noticed(victim, compiled, tmp_path):
+def test_a_process_that_hangs_is_noticed(victim, tmp_path):
   store = toy.write_store(tmp_path / "store", ["train"])
-  training = Training(tmp_path, store, compiled, SHORT)
+  training = Training(tmp_path, store, SHORT)
   group = training.group(2)
   with group.started(*training.command()) as processes:
     group.wait_for(r"step +5/")
@@ -375,10 +362,8 @@ def test_a_process_that_hangs_is_noticed(victim, compiled, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("devices, experts", [(1, 2), (4, 4)])
-def test_experts_over_processes(
-  devices, experts, alone, store, compiled, tmp_path
-):
-  training = Training(tmp_path, store, compiled)
+def test_experts_over_processes(devices, experts, alone, store, tmp_path):
+  training = Training(tmp_path, store)
   flag = f"--gin.EXPERT_DEVICES={experts}"
   group = training.finish(2, devices, flag)
   assert_same_training(training, alone)
@@ -404,14 +389,31 @@ def test_experts_over_processes(
 
 
 @pytest.mark.slow
-def test_conversion_by_two_processes(store, compiled, tmp_path):
+def test_pairs_that_two_processes_write_are_those_of_one(alone, tmp_path):
+  (tmp_path / "text").write_text("".join(f"no {i} {i}\n" for i in range(150)))
+  found = []
+  for count in (1, 2):
+    arguments = ("--from=de", "--to=en", f"--input={tmp_path / 'text'}")
+    folder = tmp_path / f"by_{count}"
+    command = alone.command("backtranslate", *arguments, f"--output={folder}")
+    group = alone.group(count)
+    group.run(*command, "--batch_size=4")  # Several small chunks.
+    found.append((folder / "en_x_bt-de.train.tsv").read_bytes())
+    assert "of 150 sentences" in group.output()
+  assert found[0] == found[1] and found[0].count(b"\n") > 30
+  # What is done is not done again.
+  group.run(*command, "--batch_size=4")
+
+
+@pytest.mark.slow
+def test_conversion_by_two_processes(store, tmp_path):
   extra = "conversion.Options.centroids = 'activations'\nFEED_FORWARD = "
   sparse = [
-    Training(tmp_path / name, store, compiled, f"{extra}'experts'\n")
+    Training(tmp_path / name, store, f"{extra}'experts'\n")
     for name in ("by_one", "by_two")
   ]
   dense = Training(
-    tmp_path / "dense", store, compiled, f"{extra}'dense'\nTRAIN_STEPS = 4\n"
+    tmp_path / "dense", store, f"{extra}'dense'\nTRAIN_STEPS = 4\n"
   )
   dense.finish(2)
   for count, training in enumerate(sparse, 1):
@@ -444,8 +446,8 @@ def test_flags_that_do_not_suffice(capsys):
 
 
 @pytest.mark.slow
-def test_processes_of_different_configuration(store, compiled, tmp_path):
-  training = Training(tmp_path, store, compiled, SHORT)
+def test_processes_of_different_configuration(store, tmp_path):
+  training = Training(tmp_path, store, SHORT)
   group = training.group(2)
   with group.started(
     *training.command(), of_each=[[], ["--gin.TRAIN_STEPS=13"]]

@@ -42,7 +42,7 @@ def test_top_k_matches_a_loop(num_selected, capacity_factor):
   mask = np.arange(24) % 5 != 0
   router = routing.TopKRouter(num_selected, capacity_factor)
   capacity = router.capacity(24, 4)
-  plan = router.plan(affinities, mask, np.zeros(4, np.float32))
+  plan = jax.jit(router.plan)(affinities, mask, np.zeros(4, np.float32))
   expert, slot = plain_top_k(affinities, mask, num_selected, capacity)
   np.testing.assert_array_equal(plan.expert, expert)
   np.testing.assert_array_equal(plan.slot, slot)
@@ -61,7 +61,7 @@ def test_switch_losses():
   affinities = scores(12, 3)
   mask = np.arange(12) < 9
   router = routing.TopKRouter(1, 1.0, 0.5, 0.25)
-  plan = router.plan(affinities, mask, np.zeros(3, np.float32))
+  plan = jax.jit(router.plan)(affinities, mask, np.zeros(3, np.float32))
   real = affinities[:9]
   # Fedus et al. 2021, equations 4 to 6, by hand.
   load = np.bincount(real.argmax(axis=1), minlength=3) / 9
@@ -74,7 +74,9 @@ def test_switch_losses():
 def test_balanced_load_has_auxiliary_loss_one():
   affinities = 50 * np.tile(np.eye(4, dtype=np.float32), (6, 1))
   router = routing.TopKRouter(auxiliary_loss_weight=1.0)
-  plan = router.plan(affinities, np.ones(24, bool), np.zeros(4, np.float32))
+  plan = jax.jit(router.plan)(
+    affinities, np.ones(24, bool), np.zeros(4, np.float32)
+  )
   np.testing.assert_allclose(plan.auxiliary_loss, 1.0, rtol=1e-5)
 
 
@@ -83,7 +85,7 @@ def test_balanced_router():
   affinities[:, 1] += 2.0
   mask = np.arange(32) < 30
   router = routing.BalancedRouter()
-  plan = router.plan(affinities, mask, np.zeros(4, np.float32))
+  plan = jax.jit(router.plan)(affinities, mask, np.zeros(4, np.float32))
   assert np.bincount(np.ravel(plan.expert)).tolist() == [8, 8, 8, 8]
   assert sorted(np.ravel(plan.slot)) == list(range(32))
   np.testing.assert_array_equal(
@@ -94,7 +96,7 @@ def test_balanced_router():
   np.testing.assert_allclose(plan.gate, expected, rtol=1e-5)
   assert float(plan.auxiliary_loss) == 0.0
   plain = routing.BalancedRouter(prices_at_test=False)
-  choice = plain.choose(affinities, mask, plan.prices)
+  choice = jax.jit(plain.choose)(affinities, mask, plan.prices)
   np.testing.assert_array_equal(
     choice.expert[:30, 0], affinities[:30].argmax(axis=1)
   )
@@ -105,8 +107,8 @@ def test_prices_at_test_time():
   affinities[:, 1] += 2.0
   mask = np.ones(256, bool)
   router = routing.BalancedRouter()
-  plan = router.plan(affinities, mask, np.zeros(4, np.float32))
-  choice = router.choose(affinities, mask, plan.prices)
+  plan = jax.jit(router.plan)(affinities, mask, np.zeros(4, np.float32))
+  choice = jax.jit(router.choose)(affinities, mask, plan.prices)
   load = np.bincount(np.ravel(choice.expert), minlength=4)
   assert abs(load - 64).max() <= 4
 
@@ -119,7 +121,7 @@ def test_gates_are_differentiable_and_assignments_constant():
     plan = routing.BalancedRouter().plan(a, mask, jnp.zeros(4))
     return jnp.sum(plan.gate), plan.expert
 
-  gradient, expert = jax.grad(total, has_aux=True)(affinities)
+  gradient, expert = jax.jit(jax.grad(total, has_aux=True))(affinities)
   share = jax.nn.sigmoid(affinities)
   chosen = jax.nn.one_hot(expert[:, 0], 4)
   np.testing.assert_allclose(gradient, chosen * share * (1 - share), rtol=1e-5)
@@ -136,12 +138,12 @@ def test_dispatch_and_combine(router):
     num_groups, num_tokens, num_experts
   )
   mask = np.ones((num_groups, num_tokens), bool)
-  plans = jax.vmap(router.plan, (0, 0, None))(
+  plans = jax.jit(jax.vmap(router.plan, (0, 0, None)))(
     affinities, mask, np.zeros(num_experts, np.float32)
   )
   moves = routing.dispatcher(plans, num_experts)
   rows = jnp.asarray(scores(num_groups * num_tokens, width, seed=1))
-  slots = moves.dispatch(rows)
+  slots = jax.jit(moves.dispatch)(rows)
   capacity = router.capacity(num_tokens, num_experts)
   assert slots.shape == (num_experts, num_groups * capacity, width)
   # Every expert multiplies by its own number, so that mixing up would show.
@@ -150,7 +152,7 @@ def test_dispatch_and_combine(router):
   def there_and_back(rows):
     return moves.combine(moves.dispatch(rows) * factor)
 
-  result = np.asarray(there_and_back(rows))
+  result = np.asarray(jax.jit(there_and_back)(rows))
   expected = np.zeros_like(result)
   weight = np.zeros(num_groups * num_tokens)
   num_slots = num_experts * capacity
@@ -163,7 +165,7 @@ def test_dispatch_and_combine(router):
           expected[n, k] = np.asarray(rows[n]) * (e + 1)
           weight[n] += e + 1
   np.testing.assert_allclose(result, expected, rtol=1e-6)
-  gradient = jax.grad(lambda r: jnp.sum(there_and_back(r)))(rows)
+  gradient = jax.jit(jax.grad(lambda r: jnp.sum(there_and_back(r))))(rows)
   expected_gradient = np.tile(weight[:, None], (1, width))
   np.testing.assert_allclose(gradient, expected_gradient, rtol=1e-6)
   text = jax.jit(jax.grad(lambda r: jnp.sum(there_and_back(r) ** 2)))

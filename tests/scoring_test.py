@@ -31,7 +31,8 @@ def network(request):
   config = toy.SPARSE if request.param == "experts" else toy.DENSE
   network = model.Transformer(config)
   tokens = jnp.full((2, 4), 2, jnp.int32)
-  variables = network.init(jax.random.key(0), tokens, tokens, tokens)
+  init = jax.jit(network.init)
+  variables = init(jax.random.key(0), tokens, tokens, tokens)
   variables = {k: v for k, v in variables.items() if k in ("params", "prices")}
   return network, jax.tree.map(lambda x: 2 * x, variables)
 

@@ -192,6 +192,10 @@ FINE = {"text": "ab", "target": "de"}
     ({"text": 7}, 422, "text: "),
     ({"target": None}, 422, "target: "),
     ({"beems": 2}, 422, "beems: "),
+    ({"text": "a\ud800"}, 422, "text: not Unicode text"),
+    ({"text": ["a", "\udc00"]}, 422, "text: not Unicode text"),
+    ({"source": "\ud800"}, 422, "source: not Unicode text"),
+    ({"\ud800": 1}, 422, "the request is no JSON object"),
     ({"text": ["a"] * 65}, 413, "65 texts are more than the 64"),
     ({"text": ["a", "b" * 64]}, 413, "text 2 has 71 tokens, more than the 64"),
   ],
@@ -218,7 +222,9 @@ def test_a_source_that_is_needed_is_asked_for_by_its_field():
 def test_long_requests_and_no_json(shared):
   long = shared.ask("/translate", b" " * (2**20 + 1))
   assert long.status == 413 and "longer than 1048576" in detail(long)
-  assert shared.ask("/translate", b"{").status == 422
+  for data in (b"{", b"text=a", b"[1]", b""):
+    answer = shared.ask("/translate", data)
+    assert answer.status == 422 and "is no JSON object" in detail(answer)
   assert shared.ask("/translate").status == 405
   assert shared.ask("/elsewhere").status == 404
 
@@ -412,7 +418,7 @@ def test_refusals_of_the_command(models, monkeypatch, capsys):
     assert cli.main([*arguments, f"--port={port}"]) == 1
   assert f"cannot listen on port {port}" in capsys.readouterr().err
   assert cli.main([*arguments, "--max_texts=0"]) == 1
-  assert "texts" in capsys.readouterr().err
+  assert "--max_texts is 0" in capsys.readouterr().err
   for name in ("basemt_jax.serving.service", "basemt_jax.serving"):
     monkeypatch.delitem(sys.modules, name, raising=False)
   monkeypatch.setitem(sys.modules, "fastapi", None)

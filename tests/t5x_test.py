@@ -181,9 +181,9 @@ class Workshop:
     with checkpointing.Checkpoints(
       path.parent.parent, read_only=True
     ) as checkpoints:
-      shapes = checkpoints.shapes(step)
+      stored = checkpoints.stored(step)
     args = traverse_util.unflatten_dict(
-      {p: ocp.RestoreArgs(restore_type=np.ndarray) for p in shapes}, sep="/"
+      {p: ocp.RestoreArgs(restore_type=np.ndarray) for p in stored}, sep="/"
     )
     tree = reader.restore(path, args=ocp.args.PyTreeRestore(restore_args=args))
     return traverse_util.flatten_dict(tree, sep="/")

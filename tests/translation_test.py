@@ -275,7 +275,8 @@ def transformer():
     )
   )
   tokens = jnp.full((1, 4), 2, jnp.int32)
-  variables = network.init(jax.random.key(0), tokens, tokens, tokens)
+  init = jax.jit(network.init)
+  variables = init(jax.random.key(0), tokens, tokens, tokens)
   return network, {"params": variables["params"]}
 
 

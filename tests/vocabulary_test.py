@@ -157,10 +157,11 @@ def _task(name, count, **kwargs):
   def read(split):
     return ((f"{name} {i}", f"{name.upper()} {i}") for i in range(count))
 
+  feature = seqio.Feature(seqio.ByteVocabulary(), add_eos=True)
   return seqio.Task(
     f"made.en_{name}",
     source=common.PairSource(read, {"train": count}),
-    output_features=common.features(seqio.ByteVocabulary()),
+    output_features={"inputs": feature, "targets": feature},
     **kwargs,
   )
 

@@ -12,6 +12,7 @@ SUMMARY = "Make training pairs of monolingual text, by translating it."
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
   """The flags of this command."""
+  flags.several_processes(parser)
   flags.checkpoint(parser)
   flags.search(parser)
   flags.sampling(parser)
@@ -40,6 +41,7 @@ def synthetic_files(parser: argparse.ArgumentParser, label: str) -> None:
   """Where pairs go that a model wrote one side of, and what they are called."""
   parser.add_argument(
     "--output",
+    dest="folder",  # Of all processes; an `output` is the first one's alone.
     required=True,
     metavar="FOLDER",
     type=flags.path,
@@ -66,7 +68,7 @@ def run(options: argparse.Namespace) -> None:
   )
   written = other.labelled(options.label)
   direction = languages.Direction(written, text)
-  path = pathlib.Path(options.output) / f"{direction}.train.tsv"
+  path = pathlib.Path(options.folder) / f"{direction}.train.tsv"
   model = loaded(options)
   job = synthesis.Job(
     path,

@@ -97,9 +97,7 @@ def run(options: argparse.Namespace) -> int:
   for table in [*compared, *compile_report.tables_of(report)]:
     tables.show(table, console)
   if options.json:
-    files.write_atomically(
-      options.json, files.json_text(dataclasses.asdict(report))
-    )
+    files.write_json(options.json, dataclasses.asdict(report))
   return 0 if report.memory.fits else 1
 
 

@@ -174,12 +174,9 @@ def _parse(
     if is_saved:
       saved_lib.check_imports(files[0], named)
     with files_lib.native_output_captured():  # Of what the tasks import.
-      gin.parse_config_files_and_bindings(
-        paths,
-        [*_as_gin(options.bindings), *bindings],
-        finalize_config=False,
-        skip_unknown=False,
-      )
+      gin.parse_config_files_and_bindings(paths, [], finalize_config=False)
+      for binding in [*_as_gin(options.bindings), *bindings]:
+        gin.parse_config(_with_imports(binding))
       if is_saved:
         saved_lib.check_references(files[0], named)
       checks.check([b.partition("=")[0].strip() for b in options.bindings])
@@ -314,6 +311,27 @@ def _as_gin(bindings: Sequence[str]) -> list[str]:
   return result
 
 
+def _with_imports(binding: str) -> str:
+  """The binding, after imports where it is the first to use something.
+
+  gin files make known what they use of the modules that they import; the
+  command line may use others of these modules: `--gin.OPTIMIZER=@optax.lion`.
+  """
+  from gin import config
+
+  name, _, value = binding.partition(" = ")
+  used = re.findall(r"@(?:\w+/)*([\w.]+)", value)
+  used += filter(None, [name.rpartition("/")[2].rpartition(".")[0]])
+  if all(config._REGISTRY.matching_selectors(x) for x in used):
+    return binding
+  imports = {x.bound_name(): x.format() for x in config._IMPORTS}
+  roots = {x.partition(".")[0] for x in used}
+  if not roots <= imports.keys():  # gin says what it does not know.
+    return binding
+  head = "from __gin__ import dynamic_registration"
+  return "\n".join([head, *sorted(imports[x] for x in roots), binding])
+
+
 def _is_literal(text: str) -> bool:
   """Whether gin reads the text as a value: a number, a list, quoted text."""
   try:
@@ -338,6 +356,13 @@ def _what_is_wrong(error: Exception) -> str:
     return f"a gin file is no UTF-8 text ({text})"
   if name := checks.nearest(text):
     return f"{text.rstrip('.')}; did you mean {name}?"
+  if missing := re.search(
+    r"<module '([\w.]+)'.*> has no attribute (\w+)", text
+  ):
+    return f"{missing[1]} has no {missing[2]}"
+  if "matching reference" in text:
+    hint = "what the command line names, a gin file has to import"
+    return f"{text.partition('. In bindings')[0]}; {hint}"
   if isinstance(error, _TELLING):
     return text
   return f"{type(error).__name__}: {text}"

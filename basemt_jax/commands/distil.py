@@ -12,6 +12,7 @@ SUMMARY = "Translate training sources by a teacher, for a student to train on."
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
   """The flags of this command."""
+  flags.several_processes(parser)
   flags.checkpoint(parser)
   flags.search(parser)
   flags.modules(parser)
@@ -88,7 +89,7 @@ def _job(
   file = summary.direction(source, target)["train"]
   written = type(direction)(source, target.labelled(options.label))
   return synthesis.Job(
-    pathlib.Path(options.output) / f"{written}.train.tsv",
+    pathlib.Path(options.folder) / f"{written}.train.tsv",
     written,
     model.tag(target, source),
     lambda: files.read_direction(summary, "train", source, target),

@@ -65,7 +65,8 @@ def _evaluate_test_sets(run: Any, options: argparse.Namespace) -> None:
   # All are read before the first is translated.
   found = {
     name: [
-      trained.texts(direction, pairs) for direction, pairs in texts.items()
+      trained_lib.tagged_texts(trained.description, direction, pairs)
+      for direction, pairs in texts.items()
     ]
     for name, texts in test_sets.find(
       options.test_sets, trained.description.directions, options.split

@@ -51,7 +51,11 @@ def run(options: argparse.Namespace) -> None:
       if (value := getattr(options, f"max_{name}")) is not None
     }
   )
-  checks.check_fields(limits)
+  try:
+    checks.check_fields(limits)
+  except ValueError as error:
+    flag = str(error).replace("Limits.", "--max_")
+    raise configuration.UsageError(flag) from error
   run = models.with_search(configuration.trained(options), options)
   with service.listen(options.host, options.port) as socket:
     model = models.load(

@@ -32,6 +32,9 @@ _MAGIC: dict[bytes, Callable[..., Any]] = {
 }
 _UNPACKED = ".files"  # Ends the name of a folder that was an archive.
 _BLOCK = 1 << 20
+_BY_HAND = (
+  "unpack it yourself into the folder of raw text and take the archive away"
+)
 _DAMAGED = (
   *(EOFError, tarfile.TarError, zipfile.BadZipFile, zlib.error),
   lzma.LZMAError,
@@ -120,25 +123,15 @@ class _Count:
   files: int = 0
   size: int = 0
 
-  def add_file(self) -> None:
-    self.files += 1
-    if self.files > self.limits.files:
-      raise _LimitError(f"{self.limits.files:,} files")
-
-  def add_bytes(self, number: int, of_archive: int, archive_size: int) -> None:
-    """Counts bytes; `of_archive` are those of the archive so far."""
-    self.size += number
-    if self.size > self.limits.gigabytes * 1e9:
-      raise _LimitError(
-        f"{self.limits.gigabytes:,g} GB of files (--max_unpacked_gb)"
-      )
-    many = of_archive > self.limits.ratio_from
-    if many and of_archive > self.limits.ratio * archive_size:
-      raise _LimitError(f"{self.limits.ratio:g} times its size of files")
-
-
-class _LimitError(Exception):
-  """Beyond a limit; the message says what of."""
+  def beyond(self, of_archive: int, archive_size: int) -> str:
+    """What there is too much of, with so many bytes of an archive; or ''."""
+    limits = self.limits
+    if self.files > limits.files:
+      return f"{limits.files:,} files"
+    if self.size > limits.gigabytes * 1e9:
+      return f"{limits.gigabytes:,g} GB of files (--max_unpacked_gb)"
+    most = max(limits.ratio_from, limits.ratio * archive_size)
+    return f"{limits.ratio:g} times its size of files" * (of_archive > most)
 
 
 def _unpack_one(
@@ -149,27 +142,26 @@ def _unpack_one(
 ) -> None:
   members = _zip_members if path.suffix.lower() == ".zip" else _tar_members
   size, done = path.stat().st_size, 0
+
+  def check() -> None:
+    if what := count.beyond(done, size):
+      raise ValueError(
+        f"{path} holds, with the archives before it, more than {what}, and no "
+        f"more is unpacked: if it is what it should be, {_BY_HAND}"
+      )
+
   try:
     for name, stream in members(path, is_useful):
-      count.add_file()
+      count.files += 1
+      check()
       out = target / name
       out.parent.mkdir(parents=True, exist_ok=True)
       with open(out, "wb") as file:
         while block := stream.read(_BLOCK):
           done += len(block)
-          count.add_bytes(len(block), done, size)
+          count.size += len(block)
+          check()
           file.write(block)
-  except _LimitError as error:
-    raise ValueError(
-      f"{path} holds, with the archives before it, more than {error}, and no "
-      "more is unpacked: if it is what it should be, unpack it yourself into "
-      "the folder of raw text and take the archive away"
-    ) from error
-  except _UnreadableError as error:
-    raise ValueError(
-      f"{path} {error}: unpack it yourself into the folder of raw text and "
-      "take the archive away"
-    ) from error
   except _DAMAGED as error:
     raise _damaged(path, error) from error
   except OSError as error:
@@ -183,10 +175,6 @@ def _unpack_one(
     raise ValueError(
       f"{path} cannot be unpacked to {target.parent} ({error.strerror})"
     ) from error
-
-
-class _UnreadableError(Exception):
-  """Cannot be read though it is whole; the message says why."""
 
 
 def _damaged(path: pathlib.Path, error: Exception) -> ValueError:
@@ -210,13 +198,13 @@ def _zip_members(
       if member.is_dir() or not is_useful(str(inside)):
         continue
       if member.flag_bits & 1:
-        raise _UnreadableError("is encrypted")
+        raise ValueError(f"{path} is encrypted: {_BY_HAND}")
       try:
         stream = archive.open(member)
       except NotImplementedError:
-        raise _UnreadableError(
-          "is compressed by a method that Python does not know "
-          f"({member.compress_type})"
+        raise ValueError(
+          f"{path} is compressed by a method that Python does not know "
+          f"({member.compress_type}): {_BY_HAND}"
         ) from None
       with stream:
         yield inside, stream
@@ -229,9 +217,9 @@ def _tar_members(
     head = raw.peek(8)
     known = [opens for magic, opens in _MAGIC.items() if head.startswith(magic)]
     if not known and not tarfile.is_tarfile(path):
-      raise _UnreadableError(
-        "is no tar archive, or is compressed by another method than gzip, "
-        "bzip2 and xz"
+      raise ValueError(
+        f"{path} is no tar archive, or is compressed by another method than "
+        f"gzip, bzip2 and xz: {_BY_HAND}"
       )
     with known[0](raw) if known else raw as content:
       tail = _Tail(content)

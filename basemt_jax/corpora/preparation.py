@@ -44,6 +44,7 @@ from basemt_jax.data import parallel_text
 
 REPORT = "prepared.json"
 _WORK = ".work"
+_HELD_OUT = "held_out.npy"  # Keys of sentences, where workers find them.
 _SHOWN = 8  # Reasons why lines of a text could not be read.
 
 
@@ -89,10 +90,10 @@ def prepare(
       progress(f"{out} is prepared already")
       return report
     todo = planning.plan(raw, work, names, options)
-    np.save(work / "held_out.npy", todo.keys)
-    with _pool(processes, work, options) as pool:
+    np.save(work / _HELD_OUT, todo.keys)
+    with _pool(processes) as pool:
       for job in todo.jobs:
-        _read_job(job, work, pool, progress)
+        _read_job(job, work, options, pool, progress)
       check_read(todo, work)
       _write_shards(todo.jobs, work, out, pool, progress)
     return finish(todo, work, out, options)
@@ -195,38 +196,17 @@ def _identity(
 
 # --------------------------------------------------------------- processes
 
-# Of a worker process: the options and the keys of held-out sentences.
-_worker: dict[str, Any] = {}
 
-
-def _start_worker(held_out: str, options: cleaning.Options) -> None:
-  _worker.update(held_out=np.load(held_out, mmap_mode="r"), options=options)
-
-
-def _start_process(held_out: str, options: cleaning.Options) -> None:
-  signal.signal(signal.SIGINT, signal.SIG_IGN)  # The parent is interrupted.
-  _start_worker(held_out, options)
-
-
-@contextlib.contextmanager
-def _pool(
-  processes: int | None, work: pathlib.Path, options: cleaning.Options
-) -> Iterator[concurrent.futures.Executor]:
-  """Workers that hold the keys of held-out sentences."""
-  arguments = (str(work / "held_out.npy"), options)
+def _pool(processes: int | None) -> concurrent.futures.Executor:
   if processes == 0:
-    _start_worker(*arguments)
-    with concurrent.futures.ThreadPoolExecutor(1) as threads:
-      yield threads
-    return
+    return concurrent.futures.ThreadPoolExecutor(1)
   # Spawned: the parent may hold TensorFlow's threads.
-  with concurrent.futures.ProcessPoolExecutor(
+  return concurrent.futures.ProcessPoolExecutor(
     processes or os.cpu_count(),
     multiprocessing.get_context("spawn"),
-    _start_process,
-    arguments,
-  ) as pool:
-    yield pool
+    signal.signal,  # It is the parent that is interrupted.
+    (signal.SIGINT, signal.SIG_IGN),
+  )
 
 
 def _bounded(
@@ -254,11 +234,12 @@ def _clean(
   languages: raw_text.Pair,
   pair: raw_text.Pair,
   shards: int,
+  options: cleaning.Options,
+  work: pathlib.Path,
 ) -> tuple[dict[int, bytes], cleaning.Outcome]:
   """In a worker: the kept lines of a chunk by shard."""
-  kept, outcome = cleaning.clean(
-    lines, languages, pair, _worker["options"], _worker["held_out"]
-  )
+  held_out = np.load(work / _HELD_OUT, mmap_mode="r")
+  kept, outcome = cleaning.clean(lines, languages, pair, options, held_out)
   parts = cleaning.by_shard(kept, shards)
   return {k: b"\n".join([*part, b""]) for k, part in parts.items()}, outcome
 
@@ -266,6 +247,7 @@ def _clean(
 def _read_job(
   job: planning.Job,
   work: pathlib.Path,
+  options: cleaning.Options,
   pool: concurrent.futures.Executor,
   progress: Callable[[str], None],
 ) -> None:
@@ -281,7 +263,7 @@ def _read_job(
     with contextlib.ExitStack() as stack:
       opened: dict[int, Any] = {}
       arguments = (
-        (chunk, text.languages, job.pair, job.shards)
+        (chunk, text.languages, job.pair, job.shards, options, work)
         for chunk in planning.chunks(text)
       )
       for lines, found in _bounded(pool, _clean, arguments):

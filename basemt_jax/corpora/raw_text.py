@@ -233,8 +233,9 @@ def sets_of(
 ) -> list[Text]:
   """All texts of wanted pairs in a folder that are of a split, by their names.
 
-  Or, of some files of the folder, all that are. The split is 'validation',
-  'test' or None, for whatever the names say; archives are not looked into.
+  The split is 'validation' or 'test'; None takes whatever the names say. Where
+  `files` are given, only these files of the folder count. Archives are not
+  looked into.
   """
   named = [
     (str(path.relative_to(folder)), path)

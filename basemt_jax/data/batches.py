@@ -79,6 +79,19 @@ class TrainBatches:
     batch_size: B, rows of the global batch.
     directions: names; `direction` in a batch is an index into them.
     plan: the rates of every step, and what they make expected.
+
+  Args:
+    store: an open store.
+    strategy: how directions are sampled.
+    batch_size: B.
+    seed: any integer.
+    host_rows: numbers of the rows of every global batch that this host reads
+      (`partitioning.host_rows`); None: all.
+    start_step: the first batch is this step's.
+
+  Raises:
+    ValueError: a direction without rows, or a strategy that cannot be
+      followed with this data.
   """
 
   def __init__(
@@ -91,21 +104,6 @@ class TrainBatches:
     host_rows: np.ndarray | None = None,
     start_step: int = 0,
   ):
-    """Starts at a step.
-
-    Args:
-      store: an open store.
-      strategy: how directions are sampled.
-      batch_size: B, rows of the global batch.
-      seed: any integer.
-      host_rows: numbers of the rows of every global batch that this host reads
-        (`partitioning.host_rows`); None: all.
-      start_step: the first batch is this step's.
-
-    Raises:
-      ValueError: a direction without rows, or a strategy that cannot be
-        followed with this data.
-    """
     self._host_rows = slice(None) if host_rows is None else host_rows
     if start_step < 0:
       raise ValueError(f"start_step must not be negative, got {start_step}")

@@ -30,14 +30,24 @@ class HeatedMixture(seqio.Mixture):
   'train': all languages are in them.) The choices depend on nothing but the
   mixture's own seed, the shard and j: neither on the seed given to
   `get_dataset` (T5X draws a new one at every start) nor on what another shard
-  draws.
+  draws. `heat` registers one, too.
 
   Attributes:
     plan: the strategy for the tasks' sizes, in the order of `tasks`.
-    sizes: training pairs per task name.
     directions: of the tasks, in their order.
-    examples_per_step: sentence pairs a training step uses, over all hosts.
-    total_steps: from here on the temperature stays.
+
+  Args:
+    name: of the mixture. tasks: names of registered tasks, or tasks. strategy:
+    how they are sampled. examples_per_step: sentence pairs a training step
+    uses, over all hosts: batch
+      size, times the mean number of pairs in a row when rows are packed.
+    total_steps: steps the temperature is tabulated for; then it stays.
+    sizes: training pairs per task name; SeqIO's own count when left out.
+    seed: of the choices.
+
+  Raises:
+    ValueError: a number out of range, a size that is not known, or a
+      strategy that cannot be followed with these sizes.
   """
 
   def __init__(
@@ -50,22 +60,6 @@ class HeatedMixture(seqio.Mixture):
     sizes: Mapping[str, int] | None = None,
     seed: int = 0,
   ):
-    """Makes a mixture; `heat` registers one too.
-
-    Args:
-      name: of the mixture.
-      tasks: names of registered tasks, or tasks.
-      strategy: how they are sampled.
-      examples_per_step: batch size, times the mean number of pairs in a row
-        when rows are packed.
-      total_steps: steps the temperature is tabulated for.
-      sizes: training pairs per task name; SeqIO's own count when left out.
-      seed: of the choices.
-
-    Raises:
-      ValueError: a number out of range, a size that is not known, or a
-        strategy that cannot be followed with these sizes.
-    """
     if not examples_per_step > 0:
       raise ValueError(
         f"mixture {name!r} needs examples_per_step above 0, got "

@@ -326,14 +326,15 @@ def meant(name: str, directions: Sequence[str]) -> list[str]:
 # ------------------------------------------------------------------ writing
 
 # Letters by how their words are told apart. Scripts of South-East Asia (Thai,
-# Lao, Khmer, Burmese, ...) have the line breaking class SA: no spaces.
+# Lao, Khmer, Burmese, ...) have the line breaking class SA: no spaces. Those of
+# `_UNSPACED` are of other classes, and have none either.
+_UNSPACED = ("Tibt", "Yiii", "Java", "Bali", "Bugi", "Tang", "Nshu")
 _LETTERS = {
   "Kana": regex.compile(r"[\p{sc=Hira}\p{sc=Kana}]"),
   "Hani": regex.compile(r"[\p{sc=Hani}\p{sc=Bopo}]"),
   "Kore": regex.compile(r"\p{sc=Hang}"),
   "unspaced": regex.compile(
-    r"[\p{LB=SA}\p{sc=Tibt}\p{sc=Yiii}\p{sc=Java}\p{sc=Bali}\p{sc=Bugi}"
-    r"\p{sc=Tang}\p{sc=Nshu}]"
+    r"[\p{LB=SA}" + "".join(rf"\p{{sc={x}}}" for x in _UNSPACED) + "]"
   ),
   "all": regex.compile(r"\p{L}"),
 }
@@ -344,7 +345,7 @@ _WRITINGS = {
   **dict.fromkeys(
     (
       *("Thai", "Laoo", "Khmr", "Mymr", "Lana", "Tale", "Talu", "Tavt", "Ahom"),
-      *("Tibt", "Yiii", "Java", "Bali", "Bugi", "Tang", "Nshu"),
+      *_UNSPACED,
     ),
     "unspaced",
   ),

@@ -55,8 +55,8 @@ def add_pairs(
 ) -> None:
   """Adds the pairs of the sample among those at `start` to `stop`.
 
-  Where the split ends before `stop` there are fewer: the source and target ids,
-  cut to length, of those in the sample.
+  Inputs and targets are the ids of just these pairs, cut to length; there are
+  fewer where the split ends before `stop`.
   """
   sides = [
     np.split(side.values.astype("<i4"), np.cumsum(side.lengths))[:-1]

@@ -416,11 +416,14 @@ def read(
   max_characters: int,
   report: Report | None = None,
 ) -> Iterator[Pair]:
-  """The usable pairs of a text, normalised; `report` counts what is found.
+  """The usable pairs of a text, normalised.
 
-  The format is such as `moses`, or of `FORMATS`, with as many paths as it
-  takes; languages are those of its columns or paths. Lines with a side of more
-  than `max_characters` are skipped.
+  Args:
+    read_format: such as `moses`, or of `FORMATS`.
+    paths: one, or two for a format of two files.
+    languages: of its columns or paths.
+    max_characters: lines with a longer side are skipped.
+    report: counts what is found.
 
   Raises:
     ValueError: a file that is in doubt as a whole.

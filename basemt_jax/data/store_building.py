@@ -119,9 +119,6 @@ def build_store(
       done, and pairs in all (None when not known).
     verify: compare the files of a store that is there with their checksums.
 
-  Returns:
-    The open store.
-
   Raises:
     ValueError: unknown mixture, a vocabulary that cannot be used, two tasks of
       one direction, or a store there that was built from something else.

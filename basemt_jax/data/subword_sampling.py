@@ -88,18 +88,12 @@ class Draw:
     start: int,
     limit: int,
   ) -> list[list[int]]:
-    """Draws a segmentation of each text.
+    """Draws a segmentation of each text of a block, without EOS.
 
-    Args:
-      pieces: a SentencePiece vocabulary.
-      texts: a block of them.
-      start: position of the first in its split; a block is drawn on its own,
-        so that an interrupted store goes on with the same bytes.
-      limit: tokens at most, EOS included. A segmentation that is longer gives
-        way to the usual one: sampling cuts or drops no text.
-
-    Returns:
-      Their ids, without EOS.
+    A block, whose first text has position `start` in its split, is drawn on its
+    own, so that an interrupted store goes on with the same bytes. A
+    segmentation of more than `limit` tokens, EOS included, gives way to the
+    usual one: sampling cuts or drops no text.
     """
     drawn = pieces.sample_batch(texts, self.alpha, self._seed("targets", start))
     return _fitting(pieces, texts, drawn, limit)

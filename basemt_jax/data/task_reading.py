@@ -44,19 +44,14 @@ def read_task(
 
   Tokenising is some twenty times faster outside of TensorFlow. That needs a
   task whose ids are SeqIO's `tokenize` of its texts, and EOS: most are. Any
-  other is read as SeqIO gives it.
-
-  Args:
-    task: with features `inputs` and `targets`.
-    split: of the task.
-    layout: sequences come whole, or at least with a token more than fits.
-    skip: pairs to leave out at the beginning.
-    texts: give the texts, too.
-    sampled: give of each block only the pairs of the sample, without texts.
-    draw: draws segmentations; None: the usual ones.
+  other is read as SeqIO gives it. Sequences come whole, or at least with a
+  token more than fits into `layout`. Without `draw` segmentations are the usual
+  ones; with `sampled` each block has only the pairs of the sample, without
+  texts.
 
   Yields:
-    Ids of both sides, and per pair `source`, `target` and `tagged_source`.
+    Ids of both sides, and per pair, if texts are asked for, `source`, `target`
+    and `tagged_source`.
   """
   if draw or is_of_texts(task):
     return _read_texts(task, split, layout, skip, texts, sampled, draw)

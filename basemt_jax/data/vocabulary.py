@@ -35,6 +35,8 @@ BYTES = "bytes"
 PAD_ID, EOS_ID, UNK_ID = 0, 1, 2
 _NUM_SPECIAL, _NUM_BYTES = 3, 256
 _CHUNK = 1000
+# Sentence pairs that a vocabulary is trained on, at most.
+_EXAMPLES = 1_000_000
 _TELL_SECONDS = 5.0
 # The seed is the library's and one for all; the generator is that of a thread,
 # seeded when it first draws, and a batch is encoded by a new thread.
@@ -269,7 +271,6 @@ def train_sentencepiece(
   *,
   tags: Sequence[str] = (),
   character_coverage: float = 0.9995,
-  max_text_bytes: int = 4192,
 ) -> Vocabulary:
   """Trains a unigram SentencePiece model; the same texts give the same bytes.
 
@@ -279,12 +280,11 @@ def train_sentencepiece(
   are pieces of their own, so that numbers can be copied.
 
   Args:
-    texts: sentences, consumed once.
+    texts: sentences, consumed once; those of more than 4192 bytes are not used.
     path: where the model is written (replaced atomically).
     vocab_size: the most pieces; few texts give fewer.
     tags: whole tokens such as '<2de>', wherever they begin a word.
     character_coverage: share of the text's characters that get a piece.
-    max_text_bytes: longer texts are not used.
 
   Returns:
     The vocabulary, loaded from `path`.
@@ -312,7 +312,7 @@ def train_sentencepiece(
     "byte_fallback": True,
     "split_digits": True,
     "character_coverage": character_coverage,
-    "max_sentence_length": max_text_bytes,
+    "max_sentence_length": 4192,
     # Sums are taken per thread: a fixed number makes them reproducible.
     "num_threads": 4,
     "minloglevel": 2,  # Progress and warnings are told here.
@@ -402,44 +402,30 @@ def train_from_mixture(
   vocab_size: int = 8000,
   *,
   temperature: float = 5.0,
-  num_examples: int = 1_000_000,
-  character_coverage: float = 0.9995,
 ) -> Vocabulary:
   """Trains a vocabulary for any mixture, on temperature-sampled text.
 
   Args:
-    mixture: a `seqio.Mixture` or task, or the name of a registered one.
+    mixture: a `seqio.Mixture` or task.
     path: where the model is written.
     vocab_size: the most pieces.
     temperature: of the sampling of directions, p_i proportional to n_i^(1/T);
       5 is mBART50's and keeps small languages' words whole.
-    num_examples: sentence pairs to draw, at most; both sides are used.
-    character_coverage: see `train_sentencepiece`.
 
   Returns:
     The vocabulary. Its tags are those that begin the mixture's sources.
   """
-  if isinstance(mixture, str):
-    import seqio  # Only for looking up a name.
-
-    mixture = seqio.get_mixture_or_task(mixture)
   tags: set[str] = set()
 
   def texts() -> Iterator[str]:
-    for source, target in sampled_examples(mixture, temperature, num_examples):
+    for source, target in sampled_examples(mixture, temperature, _EXAMPLES):
       yield languages.split_tag(source)[1]
       yield target
 
   for task in _tasks(mixture):
     for source, _ in itertools.islice(raw_pairs(task), 1):
       tags |= {languages.split_tag(source)[0]} - {""}
-  return train_sentencepiece(
-    texts(),
-    path,
-    vocab_size,
-    tags=sorted(tags),
-    character_coverage=character_coverage,
-  )
+  return train_sentencepiece(texts(), path, vocab_size, tags=sorted(tags))
 
 
 def sampled_examples(

@@ -21,7 +21,6 @@ import numpy as np
 from basemt_jax import (
   decoding,
   description,
-  evaluation,
   layers,
   trained,
   translation,
@@ -255,12 +254,6 @@ class Exported:
   def tag(self, to: str, source: str | None = None) -> source_tags.SourceTag:
     """What asks for a language; see `trained.Trained.tag`."""
     return trained.choose_tag(self.description.tags, to, source)
-
-  def texts(
-    self, direction: str, pairs: Sequence[tuple[str, str]]
-  ) -> evaluation.DirectionTexts:
-    """Tagged as in training; see `trained.Trained.texts`."""
-    return trained.tagged_texts(self.description, direction, pairs)
 
 
 def load(run: run_lib.Run, device: str = "auto", threads: int = 0) -> Exported:

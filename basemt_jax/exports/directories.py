@@ -85,8 +85,8 @@ def read(
   root = pathlib.Path(directory)
   if not (root / arrays).is_file():
     raise ValueError(
-      f"{directory} is no export: it holds no {arrays}; give a directory that "
-      "`basemt export` wrote"
+      f"{directory} is no export of that kind: it holds no {arrays}; give a "
+      "directory that `basemt export` wrote in that format"
     )
   damage = checksums.damage(root)
   if damage:

@@ -125,7 +125,7 @@ def _settings(model_dir: pathlib.Path) -> dict[str, str]:
   path = model_dir / "config.gin"
   text = path.read_text(encoding="utf-8") if path.exists() else ""
   # A long value goes on in indented lines.
-  text = re.sub(r"\\?\n\s+", " ", text)
+  text = re.sub(r"\\?\n[ \t]+", " ", text)
   found = re.findall(r"^([\w./]+) = *(.*)$", text, re.MULTILINE)
   return {name: value.strip() for name, value in found}
 
@@ -149,7 +149,7 @@ def _curve(model_dir: pathlib.Path) -> Curve | None:
   axes = {"updates": [float(step) for step in steps]}
   reports = sorted(series.get("loss", ()))
   for axis, amounts in (
-    ("target tokens", _tokens(series)),
+    ("target tokens", series.get("target_tokens")),
     ("seconds", _seconds(series, reports)),
   ):
     if amounts:
@@ -157,19 +157,6 @@ def _curve(model_dir: pathlib.Path) -> Curve | None:
       total = np.cumsum([amounts[step] for step in at])
       axes[axis] = np.interp(steps, [0, *at], [0.0, *total]).tolist()
   return Curve([losses[step] for step in steps], axes)
-
-
-def _tokens(series: Mapping[str, results.Series]) -> results.Series:
-  """Target tokens of each report."""
-  if "target_tokens" in series:
-    return series["target_tokens"]
-  total: results.Series = {}
-  for name, own in series.items():
-    found = metrics.parse(name)
-    if found and found.metric.name == "target_tokens":
-      for step, value in own.items():
-        total[step] = total.get(step, 0.0) + value
-  return total
 
 
 def _seconds(

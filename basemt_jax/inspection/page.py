@@ -113,13 +113,12 @@ def write(
 
   The JSON file has the numbers, the page the sections that show them.
   """
-  for path, text in (
-    (json_path, lambda: files.json_text(numbers)),
-    (html_path, lambda: page(title, sections)),
-  ):
-    if path:
-      files.write_atomically(path, text())
-      print(f"written: {path}")
+  if json_path:
+    files.write_json(json_path, numbers)
+  if html_path:
+    files.write_atomically(html_path, page(title, sections))
+  for path in filter(None, (json_path, html_path)):
+    print(f"written: {path}")
 
 
 def _file(name: str) -> str:

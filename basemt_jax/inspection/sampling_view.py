@@ -119,8 +119,6 @@ def _step_of(epochs: int) -> Callable[[DirectionForecast], int | None]:
 
 def _comparison_table(forecasts: Sequence[Forecast]) -> Table:
   first, second = forecasts[:2]
-  others = {d.name: d for d in second.directions}
-  pairs = [(d, others[d.name]) for d in first.directions if d.name in others]
   return Table(
     f"{first.name} against {second.name}",
     [
@@ -134,7 +132,7 @@ def _comparison_table(forecasts: Sequence[Forecast]) -> Table:
         *(a.name, a.band, a.rows, b.rows, a.epochs, b.epochs),
         b.epochs / a.epochs if a.epochs else None,
       ]
-      for a, b in pairs
+      for a, b in zip(first.directions, second.directions, strict=True)
     ],
   )
 

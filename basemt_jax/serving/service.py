@@ -15,6 +15,7 @@ from typing import Annotated, Any, Protocol
 
 import fastapi
 import pydantic
+import pydantic_core
 import uvicorn
 from fastapi import exceptions, responses
 
@@ -82,6 +83,18 @@ class Request(pydantic.BaseModel):
   n_best: Annotated[
     int, pydantic.Field(ge=1, description="Hypotheses of each text.")
   ] = 1
+
+  @pydantic.field_validator("text", "target", "source")
+  @classmethod
+  def _is_text(cls, value: str | list[str] | None) -> str | list[str] | None:
+    """JSON can spell half a character, which no encoding can write."""
+    try:
+      "".join(value or ()).encode()
+    except UnicodeEncodeError as error:
+      raise pydantic_core.PydanticCustomError(
+        "text", "not Unicode text: half of a surrogate pair stands alone"
+      ) from error
+    return value
 
 
 class Hypothesis(pydantic.BaseModel):
@@ -330,10 +343,9 @@ async def _one_sentence(
   del request
   assert isinstance(error, exceptions.RequestValidationError)
   found = error.errors()[0]
-  if found["type"] == "json_invalid":
-    detail = "the request is not JSON"
-  else:
-    detail = ": ".join([*map(str, found["loc"][1:2]), found["msg"]])
+  detail = ": ".join([*map(str, found["loc"][1:2]), found["msg"]])
+  if found["type"] == "json_invalid" or found["loc"] == ("body",):
+    detail = "the request is no JSON object, sent as application/json"
   return responses.JSONResponse({"detail": detail}, 422)
 
 
@@ -379,7 +391,8 @@ def listen(host: str, port: int) -> socket.socket:
   try:
     return socket.create_server((host, port), family=family)
   except (OSError, OverflowError) as error:
-    reason = getattr(error, "strerror", None) or error
+    reason = str(getattr(error, "strerror", None) or error)
+    reason = reason.partition(" (while")[0].rstrip(".")
     raise ValueError(
       f"cannot listen on port {port} of {host}: {reason}; choose another "
       "--port or --host"
