@@ -38,7 +38,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
   bindings = [a[len("--gin.") :] for a in arguments if a.startswith("--gin.")]
   rest = [a for a in arguments if not a.startswith("--gin.")]
   configuration.keep_programs()  # Before a command imports JAX.
-  configuration.keep_memory()
   options = _parser(rest).parse_args(rest)
   options.bindings = bindings
   _quiet_libraries()

@@ -21,6 +21,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
   """Trains, and evaluates the trained model; returns the exit code."""
+  configuration.keep_memory()  # Before JAX has threads.
   from basemt_jax import trained, training
 
   run = configuration.configured(options)
