@@ -5,6 +5,8 @@ plain feed-forwards first; any other run has one phase.
 """
 
 import dataclasses
+import functools
+from concurrent import futures
 from typing import Any
 
 import jax
@@ -102,7 +104,7 @@ class Conversion:
     self._sparse.check(batch)
 
   def compile(self, batch: steps.Batch) -> None:
-    """Compiles conversion and sparse phase, in any thread.
+    """Compiles conversion and sparse phase, at once and in any thread.
 
     Of a batch of global arrays only the shapes count.
     """
@@ -113,13 +115,25 @@ class Conversion:
     dense, sparse = (
       program.abstract_state() for program in (self._dense, self._sparse)
     )
-    self._sparse.compile(shapes)
-    self._convert.compile(dense.params, self._drawn())
+    work = [
+      functools.partial(self._sparse.compile, shapes),
+      functools.partial(
+        self._error.compile,
+        self._dense.variables(dense),
+        self._sparse.variables(sparse),
+        shapes,
+      ),
+      functools.partial(self._convert.compile, dense.params, self._drawn()),
+    ]
     if self._options.optimizer == "copy":
-      self._copy_moments.compile(dense.opt_state, sparse.opt_state)
-    self._error.compile(
-      self._dense.variables(dense), self._sparse.variables(sparse), shapes
-    )
+      work.append(
+        functools.partial(
+          self._copy_moments.compile, dense.opt_state, sparse.opt_state
+        )
+      )
+    with futures.ThreadPoolExecutor(len(work)) as pool:
+      for waiting in [pool.submit(function) for function in work]:
+        waiting.result()
 
   def __call__(
     self, state: steps.TrainState, batch: steps.Batch

@@ -12,6 +12,7 @@ import ctypes
 import dataclasses
 import difflib
 import functools
+import glob
 import logging
 import os
 import pathlib
@@ -240,21 +241,22 @@ def keep_programs() -> None:
     os.environ.setdefault(f"JAX_PERSISTENT_CACHE_{name}", value)
 
 
+# Files of GPUs and TPUs on Linux.
+_ACCELERATORS = ("/dev/nvidia[0-9]*", "/dev/kfd", "/dev/accel*", "/dev/vfio/*")
 # Of glibc's mallopt(3).
 _TRIM_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -4, -8
 
 
 def keep_memory() -> None:
-  """Has the C library keep freed memory, where JAX computes on a CPU.
+  """Has the C library keep freed memory, on a machine with CPUs only.
 
   A step's program asks for its working memory anew each time. By default glibc
   gives that back to the system after every step, which then has to provide and
-  clear it page by page: a fifth of the quickstart's time. Other C libraries are
-  left alone.
+  clear it page by page: a fifth of the quickstart's time. That must be changed
+  before JAX has threads with memory of their own. Other C libraries are left
+  alone.
   """
-  import jax
-
-  if jax.default_backend() != "cpu" or sys.platform != "linux":
+  if sys.platform != "linux" or any(map(glob.glob, _ACCELERATORS)):
     return
   mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
   if mallopt is None:

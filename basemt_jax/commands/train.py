@@ -21,10 +21,10 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
   """Trains, and evaluates the trained model; returns the exit code."""
+  configuration.keep_memory()  # Before JAX has threads.
   from basemt_jax import trained, training
 
   run = configuration.configured(options)
-  configuration.keep_memory()
   known = run.settings.known_metrics
   with trackers.Writer(run.model_dir, run.trackers, known) as writer:
 
