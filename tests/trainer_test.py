@@ -95,15 +95,9 @@ def program(config, settings, phase, mesh):
 
 def shared(config, settings, mesh):
   """Programs for all runs that differ in what no step is made of."""
-  alike = dataclasses.replace(
-    settings,
-    train_steps=100,
-    log_every=1,
-    eval_every=1,
-    save_every=1,
-    keep_checkpoints=1,
-    patience=None,
-  )
+  counts = "train_steps log_every eval_every save_every keep_checkpoints"
+  same = dict.fromkeys(counts.split(), 100)
+  alike = dataclasses.replace(settings, patience=None, **same)
   return lambda phase: program(config, alike, phase, mesh).with_settings(
     settings
   )
