@@ -24,8 +24,9 @@ def section(data: text_report.Data) -> Section:
   how = (
     "all pairs" if data.sample is None else f"the first {data.sample:,} pairs"
   )
+  plural = "" if len(data.directions) == 1 else "s"
   summary = [
-    f"{len(data.directions)} directions, {total} training pairs; looked at "
+    f"{len(data.directions)} direction{plural}, {total} training pairs; looked at "
     f"{how} of every split: {looked:,} training pairs in all.",
     "Cut at {inputs} source and {targets} target tokens.".format(
       **data.lengths
