@@ -26,8 +26,8 @@ def section(data: text_report.Data) -> Section:
   )
   plural = "" if len(data.directions) == 1 else "s"
   summary = [
-    f"{len(data.directions)} direction{plural}, {total} training pairs; looked at "
-    f"{how} of every split: {looked:,} training pairs in all.",
+    f"{len(data.directions)} direction{plural}, {total} training pairs; looked "
+    f"at {how} of every split: {looked:,} training pairs in all.",
     "Cut at {inputs} source and {targets} target tokens.".format(
       **data.lengths
     ),
