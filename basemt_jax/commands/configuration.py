@@ -252,7 +252,7 @@ def keep_memory() -> None:
 
   A step's program asks for its working memory anew each time. By default glibc
   gives that back to the system after every step, which then has to provide and
-  clear it page by page: a fifth of the quickstart's time. That must be changed
+  clear it page by page: a fifth of the quickstart's step. That must be changed
   before JAX has threads with memory of their own. Other C libraries are left
   alone.
   """
