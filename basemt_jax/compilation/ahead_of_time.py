@@ -318,8 +318,7 @@ def report(
   mesh = program.mesh
   batch = abstract_batch(rows, lengths, mesh)
   compiled = compile_step(program, batch)
-  devices = list(mesh.devices.flat)
-  kind = devices[0].device_kind
+  kind = mesh.devices.flat[0].device_kind
   chip = chips.CHIPS.get(kind)
   config = program.model.config
   memory = _memory(program, batch, compiled, chip)
@@ -344,11 +343,7 @@ def report(
       seconds = _seconds(max(flops, share), traffic, found, chip)
       if chip.clock and (cycles := hlo.estimated_cycles(text)):
         seconds["compiler"] = cycles / chip.clock + seconds["network"]
-      mfu = {
-        name: share / (chip.flops * seconds[name])
-        for name in ("best", "serial", "compiler")
-        if name in seconds
-      }
+      mfu = _mfu(share, seconds, chip)
   return Report(
     topology=topology,
     device=kind,
@@ -374,6 +369,17 @@ def report(
     else [],
     versions=_versions(topology),
   )
+
+
+def _mfu(
+  flops: float, seconds: Mapping[str, float], chip: chips.Chip
+) -> dict[str, float]:
+  """Share of a chip's peak that the model's FLOPs are, by each estimate."""
+  return {
+    name: flops / (chip.flops * seconds[name])
+    for name in ("best", "serial", "compiler")
+    if name in seconds
+  }
 
 
 def possible_meshes(

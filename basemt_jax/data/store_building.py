@@ -164,28 +164,47 @@ def build_store(
       "fingerprint": parts,
     }
     row_store.write_header(directory, **header)
-    stats: dict[str, dict[str, row_store.RowStats]] = {}
-    for split in splits:
-      stats[split] = {
-        direction: _build_direction(
-          task, split, direction, directory, layout, long_pairs, progress
-        )
-        for direction, task in tasks.items()
-        if mixtures.task_split(task, split)
-      }
-    for version in range(1, subwords.versions if "train" in splits else 1):
-      drawn = {
-        direction: _build_direction(
-          *(tasks[direction], f"train.{version}", direction, directory),
-          *(layout, long_pairs, progress, subwords.alpha),
-        )
-        for direction, known in stats["train"].items()
-        if version < subwords.versions_of(known.read)
-      }
-      if drawn:
-        stats[f"train.{version}"] = drawn
+    stats = _build_splits(
+      tasks, directory, layout, splits, long_pairs, subwords, progress
+    )
     row_store.write_header(directory, **header, splits=stats)
   return row_store.RowStore(directory)
+
+
+def _build_splits(
+  tasks: Mapping[str, Any],
+  directory: pathlib.Path,
+  layout: packing.RowLayout,
+  splits: Sequence[str],
+  long_pairs: packing.LongPairs,
+  subwords: subword_sampling.SubwordSampling,
+  progress: Progress | None,
+) -> dict[str, dict[str, row_store.RowStats]]:
+  """Rows of every split and of the other versions of the training split."""
+
+  def build(split: str, direction: str, alpha: float | None = None) -> Any:
+    return _build_direction(
+      *(tasks[direction], split, direction, directory),
+      *(layout, long_pairs, progress, alpha),
+    )
+
+  stats = {
+    split: {
+      direction: build(split, direction)
+      for direction, task in tasks.items()
+      if mixtures.task_split(task, split)
+    }
+    for split in splits
+  }
+  for version in range(1, subwords.versions if "train" in splits else 1):
+    drawn = {
+      direction: build(f"train.{version}", direction, subwords.alpha)
+      for direction, known in stats["train"].items()
+      if version < subwords.versions_of(known.read)
+    }
+    if drawn:
+      stats[f"train.{version}"] = drawn
+  return stats
 
 
 def _finished(
