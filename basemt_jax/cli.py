@@ -118,8 +118,14 @@ def _as_one(options: argparse.Namespace) -> int | None:
   """Runs the command in all processes; the first speaks for all."""
   from basemt_jax import processes
 
-  if processes.is_first():
-    return options.command(options)
+  with processes.failures_of_jax():
+    if processes.is_first():
+      return options.command(options)
+    return _unheard(options)
+
+
+def _unheard(options: argparse.Namespace) -> int | None:
+  """Runs the command without a word."""
   options.output = None
   with (
     open(os.devnull, "w") as nowhere,

@@ -10,6 +10,7 @@ import contextlib
 import os
 import pathlib
 import random
+import re
 import signal
 import socket
 import subprocess
@@ -112,6 +113,28 @@ def together(
       _end_now(code)
     jax.distributed.shutdown()
   return code
+
+
+# How a status of XLA's begins.
+_STATUS = re.compile(
+  "(ABORTED|CANCELLED|DEADLINE_EXCEEDED|FAILED_PRECONDITION|INTERNAL|"
+  "UNAVAILABLE|UNKNOWN): "
+)
+
+
+@contextlib.contextmanager
+def failures_of_jax() -> Iterator[None]:
+  """Makes a failed computation a `JaxRuntimeError` wherever it is noticed.
+
+  Who reads an array that could not be computed, because a process is gone, is
+  told by JAX with a `ValueError`, as if an argument were wrong.
+  """
+  try:
+    yield
+  except ValueError as error:
+    if not _STATUS.match(str(error)):
+      raise
+    raise jax.errors.JaxRuntimeError(str(error)) from error
 
 
 def _end_now(code: int) -> NoReturn:
