@@ -287,9 +287,15 @@ def cluster_centroids(
     By path of the centroids' parameter: [E, D] float32, rows of norm
     `base_layer.CONVERTED_NORM`.
   """
-  _, updates = model_lib.forward(
-    model, variables, batch, train=False, reported=["expert_inputs"]
-  )
+
+  # Compiled, because arrays of several processes cannot be closed over.
+  @jax.jit
+  def reported(variables: Tree, batch: dict[str, Array]) -> Tree:
+    return model_lib.forward(
+      model, variables, batch, train=False, reported=["expert_inputs"]
+    )[1]
+
+  updates = reported(variables, batch)
   inputs = traverse_util.flatten_dict(updates["expert_inputs"])
   centroids = {}
   for layer in sorted(path[:-1] for path in inputs if path[-1] == "tokens"):
