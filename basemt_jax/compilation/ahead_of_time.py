@@ -320,9 +320,8 @@ def report(
   compiled = compile_step(program, batch)
   kind = mesh.devices.flat[0].device_kind
   chip = chips.CHIPS.get(kind)
-  config = program.model.config
   memory = _memory(program, batch, compiled, chip)
-  total_flops = model_flops(config, rows, lengths)
+  total_flops = model_flops(program.model.config, rows, lengths)
   mfu: dict[str, float] = {}
   flops = accessed = traffic = None
   found: list[Exchange] = []
