@@ -4,6 +4,7 @@ import dataclasses
 import importlib
 import json
 import pathlib
+import subprocess
 
 import numpy as np
 import pytest
@@ -359,3 +360,77 @@ def test_several_runs_share_their_programs(script, tmp_path, monkeypatch):
     assert {d: len(t) for d, t in found.items()} == {
       d: len(t) for d, t in scorer.references.items()
     }
+
+
+def write_bible(folder, books):
+  """OSIS files, one of each book: {'Ruth': {(chapter, verse): text}}."""
+  folder.mkdir(parents=True)
+  for book, texts in books.items():
+    verses = "".join(
+      f"<verse osisID='{book}.{chapter}.{verse}'>{text}</verse>"
+      for (chapter, verse), text in texts.items()
+    )
+    (folder / f"{book.lower()}.xml").write_text(
+      "<osis xmlns='http://www.bibletechnologies.net/2003/OSIS/namespace'>"
+      f"<osisText><div>{verses}</div></osisText></osis>"
+    )
+
+
+def commit(folder):
+  """Makes a repository of a folder; its git directory."""
+  git = ["git", "-c", "user.name=a", "-c", "user.email=a@b"]
+  for command in (["init", "-q"], ["add", "."], ["commit", "-qm", "all"]):
+    subprocess.run([*git, *command], cwd=folder, check=True)
+  return str(folder / ".git")
+
+
+def test_verses_of_bibles_are_paired_and_kept_apart(
+  script, tmp_path, monkeypatch
+):
+  ruth = {(c, v): f"ruth {c} {v}" for c in (1, 2) for v in range(1, 21)}
+  ruth[2, 1] = "Ruth 1, 1!"  # The same words again.
+  job = {(c, 1): f"job {c}" for c in range(1, 11)}
+  moved = {(c, 1 if c > 5 else 2): f"job {c}" for c in range(1, 11)}
+  german = {place: f"rut  {text}" for place, text in ruth.items()}
+  german |= {(2, 2): "lang " * 40, (2, 3): "kurz", (2, 4): "kurz"}
+  french = {place: f"routh {text}" for place, text in ruth.items()}
+  french[2, 5] = "assez long " * 14
+  for folder, books in {
+    "en/a": {"Ruth": ruth, "Job": job},
+    "de/b": {"Ruth": german, "Job": moved},
+    "fr/c": {"Ruth": french, "Job": job},
+  }.items():
+    write_bible(tmp_path / "r" / folder, books)
+  (tmp_path / "r" / "fr" / "c" / "mark.xml").write_text("<osis")
+  bible = script("study.bible")
+  monkeypatch.setattr(bible, "REVISION", "HEAD")
+  monkeypatch.setattr(bible, "ENGLISH", "en/a")
+  sizes = {"de": ("de/b", 1000), "fr": ("fr/c", 5)}
+  monkeypatch.setattr(bible, "LANGUAGES", sizes)
+  monkeypatch.setattr(bible, "HELD_OUT", {"dev": 10, "test": 12})
+  repository = commit(tmp_path / "r")
+  bible.main([f"--repository={repository}", f"--out={tmp_path / 'out'}"])
+
+  def pairs(language, split):
+    path = tmp_path / "out" / f"en-{language}.{split}.tsv"
+    return [tuple(line.split("\t")) for line in path.read_text().splitlines()]
+
+  held = {}
+  for language in ("de", "fr"):
+    dev, test = pairs(language, "dev"), pairs(language, "test")
+    assert [len(dev), len(test)] == [10, 12]
+    held[language], foreign = zip(*dev, *test, strict=True)
+    english, other = zip(*pairs(language, "train"), strict=True)
+    assert not set(held[language]) & set(english)
+    assert not set(foreign) & set(other)
+    assert not any("lang lang" in text for text in (*foreign, *other))
+  # The same ones, short in both, once in English; Job's numbers differ.
+  assert held["de"] == held["fr"]
+  assert len(set(held["de"])) == 22
+  never = {"ruth 1 1", "Ruth 1, 1!", "ruth 2 2", "ruth 2 5"}
+  assert not never & set(held["de"])
+  assert not any("job" in text for text in held["de"])
+  assert len(english) == 5  # Of French.
+  german = dict(pairs("de", "train"))
+  assert {"ruth 1 1", "Ruth 1, 1!", "ruth 2 5"} <= set(german)
+  assert german["ruth 1 1"] == "rut ruth 1 1"

@@ -22,6 +22,7 @@ import argparse
 import contextlib
 import dataclasses
 import fcntl
+import fnmatch
 import gzip
 import json
 import os
@@ -286,16 +287,21 @@ def training_affinities(
   }
 
 
-def prepare(data: str, store: str, vocab_size: int, length: int) -> None:
+def prepare(options: argparse.Namespace) -> None:
   """Trains the vocabulary and packs the rows; needs SeqIO."""
-  from basemt_jax.data import store_building
-  from tasks import files
+  from basemt_jax.data import mixtures, store_building
+  from tasks import common, files
 
-  vocabulary_path = files.vocabulary_file(data, vocab_size)
-  mixture = files.mixture(data, vocabulary_path)
-  lengths = {"inputs": length, "targets": length}
-  store_building.build_store(mixture, lengths, store)
-  found = row_store.RowStore(store)
+  vocabulary_path = files.vocabulary_file(options.data, options.vocab_size)
+  mixture = files.mixture(options.data, vocabulary_path)
+  if options.only:
+    tasks = mixtures.tasks_by_direction(mixture)
+    chosen = [tasks[d] for d in tasks if fnmatch.fnmatch(d, options.only)]
+    mixture = common.add_mixture(f"{mixture.name}.chosen", chosen)
+  lengths = {"inputs": options.length, "targets": options.length}
+  found = store_building.build_store(
+    mixture, lengths, options.store, long_pairs=options.long_pairs
+  )
   for name, pairs, rows in zip(
     found.directions, found.pairs("train"), found.rows("train"), strict=True
   ):
@@ -311,6 +317,8 @@ def parsed() -> argparse.Namespace:
   sub.add_argument("--store", required=True)
   sub.add_argument("--vocab_size", type=int, default=8000)
   sub.add_argument("--length", type=int, default=64)
+  sub.add_argument("--long_pairs", choices=("cut", "drop"), default="cut")
+  sub.add_argument("--only", help="directions like '*-en' or 'en-*' alone")
   sub = commands.add_parser("run")
   sub.add_argument("--work", type=pathlib.Path, default="runs/study")
   names = list(systems.SYSTEMS)
@@ -374,7 +382,7 @@ def main() -> None:
   """Packs rows, or makes the runs that are missing."""
   options = parsed()
   if options.command == "prepare":
-    prepare(options.data, options.store, options.vocab_size, options.length)
+    prepare(options)
     return
   options.logs.mkdir(parents=True, exist_ok=True)
   if not pathlib.Path(options.store, "store.json").exists():
