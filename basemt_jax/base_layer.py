@@ -76,6 +76,8 @@ class BaseLayer(nn.Module):
       tokens their expert serves well or away from them, and from 0 it learns
       either.) Otherwise g = sigmoid(h . w_e), with centroids of norm 0.1.
     dtype: Of the experts' computation. Routing and gate are float32.
+    param_dtype: In which the experts' matrices are kept. All other parameters
+      are float32.
     mesh: Mesh with axes data, expert and model, or None for one device.
 
   Example:
@@ -103,6 +105,7 @@ class BaseLayer(nn.Module):
   dropout_rate: float = 0.0
   converted: bool = False
   dtype: Any = jnp.float32
+  param_dtype: Any = jnp.float32
   mesh: Mesh | None = None
 
   @nn.compact
@@ -148,6 +151,7 @@ class BaseLayer(nn.Module):
       self.num_sublayers,
       len(self.activations),
       self.zero_init_output,
+      self.param_dtype,
       name="experts",
     )(width)
     prices = self._prices(train)

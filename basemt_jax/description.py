@@ -46,7 +46,7 @@ _EXPERTS = tuple(
   for name in (
     *("feed_forward", "encoder_expert_blocks", "decoder_expert_blocks"),
     *("placement", "num_experts", "num_sublayers", "router"),
-    "rows_per_group",
+    *("rows_per_group", "expert_param_dtype"),
   )
 )
 

@@ -72,19 +72,22 @@ class _Weight(nn.Module):
   initializer: Callable[..., jax.Array]
   shape: tuple[int, ...]
   axes: tuple[str, ...]
+  dtype: Any = jnp.float32
 
   @nn.compact
   def __call__(self) -> jax.Array:
     return nn_partitioning.param_with_axes(
-      self.parameter, self.initializer, self.shape, axes=self.axes
+      self.parameter, self.initializer, self.shape, self.dtype, axes=self.axes
     )
 
 
 # The dense layer's initialisation, for each expert on its own.
+_scaled = nn.initializers.variance_scaling(
+  1.0, "fan_in", "truncated_normal", in_axis=-2, out_axis=-1, batch_axis=(0,)
+)
+# In bfloat16 the numbers drawn would be of a few values only.
 _kernel_init = drawing.Initializer(
-  nn.initializers.variance_scaling(
-    1.0, "fan_in", "truncated_normal", in_axis=-2, out_axis=-1, batch_axis=(0,)
-  )
+  lambda key, shape, dtype: _scaled(key, shape).astype(dtype)
 )
 
 
@@ -95,6 +98,7 @@ class _Sublayer(nn.Module):
   mlp_dim: int
   num_inputs: int
   zero_init_output: bool
+  param_dtype: Any
 
   @nn.compact
   def __call__(self, width: int) -> dict[str, Any]:
@@ -115,6 +119,7 @@ class _Sublayer(nn.Module):
         _kernel_init,
         (experts, width, hidden),
         ("expert", "embed", "expert_mlp"),
+        self.param_dtype,
         name=name,
       )()
       for name in names
@@ -124,6 +129,7 @@ class _Sublayer(nn.Module):
       layers.zeros_init if self.zero_init_output else _kernel_init,
       (experts, hidden, width),
       ("expert", "expert_mlp", "embed"),
+      self.param_dtype,
       name="wo",
     )
     return {"norm": norm(), "wi": inputs, "wo": output()}
@@ -133,6 +139,7 @@ class Experts(nn.Module):
   """Parameters of all experts, with a leading expert axis.
 
   Each has sublayers with a matrix to the hidden units for each activation.
+  Matrices are of type `param_dtype`.
   """
 
   num_experts: int
@@ -140,16 +147,18 @@ class Experts(nn.Module):
   num_sublayers: int
   num_inputs: int
   zero_init_output: bool
+  param_dtype: Any = jnp.float32
 
   @nn.compact
   def __call__(self, width: int) -> Weights:
-    """The float32 weights of all sublayers, for tokens of width D."""
+    """The weights of all sublayers, for tokens of width D."""
     return [
       _Sublayer(
         self.num_experts,
         self.mlp_dim,
         self.num_inputs,
         self.zero_init_output,
+        self.param_dtype,
         name=f"sublayer_{j}",
       )(width)
       for j in range(self.num_sublayers)

@@ -58,6 +58,9 @@ class TransformerConfig:
     placement: 'replace' the block's feed-forward by experts, or 'insert' a
       layer of experts after the block (BASE's own choice).
     num_experts: E.
+    expert_param_dtype: Type in which experts' matrices are kept. In bfloat16
+      they need half the memory and no rounding before every use; updates are
+      rounded up or down at random, so that small ones are kept on average.
     num_sublayers: Feed-forward sublayers an expert stacks.
     router: Chooses each token's expert.
     rows_per_group: Rows of the batch that compete for experts together.
@@ -82,6 +85,7 @@ class TransformerConfig:
   decoder_expert_blocks: Sequence[int] = ()
   placement: Placement = "replace"
   num_experts: ranges.Count = 8
+  expert_param_dtype: Literal["float32", "bfloat16"] = "float32"
   num_sublayers: ranges.Count = 1
   router: routing.Router = routing.BalancedRouter()  # noqa: RUF009
   rows_per_group: ranges.Count = 16
@@ -173,6 +177,7 @@ class Block(nn.Module):
       dropout_rate=cfg.dropout_rate,
       converted=cfg.converted,
       dtype=jnp.dtype(cfg.dtype),
+      param_dtype=jnp.dtype(cfg.expert_param_dtype),
       mesh=self.mesh,
       name="base_layer",
     )(x, mask, train=train, enable_dropout=keep is not None)

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from basemt_jax import ranges
+from basemt_jax import ranges, rounding
 
 Optimizer = Callable[..., optax.GradientTransformation]
 Rate = Any  # A float, or a float32 [] of the step's trace.
@@ -33,6 +33,7 @@ def adamw(
   weight_decay: ranges.Decay = 0.0,
   max_grad_norm: ranges.Positive | None = 1.0,
   moments: Literal["float32", "bfloat16"] = "float32",
+  expert_moments: Literal["full", "factored"] = "full",
 ) -> optax.GradientTransformation:
   """Adam with decoupled weight decay (arXiv:1711.05101) and clipping.
 
@@ -49,10 +50,17 @@ def adamw(
     moments: Type in which both means are kept between steps. In bfloat16 they
       are rounded up or down at random, so that small changes are kept on
       average; the state is half as large.
+    expert_moments: 'factored': of the matrices of experts the mean of squared
+      gradients is kept as means of rows and of columns, as Adafactor does
+      (arXiv:1804.04235), and the mean of gradients in bfloat16, whatever
+      `moments` says: 2 bytes a parameter in place of 8.
   """
   adam = optax.scale_by_adam(b1=b1, b2=b2, eps=eps)
   if moments == "bfloat16":
     adam = _with_rounded_moments(adam)
+  if expert_moments == "factored":
+    adam = _with_factored_experts(adam, b1, b2, eps, max_grad_norm)
+    max_grad_norm = None  # It clips, so that gradients are read less often.
   return _chain(max_grad_norm, adam, weight_decay, learning_rate)
 
 
@@ -72,42 +80,134 @@ def _with_rounded_moments(
     mean, square = optax.tree.cast((state.mu, state.nu), jnp.float32)
     exact = state._replace(mu=mean, nu=square)
     updates, exact = adam.update(updates, exact, params)
-    leaves, treedef = jax.tree.flatten((exact.mu, exact.nu))
-    rounded = [
-      round_at_random(leaf, state.count * len(leaves) + i)
-      for i, leaf in enumerate(leaves)
-    ]
-    mean, square = jax.tree.unflatten(treedef, rounded)
+    # Salts of their own for every parameter would make every kernel one of its
+    # own, which takes the compiler longer than all of Adam.
+    mean, square = (
+      jax.tree.map(
+        lambda x, salt=2 * state.count + i: rounding.round_at_random(x, salt),
+        tree,
+      )
+      for i, tree in enumerate((exact.mu, exact.nu))
+    )
     return updates, exact._replace(mu=mean, nu=square)
 
   return optax.GradientTransformation(init, update)
 
 
-def round_at_random(x: jax.Array, salt: jax.Array) -> jax.Array:
-  """Rounds float32 to bfloat16, up or down so that the expectation is x itself.
+class FactoredState(NamedTuple):
+  """State of Adam with factored second moments of experts.
 
-  The random bits are a hash of an element's index and of the salt, [] int32: no
-  memory is read or written for them, and they are the same on any devices. What
-  is not finite is rounded as usual.
+  Attributes:
+    updates: [] int32, how many so far.
+    mu: Means of gradients, like the parameters; of experts in bfloat16.
+    nu: Means of squared gradients, like the parameters; none of experts.
+    rows: Means of an expert's squared gradients over its columns, [E, M]
+      float32 for a parameter [E, M, N]; of experts only.
+    columns: The same over rows, [E, N].
   """
-  index = jnp.zeros(x.shape, jnp.uint32)
-  for axis, size in enumerate(x.shape):
-    index = index * np.uint32(size) + jax.lax.broadcasted_iota(
-      jnp.uint32, x.shape, axis
-    )
-  # "lowbias32" of https://github.com/skeeto/hash-prospector, twice.
-  noise = _hashed(index ^ _hashed(jnp.asarray(salt).astype(jnp.uint32)))
-  bits = jax.lax.bitcast_convert_type(x, jnp.uint32) + (noise >> 16)
-  up_or_down = jax.lax.bitcast_convert_type(
-    (bits >> 16).astype(jnp.uint16), jnp.bfloat16
+
+  updates: jax.Array
+  mu: Tree
+  nu: Tree
+  rows: Tree
+  columns: Tree
+
+
+def _is_stack(x: Any) -> bool:
+  """Whether a parameter is [E, M, N], a matrix for each expert."""
+  return getattr(x, "ndim", 0) == 3
+
+
+def _stacks(tree: Tree) -> Tree:
+  """A tree of parameters without what is not of experts' matrices."""
+  return jax.tree.map(lambda x: x if _is_stack(x) else optax.MaskedNode(), tree)
+
+
+def _others(tree: Tree) -> Tree:
+  """A tree of parameters without experts' matrices."""
+  return jax.tree.map(lambda x: optax.MaskedNode() if _is_stack(x) else x, tree)
+
+
+def _joined(stacks: Tree, others: Tree) -> Tree:
+  """The tree whose parts these are."""
+
+  def is_masked(x: Any) -> bool:
+    return isinstance(x, optax.MaskedNode)
+
+  return jax.tree.map(
+    lambda x, y: y if is_masked(x) else x, stacks, others, is_leaf=is_masked
   )
-  return jnp.where(jnp.isfinite(x), up_or_down, x.astype(jnp.bfloat16))
 
 
-def _hashed(x: jax.Array) -> jax.Array:
-  x = (x ^ (x >> 16)) * np.uint32(0x7FEB352D)
-  x = (x ^ (x >> 15)) * np.uint32(0x846CA68B)
-  return x ^ (x >> 16)
+def _with_factored_experts(
+  adam: optax.GradientTransformation,
+  b1: float,
+  b2: float,
+  eps: float,
+  max_grad_norm: float | None,
+) -> optax.GradientTransformation:
+  """Adam of clipped gradients, whose second moments of experts are factored.
+
+  As in Adafactor (arXiv:1804.04235, algorithm 2) the mean square of an element
+  is `row * column / mean(row)`. The rest is Adam's own: the decay of means, the
+  correction of their bias, `eps`.
+
+  Gradients of experts are read three times: for rows, which the norm is made
+  of, for columns, and for the update.
+  """
+
+  def init(params: Tree) -> FactoredState:
+    stacks, (count, mu, nu) = _stacks(params), adam.init(_others(params))
+
+    def zeros(axis: int) -> Tree:
+      return jax.tree.map(
+        lambda p: jnp.zeros(np.delete(p.shape, axis), jnp.float32), stacks
+      )
+
+    mean = optax.tree.zeros_like(stacks, dtype=jnp.bfloat16)
+    return FactoredState(count, _joined(mean, mu), nu, zeros(2), zeros(1))
+
+  def update(
+    updates: Tree, state: FactoredState, params: Tree = None
+  ) -> tuple[Tree, FactoredState]:
+    del params
+    scale = jnp.ones((), jnp.float32)
+    if max_grad_norm is not None:
+      scale = _clipping(updates, max_grad_norm)
+
+    def means(sums: Callable[..., jax.Array], kept: Tree) -> Tree:
+      return jax.tree.map(
+        lambda g, old: (
+          b2 * old + (1 - b2) * scale**2 * sums(g) * (old.size / g.size)
+        ),
+        _stacks(updates),
+        kept,
+      )
+
+    rows = means(_row_sums, state.rows)
+    columns = means(_column_sums, state.columns)
+    others, (count, mu, nu) = adam.update(
+      jax.tree.map(lambda g: scale * g, _others(updates)),
+      optax.ScaleByAdamState(state.updates, _others(state.mu), state.nu),
+    )
+    mean = jax.tree.map(
+      lambda g, m: b1 * m.astype(g.dtype) + (1 - b1) * scale * g,
+      _stacks(updates),
+      _stacks(state.mu),
+    )
+
+    def direction(m: jax.Array, row: jax.Array, column: jax.Array) -> jax.Array:
+      share = row / jnp.maximum(jnp.mean(row, -1, keepdims=True), _TINY)
+      square = share[:, :, None] * column[:, None] / (1 - b2**count)
+      return m / (1 - b1**count) / (jnp.sqrt(square) + eps)
+
+    updates = _joined(jax.tree.map(direction, mean, rows, columns), others)
+    mean = jax.tree.map(
+      lambda m: rounding.round_at_random(m, 2 * state.updates), mean
+    )
+    return updates, FactoredState(count, _joined(mean, mu), nu, rows, columns)
+
+  return optax.GradientTransformation(init, update)
 
 
 def adafactor(
@@ -241,6 +341,52 @@ def _orthogonal(x: jax.Array, eps: float, dtype: jnp.dtype) -> jax.Array:
   return scale * (made if wide else made.mT).astype(x.dtype)
 
 
+_TINY = np.finfo(np.float32).tiny
+
+
+def _row_sums(x: jax.Array) -> jax.Array:
+  """Sums of squares over the last axis, float32: [E, M] of [E, M, N]."""
+  return jnp.sum(jnp.square(x.astype(jnp.float32)), -1)
+
+
+def _column_sums(x: jax.Array) -> jax.Array:
+  """Sums of squares over the axis before, float32: [E, N] of [E, M, N]."""
+  return jnp.sum(jnp.square(x.astype(jnp.float32)), -2)
+
+
+def global_norm(gradients: Tree) -> jax.Array:
+  """The norm of all gradients, [] float32."""
+
+  def square(x: jax.Array) -> jax.Array:
+    if not _is_stack(x):
+      return jnp.sum(jnp.square(x.astype(jnp.float32)))
+    # Without the barrier XLA makes one sum of both, and so reads what is most
+    # of a sparse model once more where sums of rows are needed, too.
+    return jnp.sum(jax.lax.optimization_barrier(_row_sums(x)))
+
+  return jnp.sqrt(sum(map(square, jax.tree.leaves(gradients))))
+
+
+def _clipping(gradients: Tree, max_norm: float) -> jax.Array:
+  """What gradients are multiplied by so that their norm is at most that."""
+  norm = global_norm(gradients)
+  return jnp.where(norm < max_norm, 1.0, max_norm / norm)
+
+
+def _clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
+  """Optax's transformation of that name, with this `global_norm`."""
+
+  def update(updates: Tree, state: Any, params: Tree = None) -> Any:
+    del params
+    norm = global_norm(updates)
+    clipped = jax.tree.map(
+      lambda g: jnp.where(norm < max_norm, g, g / norm * max_norm), updates
+    )
+    return clipped, state
+
+  return optax.GradientTransformation(lambda _: optax.EmptyState(), update)
+
+
 def _chain(
   max_grad_norm: float | None,
   direction: optax.GradientTransformation,
@@ -249,7 +395,7 @@ def _chain(
 ) -> optax.GradientTransformation:
   parts = [direction]
   if max_grad_norm is not None:
-    parts.insert(0, optax.clip_by_global_norm(max_grad_norm))
+    parts.insert(0, _clip_by_global_norm(max_grad_norm))
   if weight_decay:
     # Norm scales, gates and prices of experts are not matrices.
     def matrices(params: Tree) -> Tree:
@@ -344,9 +490,10 @@ def restarted_average(state: Tree, params: Tree) -> Tree:
   """An optimizer's state whose average, if it keeps one, begins at `params`."""
   if not isinstance(state, AveragedState):
     return state
-  return AveragedState(
-    jnp.zeros_like(state.updates), jax.tree.map(jnp.copy, params), state.inner
+  average = jax.tree.map(
+    lambda old, p: jnp.array(p, old.dtype), state.average, params
   )
+  return AveragedState(jnp.zeros_like(state.updates), average, state.inner)
 
 
 def inverse_square_root(

@@ -83,6 +83,11 @@ class Conversion:
     )
     # Only what no dense value fills is drawn.
     self._new_paths = [p for p in shapes if plan["/".join(p)][1] is None]
+    # Types in which the sparse network keeps dense parameters.
+    self._kept = {
+      source: shapes[tuple(path.split("/"))].dtype
+      for path, (_, source) in plan.items()
+    }
     self._new: dict[tuple[str, ...], jax.Array] | None = None
     self._convert = partitioning.Compiled(
       self._converted, sparse.mesh, out_shardings=sparse.shardings.params
@@ -211,9 +216,13 @@ class Conversion:
   ) -> jax.Array:
     """Largest relative error of sparse logits, in training and at test.
 
-    To be traced; the dense network runs once for both.
+    To be traced; the dense network runs once for both. Experts that are kept in
+    bfloat16 are compared with feed-forwards that are, too.
     """
     rows = self._rows(batch)
+    params = traverse_util.flatten_dict(dense["params"], sep="/")
+    params = {path: x.astype(self._kept[path]) for path, x in params.items()}
+    dense = {**dense, "params": traverse_util.unflatten_dict(params, sep="/")}
 
     def logits(program: steps.Program, variables: Tree, train: bool):
       config = dataclasses.replace(program.model.config, dtype="float32")

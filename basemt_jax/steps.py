@@ -27,6 +27,7 @@ from basemt_jax import (
   optimizer,
   partitioning,
   ranges,
+  rounding,
 )
 from basemt_jax import metrics as metrics_lib
 from basemt_jax import model as model_lib
@@ -167,7 +168,8 @@ def init_state(
   params = variables.pop("params")
   axes = {k: variables.pop(k) for k in list(variables) if k.endswith("_axes")}
   step = jnp.zeros((), jnp.int32)
-  return TrainState(step, params, tx.init(params), variables), axes
+  opt_state = rounding.init(tx, params)
+  return TrainState(step, params, opt_state, variables), axes
 
 
 def state_shardings(
@@ -308,7 +310,8 @@ def gradients(
     (loss, (mutables, sums)), grads = loss_and_grad(
       params, mutables, rows, jax.random.fold_in(rng, i)
     )
-    return mutables, grads, (loss, sums)
+    # Sums of many are of float32 whatever the parameters' types.
+    return mutables, optax.tree.cast(grads, jnp.float32), (loss, sums)
 
   def body(carry, i):
     mutables, total_grads, total_rest = carry
@@ -356,9 +359,10 @@ def train_step(
     num_directions,
   )
   tx = settings.transformation(learning_rate(state.step))
-  updates, opt_state = tx.update(grads, state.opt_state, state.params)
-  params = optax.apply_updates(state.params, updates)
-  sums["grad_norm"] = optax.tree.norm(grads)
+  params, opt_state = rounding.updated(
+    tx, grads, state.opt_state, state.params, state.step
+  )
+  sums["grad_norm"] = optimizer.global_norm(grads)
   sums["steps"] = jnp.ones((), jnp.int32)
   is_finite = jnp.isfinite(loss) & jnp.isfinite(sums["grad_norm"])
   sums["bad_step"] = jnp.where(is_finite, NEVER, state.step)
@@ -453,7 +457,7 @@ class Program:
     self.shardings = state_shardings(self.shapes, noted["axes"], tx, mesh)
     self._begin = partitioning.Compiled(
       lambda params: dataclasses.replace(
-        init(self._key), params={}, opt_state=tx.init(params)
+        init(self._key), params={}, opt_state=rounding.init(tx, params)
       ),
       mesh,
       out_shardings=dataclasses.replace(self.shardings, params={}),
@@ -561,8 +565,12 @@ class Program:
 
   def averaged_variables(self, state: TrainState) -> Tree:
     """`variables` with averaged weights, where the optimizer keeps them."""
-    kept = isinstance(state.opt_state, optimizer.AveragedState)
-    params = state.opt_state.average if kept else state.params
+    params = state.params
+    if isinstance(state.opt_state, optimizer.AveragedState):
+      # Of the parameters' types, so that the same program evaluates both.
+      params = jax.tree.map(
+        lambda x, p: x.astype(p.dtype), state.opt_state.average, params
+      )
     return {"params": params, **state.mutables}
 
   def with_settings(self, settings: Settings) -> "Program":

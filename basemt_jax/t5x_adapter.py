@@ -19,7 +19,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 import seqio
 from clu import metrics as clu_metrics
 from flax import struct
@@ -31,6 +30,7 @@ from basemt_jax import (
   partitioning,
   phases,
   processes,
+  rounding,
   steps,
   t5x_data,
   translation,
@@ -124,11 +124,15 @@ class Optimizer(struct.PyTreeNode):
     self, grads: Tree, *, learning_rate: Array, **unused: Any
   ) -> "Optimizer":
     """One update at this learning rate."""
-    updates, param_states = self.optimizer_def.optimizer(learning_rate).update(
-      grads, self.state.param_states, self.target
+    target, param_states = rounding.updated(
+      self.optimizer_def.optimizer(learning_rate),
+      grads,
+      self.state.param_states,
+      self.target,
+      self.state.step,
     )
     return self.replace(
-      target=optax.apply_updates(self.target, updates),
+      target=target,
       state=OptimizerState(self.state.step + 1, param_states),
     )
 
@@ -163,7 +167,7 @@ class OptimizerDef:
     """A new state for these parameters, held in plain dictionaries."""
     params = unfreeze(params)
     state = OptimizerState(
-      jnp.zeros((), jnp.int32), self.optimizer(0.0).init(params)
+      jnp.zeros((), jnp.int32), rounding.init(self.optimizer(0.0), params)
     )
     return Optimizer(self, state, params)
 
@@ -221,7 +225,7 @@ class Model:
 
   Raises:
     ValueError: The checkpoint is not there, or holds experts and the run has
-      none.
+      none; or experts are to be kept in bfloat16.
   """
 
   FEATURE_CONVERTER_CLS = seqio.EncDecFeatureConverter
@@ -409,6 +413,12 @@ def _network(
 ) -> model_lib.TransformerConfig:
   """The network of a phase, or of the phase that a checkpoint is of."""
   config = run.config_of(vocab_size)
+  if config.expert_param_dtype != "float32":
+    raise ValueError(
+      "model.TransformerConfig.expert_param_dtype is "
+      f"{config.expert_param_dtype!r}, and T5X restores all parameters in one "
+      "type, float32; leave it out, or train with basemt train"
+    )
   if checkpoint:
     phase = t5x_data.phase_of(checkpoint)
     if phase == "sparse" and config.feed_forward != "experts":

@@ -58,7 +58,8 @@ class Shape:
     rows: B.
     length: L of both sides.
     dtype: Of the computation.
-    moments: Of `optimizer.adamw`.
+    moments, expert_moments: Of `optimizer.adamw`.
+    expert_param_dtype: Of the network.
   """
 
   width: int = 384
@@ -69,12 +70,15 @@ class Shape:
   vocabulary: int = 16000
   dtype: model.Dtype = "bfloat16"
   moments: Literal["float32", "bfloat16"] = "float32"
+  expert_moments: Literal["full", "factored"] = "full"
+  expert_param_dtype: Literal["float32", "bfloat16"] = "float32"
 
   def config(self) -> model.TransformerConfig:
     """The network."""
     return measuring.transformer(
       *(self.blocks, self.width, self.vocabulary, self.experts),
       dtype=self.dtype,
+      expert_param_dtype=self.expert_param_dtype,
     )
 
 
@@ -93,6 +97,12 @@ SHAPES = {
   "big_sparse": Shape(**_BIG, experts=32),
   "big_rounded": Shape(**_BIG, experts=0, moments="bfloat16"),
   "big_sparse_rounded": Shape(**_BIG, experts=32, moments="bfloat16"),
+  "big_sparse_small": Shape(
+    **_BIG,
+    experts=32,
+    expert_moments="factored",
+    expert_param_dtype="bfloat16",
+  ),
   "big_12": Shape(**_BIG, blocks=12, experts=0),
   "big_12_sparse": Shape(**_BIG, blocks=12, experts=32),
   "base": Shape(512, 6, 0, 256, 256, 32000),
@@ -109,7 +119,11 @@ def settings(
   return measuring.settings(
     train_steps,
     dense_steps=dense_steps,
-    optimizer=functools.partial(optimizer.adamw, moments=shape.moments),
+    optimizer=functools.partial(
+      optimizer.adamw,
+      moments=shape.moments,
+      expert_moments=shape.expert_moments,
+    ),
     log_every=1,
   )
 

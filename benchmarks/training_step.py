@@ -14,7 +14,7 @@ Memory is of one device, in GiB. By formula, with b bytes a number of the type
 of computation:
 
   parameters, optimizer: by shapes and shardings; gradients: as the parameters;
-  rounded: the parameters once more in b bytes, unless that is float32;
+  rounded: float32 parameters once more in b bytes, unless that is float32;
   activations: the least that a backward pass needs without computing products
     again (what JAX saves before XLA fuses is about twice that). For a token and
     attention: b (2 D + 4 J), the input, the normed input; queries, keys, values
@@ -69,6 +69,7 @@ def config(
     *(blocks, args.width, args.vocabulary, args.experts),
     feed_forward=feed_forward,
     dtype=args.dtype,
+    expert_param_dtype=args.expert_param_dtype,
     remat=args.remat,
     attention=layers.Attention(implementation=args.attention or None),
   )
@@ -171,13 +172,19 @@ def memory(found: "Compiled", rows: int, length: int) -> dict[str, int]:
   own = rows // (program.mesh.shape["data"] * program.mesh.shape["expert"])
   parameters = ahead_of_time.device_bytes(shapes.params, shardings.params)
   size = jnp.dtype(cfg.dtype).itemsize
+  exact = jax.tree.map(
+    lambda p: p if p.dtype == jnp.float32 else None, shapes.params
+  )
+  exact_bytes = ahead_of_time.device_bytes(
+    exact, jax.tree.map(lambda _, s: s, exact, shardings.params)
+  )
   formula = {
     "parameters": parameters,
     "optimizer": ahead_of_time.device_bytes(
       shapes.opt_state, shardings.opt_state
     ),
     "gradients": parameters,
-    "rounded": parameters * size // 4 if size < 4 else 0,
+    "rounded": exact_bytes * size // 4 if size < 4 else 0,
     "activations": activation_bytes(cfg, own, length),
     "logits": own * length * cfg.vocab_size * (4 + size),
   }
@@ -351,6 +358,7 @@ def add_network_flags(parser: argparse.ArgumentParser) -> None:
   parser.add_argument("--length", type=int, default=256)
   parser.add_argument("--experts", type=int, default=32)
   parser.add_argument("--dtype", default="bfloat16")
+  parser.add_argument("--expert_param_dtype", default="float32")
   parser.add_argument("--remat", action="store_true")
   parser.add_argument("--attention", default="")
   parser.add_argument("--repeats", type=int, default=10)
@@ -372,6 +380,12 @@ def parsed() -> argparse.Namespace:
     help="of adamw",
   )
   parser.add_argument(
+    "--expert_moments",
+    choices=("full", "factored"),
+    default="full",
+    help="of adamw",
+  )
+  parser.add_argument(
     "--trace", action="store_true", help="show where the time goes"
   )
   parser.add_argument("--peak_tflops", type=float, default=PEAK_TFLOPS)
@@ -386,6 +400,7 @@ def main() -> None:
   print(f"{jax.device_count()} x {device.device_kind}, jax {jax.__version__}")
   mesh = partitioning.make_mesh(args.expert_devices)
   keys = list(itertools.product(shapes, ("dense", "experts")))
+  options = {"moments": args.moments, "expert_moments": args.expert_moments}
   with concurrent.futures.ThreadPoolExecutor() as pool:
     found = pool.map(
       lambda key: compiled(
@@ -394,7 +409,7 @@ def main() -> None:
         key[0][1],
         args.length,
         optimizer_name=args.optimizer,
-        **({"moments": args.moments} if args.optimizer == "adamw" else {}),
+        **(options if args.optimizer == "adamw" else {}),
       ),
       keys,
     )

@@ -4,8 +4,8 @@
     python benchmarks/pytorch_step.py --json out/pytorch.json \
       --shapes 512x6x256 1024x6x64 1024x12x64
     python benchmarks/first_step.py --cold_only > out/first.txt --shapes \
-      base base_sparse big big_sparse big_rounded big_sparse_rounded big_12 \
-      big_12_sparse
+      base base_sparse big big_sparse big_rounded big_sparse_rounded \
+      big_sparse_small big_12 big_12_sparse
     python benchmarks/training_step.py --shapes 6x256 --json out/large.json
     python benchmarks/training_table.py out/*
 
@@ -35,7 +35,7 @@ from basemt_jax.inspection import tables
 MODELS = (
   "PyTorch, dense",
   *("dense", "dense, bfloat16 moments"),
-  *("sparse", "sparse, bfloat16 moments"),
+  *("sparse", "sparse, bfloat16 moments", "sparse, small experts"),
 )
 # What is known of a row, and how it is shown.
 FIGURES = (
@@ -51,9 +51,11 @@ Key = tuple[str, int, int, int, int]
 Figures = dict[str, float]
 
 
-def model_place(is_sparse: bool, moments: str) -> int:
+def model_place(is_sparse: bool, found: dict[str, Any]) -> int:
   """The place of a network of ours in `MODELS`."""
-  return 1 + 2 * is_sparse + (moments == "bfloat16")
+  if is_sparse and found.get("expert_moments") == "factored":
+    return 5
+  return 1 + 2 * is_sparse + (found["moments"] == "bfloat16")
 
 
 def device_name(name: str) -> str:
@@ -69,7 +71,7 @@ def of_training_step(found: dict[str, Any]) -> Iterator[tuple[Key, Figures]]:
       found["width"],
       row["blocks"],
       row["rows"],
-      model_place(row["model"] == "experts", found["moments"]),
+      model_place(row["model"] == "experts", found),
     )
     memory = row["memory"]["peak"] or row["memory"]["planned"]
     figures = timed(row, row["tokens_per_s"] / found["devices"])
@@ -103,7 +105,7 @@ def of_first_step(text: str) -> Iterator[tuple[Key, Figures]]:
     row = json.loads(brace + rest)
     size = (row["width"], row["blocks"], row["rows"])
     seconds = row["total"] - row["import"] - row["device"]
-    place = model_place(bool(row["experts"]), row["moments"])
+    place = model_place(bool(row["experts"]), row)
     figures = {
       **timed({**row, "ms": row["step"]}, row["tokens_per_s"]),
       "first step, s": seconds,

@@ -329,11 +329,13 @@ def test_table_joins_what_the_scripts_wrote(script, tmp_path):
   first |= {"step": 60.04, "mfu": 0.36249, "tokens_per_s": 546000}
   first |= {"moments": "float32", "memory": 20 * 2**30}
   rounded = {**first, "moments": "bfloat16", "memory": None}
+  small = {**first, "expert_moments": "factored"}
   lines = [
     f"big cold {h100} {json.dumps({**first, 'experts': 0})}",
     f"big warm {h100} {json.dumps({**first, 'experts': 0, 'total': 9.0})}",
     f"big_sparse cold {h100} {json.dumps({**first, 'experts': 32})}",
     f"rounded cold {h100} {json.dumps({**rounded, 'experts': 32})}",
+    f"small cold {h100} {json.dumps({**small, 'experts': 32})}",
   ]
   files = {
     "large.json": json.dumps(ours),
@@ -349,6 +351,7 @@ def test_table_joins_what_the_scripts_wrote(script, tmp_path):
     f"{head} dense | {own} | 54.5 |",
     f"{head} sparse | 60.0 | 546,000 | 0.362 | 20.0 | 54.5 |",
     f"{head} sparse, bfloat16 moments | 60.0 | 546,000 | 0.362 | - | 54.5 |",
+    f"{head} sparse, small experts | 60.0 | 546,000 | 0.362 | 20.0 | 54.5 |",
   ]
 
 

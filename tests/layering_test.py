@@ -20,6 +20,7 @@ LIGHT = {
     "conversion",
     "phases",
     "optimizer",
+    "rounding",
     "partitioning",
     "checkpointing",
     "processes",

@@ -8,7 +8,7 @@ import optax
 import pytest
 import toy
 
-from basemt_jax import optimizer
+from basemt_jax import optimizer, rounding
 
 
 def run(tx, params, grads):
@@ -119,20 +119,37 @@ def test_muon_is_optax_muon_on_each_kernel_and_adam_elsewhere():
 @hypothesis.settings(max_examples=30, deadline=None)
 def test_rounding_at_random_is_right_on_average(value, salt):
   x = jnp.full((64, 64), value, jnp.float32)
-  found = np.asarray(optimizer.round_at_random(x, salt), np.float64)
+  found = np.asarray(rounding.round_at_random(x, salt), np.float64)
   below = np.float64(np.uint32(x[0, 0].view(jnp.uint32) >> 16 << 16).view("f4"))
   spacing = 2.0 ** (np.floor(np.log2(value)) - 7)
   assert set(np.unique(found)) <= {below, below + spacing}
   # 4,096 draws: five standard errors of the mean of a coin.
   assert abs(found.mean() - np.float64(x[0, 0])) < 5 * spacing * 0.5 / 64
-  negative = optimizer.round_at_random(-x, salt)
+  negative = rounding.round_at_random(-x, salt)
   np.testing.assert_array_equal(np.asarray(negative, np.float64), -found)
 
 
 def test_rounding_at_random_leaves_what_is_exact_or_not_finite():
   exact = jnp.asarray([0.0, 1.5, -(2.0**100), jnp.inf, -jnp.inf], jnp.float32)
-  np.testing.assert_array_equal(optimizer.round_at_random(exact, 3), exact)
-  assert jnp.isnan(optimizer.round_at_random(jnp.float32(jnp.nan), 3))
+  np.testing.assert_array_equal(rounding.round_at_random(exact, 3), exact)
+  assert jnp.isnan(rounding.round_at_random(jnp.float32(jnp.nan), 3))
+
+
+def test_updates_of_parameters_in_bfloat16_are_kept_on_average():
+  params = {"a": jnp.ones((64, 64), jnp.bfloat16), "b": jnp.ones(4)}
+  tx = optax.sgd(2.0**-12)  # A 32nd of the distance to the next number.
+  state = rounding.init(tx, params)
+  gradients = jax.tree.map(lambda p: -jnp.ones_like(p), params)
+  for step in range(64):
+    params, state = rounding.updated(
+      tx, gradients, state, params, jnp.int32(step)
+    )
+  assert params["a"].dtype == jnp.bfloat16
+  moved = np.asarray(params["a"], np.float64) - 1
+  # Each of 64 steps has a chance of 1/32 of a move by 2^-7: five standard
+  # errors of the mean of 4,096.
+  assert abs(moved.mean() - 2.0**-6) < 5 * 2.0**-7 * (64 / 32 / 4096) ** 0.5
+  np.testing.assert_array_equal(params["b"], 1 + 2.0**-6)
 
 
 def test_bfloat16_moments_follow_those_of_float32():
@@ -156,6 +173,60 @@ def test_bfloat16_moments_follow_those_of_float32():
     assert jnp.abs(error).max() < 0.02
     # Five standard errors of the mean of errors of 0.3%.
     assert abs(error.mean()) < 5 * 0.003 / error.size**0.5
+
+
+def expert_problem():
+  rng = np.random.RandomState(2)
+  make = lambda: {  # noqa: E731
+    "experts": rng.normal(size=(3, 8, 6)).astype(np.float32),
+    "kernel": rng.normal(size=(8, 6)).astype(np.float32),
+    "scale": rng.normal(size=6).astype(np.float32),
+  }
+  return make(), [make() for _ in range(4)]
+
+
+@pytest.mark.parametrize("norm", [None, 1.0])
+def test_factored_moments_of_experts_are_those_of_each_expert_alone(norm):
+  params, grads = expert_problem()
+  tx = optimizer.adamw(
+    1.0, expert_moments="factored", max_grad_norm=norm, b2=0.9
+  )
+  state = tx.init(params)
+  rows, columns = np.zeros((3, 8)), np.zeros((3, 6))
+  for step, gradients in enumerate(grads, 1):
+    mean = np.asarray(state[0].mu["experts"], np.float64)
+    updates, state = tx.update(gradients, state, params)
+    total = np.sqrt(
+      sum((g.astype("f8") ** 2).sum() for g in gradients.values())
+    )
+    g = gradients["experts"] * (1.0 if norm is None else 1.0 / total)
+    mean = 0.9 * mean + 0.1 * g
+    rows = 0.9 * rows + 0.1 * (g**2).mean(2)
+    columns = 0.9 * columns + 0.1 * (g**2).mean(1)
+    for e in range(3):
+      square = np.outer(rows[e], columns[e]) / rows[e].mean()
+      expected = -(mean[e] / (1 - 0.9**step)) / np.sqrt(
+        square / (1 - 0.9**step)
+      )
+      np.testing.assert_allclose(updates["experts"][e], expected, rtol=2e-5)
+    kept = state[0].mu["experts"]
+    assert kept.dtype == jnp.bfloat16
+    # Rounded up or down: less than the distance of neighbours away.
+    error = np.abs(np.asarray(kept, np.float64) - mean)
+    assert (error <= 2.0**-7 * np.abs(mean)).all() and error.any()
+  assert state[0].nu["experts"] == optax.MaskedNode()
+
+
+def test_factored_moments_of_experts_leave_all_else_to_adam():
+  params, grads = expert_problem()
+  arguments = {"weight_decay": 0.1, "moments": "bfloat16"}
+  found = run(
+    optimizer.adamw(0.01, expert_moments="factored", **arguments), params, grads
+  )
+  expected = run(optimizer.adamw(0.01, **arguments), params, grads)
+  for name in ("kernel", "scale"):
+    np.testing.assert_allclose(found[name], expected[name], rtol=1e-5)
+  assert not np.allclose(found["experts"], expected["experts"], rtol=1e-3)
 
 
 @pytest.mark.parametrize("shape", [(16, 48), (48, 16), (3, 20, 20)])

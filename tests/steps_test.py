@@ -323,6 +323,35 @@ def test_experts_and_their_moments_lie_on_the_expert_axis(tx):
   assert prices in (PartitionSpec(), PartitionSpec(None))
 
 
+@pytest.mark.parametrize("kept", ["float32", "bfloat16"])
+def test_small_states_of_experts_are_those_of_one_device(kept):
+  config = dataclasses.replace(toy.SPARSE, expert_param_dtype=kept)
+  small = functools.partial(optimizer.adamw, expert_moments="factored")
+  settings = toy.settings(optimizer=small, seed=3)
+  states = []
+  for shape in ((1, 1, 1), (2, 2, 2)):
+    trained = program(config, settings, shape)
+    batch = partitioning.put_batch(toy.batch(), trained.mesh)
+    state, _ = trained.train_step(trained.init(), None, batch)
+    states.append(traverse_util.flatten_dict(state.tree(), sep="/"))
+  expected, found = states
+  kernel = "decoder/layers_0/base_layer/experts/sublayer_0/wi/kernel"
+  assert found[f"target/{kernel}"].dtype == kept
+  for name, spec in (
+    ("rows", ("expert", None)),
+    ("columns", ("expert", "model")),
+  ):
+    moment = found[f"state/param_states/0/{name}/{kernel}"]
+    assert moment.sharding.spec == PartitionSpec(*spec), name
+  # Gradients of what is kept in bfloat16 are sums of bfloat16.
+  relative = 1e-5 if kept == "float32" else 2e-2
+  for path, value in expected.items():
+    a, b = (np.asarray(x, np.float32) for x in (found[path], value))
+    far = np.abs(a - b) > relative * np.abs(b).max() + 1e-12
+    # An update is of the sign of a gradient, which may be next to zero.
+    assert far.mean() < 0.01, path
+
+
 def test_factored_moments_of_experts_are_factored_and_split():
   trained = program(
     toy.SPARSE,

@@ -251,11 +251,22 @@ def _merged(total, metrics):
 # --------------------------------------------------------------- optimizer
 
 
-def test_factored_moments_keep_the_axes_they_have(make):
+@pytest.mark.parametrize(
+  "rows, columns, tx",
+  [
+    ("v_row", "v_col", optimizer.adafactor),
+    (
+      *("rows", "columns"),
+      functools.partial(optimizer.adamw, expert_moments="factored"),
+    ),
+  ],
+  ids=["adafactor", "adamw"],
+)
+def test_factored_moments_keep_the_axes_they_have(make, rows, columns, tx):
   config = dataclasses.replace(
     toy.SPARSE, emb_dim=128, mlp_dim=256, head_dim=64
   )
-  run = make(config, toy.settings(optimizer=optimizer.adafactor))
+  run = make(config, toy.settings(optimizer=tx))
   model = t5x_adapter.Model(run)
   shapes = jax.eval_shape(
     lambda key: model.get_initial_variables(key, {}, {}), jax.random.key(0)
@@ -271,11 +282,14 @@ def test_factored_moments_keep_the_axes_they_have(make):
     state.state_dict()["state"]["param_states"], sep="/"
   )
   kernel = "encoder/layers_0/base_layer/experts/sublayer_0/wi/kernel"
-  rows = next(p for p in found if p.endswith(f"v_row/{kernel}"))
-  columns = rows.replace("v_row", "v_col")
-  assert arrays[rows].shape == (4, 128)  # Without F, the longest axis.
-  assert tuple(found[rows]) == ("expert", "embed")
-  assert arrays[columns].shape == (4, 256)
-  assert tuple(found[columns]) == ("expert", "expert_mlp")
-  whole = rows.replace("v_row", "v")
-  assert arrays[whole].shape == (1,) and tuple(found[whole]) == (None,)
+  path = next(p for p in found if p.endswith(f"{rows}/{kernel}"))
+  assert arrays[path].shape == (4, 128)  # Without F, the longest axis.
+  assert tuple(found[path]) == ("expert", "embed")
+  path = path.replace(rows, columns)
+  assert arrays[path].shape == (4, 256)
+  assert tuple(found[path]) == ("expert", "expert_mlp")
+  whole = path.replace(columns, "v")
+  if tx is optimizer.adafactor:
+    assert arrays[whole].shape == (1,) and tuple(found[whole]) == (None,)
+  else:
+    assert whole not in arrays

@@ -119,6 +119,14 @@ def test_refuses_a_mesh_that_is_not_ours(make):
     )
 
 
+def test_refuses_experts_in_bfloat16(make):
+  kept = dataclasses.replace(toy.SPARSE, expert_param_dtype="bfloat16")
+  with pytest.raises(
+    ValueError, match=r"expert_param_dtype is 'bfloat16', and"
+  ):
+    t5x_adapter.Model(make(kept))
+
+
 def test_refuses_experts_in_the_dense_phase(make):
   run = make(settings=toy.settings(dense_steps=2))
   with pytest.raises(ValueError, match="T5X starts at step 0 with exp"):

@@ -245,6 +245,37 @@ def test_a_run_stopped_in_every_phase_ends_with_the_same_bits(
   toy.assert_same_run(tmp_path, whole[0], 12, toy.SPARSE, SETTINGS, "sparse")
 
 
+def test_small_states_of_experts_are_converted_and_resumed_to_the_bit(
+  store, tmp_path
+):
+  config = dataclasses.replace(toy.SPARSE, expert_param_dtype="bfloat16")
+  settings = dataclasses.replace(
+    SHORT,
+    optimizer=functools.partial(optimizer.adamw, expert_moments="factored"),
+    dense_steps=1,
+    conversion_options=conversion.Options(optimizer="copy"),
+    average_decay=0.5,
+    save_every=2,
+  )
+  whole, parts, log = tmp_path / "whole", tmp_path / "parts", Log()
+  assert run(whole, store, settings, config, log) == "done"
+  # Against the dense network with what it gave to experts in bfloat16, too.
+  assert log.scalars[1]["conversion/relative_error"] <= conversion.TOLERANCE
+  half = dataclasses.replace(settings, train_steps=2)
+  assert run(parts, store, half, config) == "done"
+  assert run(parts, store, settings, config) == "done"
+  toy.assert_same_run(parts, whole, 4, config, settings, "sparse")
+  tree, _ = toy.checkpoint(
+    whole, 4, toy.abstract_tree(config, settings, "sparse")
+  )
+  kernel = "encoder/layers_0/base_layer/experts/sublayer_0/wi/kernel"
+  assert tree[f"target/{kernel}"].dtype == "bfloat16"
+  average = tree[f"state/param_states/average/{kernel}"]
+  assert average.dtype == np.float32
+  # It is not what it would be if it were rounded each step.
+  assert (average != average.astype("bfloat16")).mean() > 0.5
+
+
 def test_sigterm_saves_and_the_old_handler_comes_back(store, tmp_path):
   old = signal.getsignal(signal.SIGTERM)
 

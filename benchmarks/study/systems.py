@@ -117,6 +117,9 @@ class Size:
   rows_per_group: int = 16  # rows that compete for experts together
   descent: str = "adamw"  # name of an optimizer of `optimizer`
   moments: str = "float32"  # type of the means that `adamw` keeps
+  expert_moments: str = "full"  # of `adamw`
+  # type in which matrices of experts are kept
+  expert_param_dtype: Literal["float32", "bfloat16"] = "float32"
   weight_decay: float = 0.0  # of its matrices
   # of averaged weights, which are then evaluated; 0: none
   average_decay: float = 0.0
@@ -141,9 +144,11 @@ def _rate(name: str, peak: float, *arguments: int) -> optimizer.Schedule:
 
 @functools.cache
 def _optimizer(
-  descent: str, moments: str, weight_decay: float
+  descent: str, moments: str, expert_moments: str, weight_decay: float
 ) -> optimizer.Optimizer:
-  chosen = {"moments": moments} if descent == "adamw" else {}
+  chosen = {"moments": moments, "expert_moments": expert_moments}
+  if descent != "adamw":
+    chosen = {}
   return functools.partial(
     getattr(optimizer, descent), weight_decay=weight_decay, **chosen
   )
@@ -175,6 +180,7 @@ def run_of(
       encoder_expert_blocks=expert_blocks,
       decoder_expert_blocks=expert_blocks,
       num_experts=size.num_experts,
+      expert_param_dtype=size.expert_param_dtype,
       rows_per_group=size.rows_per_group,
       router=system.router,
       placement=system.placement,
@@ -188,7 +194,9 @@ def run_of(
     ),
     rewarm_steps=system.rewarm_steps,
     learning_rate=_rate(size.rate, system.learning_rate, *lengths),
-    optimizer=_optimizer(size.descent, size.moments, size.weight_decay),
+    optimizer=_optimizer(
+      size.descent, size.moments, size.expert_moments, size.weight_decay
+    ),
     average_decay=size.average_decay,
     log_every=max(every // 2, 1),
     eval_every=every,
