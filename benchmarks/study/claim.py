@@ -284,10 +284,12 @@ def with_plain_baselines() -> dict[str, list[reading.Finished]]:
 
 
 def long_runs(names: Mapping[str, str]) -> dict[str, reading.Finished]:
-  """Runs of a first seed, as far as they came, by what a table calls them."""
+  """The longest run of each log, of the first seed, by what a table says."""
   by_log: dict[str, reading.Finished] = {}
   for one in all_runs().values():
-    by_log.setdefault(one.header["name"], one)
+    kept = by_log.setdefault(one.header["name"], one)
+    if one.steps[-1] > kept.steps[-1]:
+      by_log[one.header["name"]] = one
   return {called: by_log[name] for called, name in names.items()}
 
 

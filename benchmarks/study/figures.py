@@ -37,9 +37,7 @@ def plot_losses(runs: Runs, axis: str, path: pathlib.Path) -> None:
       x = np.mean(
         [getattr(r, axis)[a] for r, a in zip(own, at, strict=True)], axis=0
       )
-      curves = np.array(
-        [r.loss(band)[a] for r, a in zip(own, at, strict=True)]
-      )
+      curves = np.array([r.loss(band)[a] for r, a in zip(own, at, strict=True)])
       ax.plot(x, curves.mean(axis=0), label=system, color=shades[system])
       if len(own) > 1:
         ax.fill_between(
