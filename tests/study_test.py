@@ -263,7 +263,7 @@ def test_committed_pages_have_the_tables_of_the_committed_logs(script):
     text = (ROOT / page).read_text()
     assert report.filled(text) == text
   summary = json.loads((ROOT / report.SUMMARY).read_text())
-  assert summary == report.claim.summary()
+  assert summary == report.summary()
 
 
 @pytest.mark.slow

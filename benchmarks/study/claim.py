@@ -92,15 +92,17 @@ def scores(
 @functools.cache
 def runs(descent: str = "muon") -> dict[str, list[reading.Finished]]:
   """Runs of the claim by system; whole ones only."""
-  return _named({"muon": MUON, "adamw": ADAMW}[descent])
+  return named({"muon": MUON, "adamw": ADAMW}[descent])
 
 
-def _named(names: Mapping[str, str]) -> dict[str, list[reading.Finished]]:
+def named(
+  names: Mapping[str, str], name_of_set: str = SET
+) -> dict[str, list[reading.Finished]]:
   """Whole runs by what a table calls them, from the names of their logs."""
   found = {
     system: [
       reading.with_seconds(one, STEP_MS[one.header["size"]["descent"]])
-      for one in all_runs().values()
+      for one in all_runs(name_of_set).values()
       if one.header["name"] == name
       and one.steps[-1] == one.header["size"]["train_steps"]
     ]
@@ -111,7 +113,7 @@ def _named(names: Mapping[str, str]) -> dict[str, list[reading.Finished]]:
 
 def both_rates() -> dict[str, list[reading.Finished]]:
   """All systems with Muon at both rates."""
-  return {**runs(), **_named(OTHER_RATE)}
+  return {**runs(), **named(OTHER_RATE)}
 
 
 def both() -> dict[str, list[reading.Finished]]:
@@ -132,11 +134,22 @@ def significance(other: str) -> dict[str, dict[str, int]]:
 
   Those with Muon, against one with Muon.
   """
-  bands = runs()[reading.BASELINE][0].bands
-  systems = {name: system for system, name in {**MUON, **OTHER_RATE}.items()}
+  return outcomes(SET, {**MUON, **OTHER_RATE}, MUON[other])
+
+
+def outcomes(
+  name_of_set: str, names: Mapping[str, str], other: str
+) -> dict[str, dict[str, int]]:
+  """Directions of each band that are better, worse and alike than a baseline.
+
+  By what a table calls the systems, from the names of their logs; `other` is
+  one, too.
+  """
+  bands = next(iter(all_runs(name_of_set).values())).bands
+  systems = {name: system for system, name in names.items()}
   found: dict[str, dict[str, int]] = {s: {} for s in systems.values()}
-  for record in _score_records(SET):
-    if record.get("against") == MUON[other] and record["run"] in systems:
+  for record in _score_records(name_of_set):
+    if record.get("against") == other and record["run"] in systems:
       counts = found[systems[record["run"]]]
       key = f"{bands[record['test']]} {record['outcome']}"
       counts[key] = counts.get(key, 0) + 1
@@ -145,17 +158,17 @@ def significance(other: str) -> dict[str, dict[str, int]]:
 
 def summary() -> dict[str, Any]:
   """What README and docs quote, by optimizer, system and band."""
+  return {descent: summary_of(runs(descent)) for descent in STEP_MS}
+
+
+def summary_of(found: reading.Runs) -> dict[str, Any]:
+  """Some runs by system and band."""
   return {
-    descent: {
-      system: {
-        "seeds": [one.seed for one in own],
-        **{
-          band: _summary(runs(descent), system, band) for band in reading.BANDS
-        },
-      }
-      for system, own in runs(descent).items()
+    system: {
+      "seeds": [one.seed for one in own],
+      **{band: _summary(found, system, band) for band in reading.BANDS},
     }
-    for descent in STEP_MS
+    for system, own in found.items()
   }
 
 
