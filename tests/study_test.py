@@ -434,3 +434,22 @@ def test_verses_of_bibles_are_paired_and_kept_apart(
   german = dict(pairs("de", "train"))
   assert {"ruth 1 1", "Ruth 1, 1!", "ruth 2 5"} <= set(german)
   assert german["ruth 1 1"] == "rut ruth 1 1"
+
+
+def test_directions_are_packed_alone_and_long_pairs_left_out(
+  script, tmp_path, monkeypatch
+):
+  lines = [f"a house of {n} rooms\tein Haus mit {n}" for n in range(300)]
+  lines[7] = "a " * 60 + "\tlang"
+  data = tmp_path / "data"
+  data.mkdir()
+  for split, found in {"train": lines, "dev": lines[:5]}.items():
+    (data / f"en-de.{split}.tsv").write_text("\n".join(found))
+  monkeypatch.setenv("BASEMT_CACHE", str(tmp_path / "cache"))
+  command = f"runs.py prepare --data {data} --store {tmp_path / 'store'}"
+  command += " --vocab_size 300 --length 32 --only *-en --long_pairs drop"
+  monkeypatch.setattr("sys.argv", command.split())
+  script("study.runs").main()
+  store = script("study.runs").row_store.RowStore(tmp_path / "store")
+  assert [str(d) for d in store.directions] == ["de-en"]
+  assert store.pairs("train").tolist() == [299]
