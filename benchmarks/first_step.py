@@ -90,6 +90,9 @@ _BIG: dict[str, Any] = {
 }
 SHAPES = {
   "study": Shape(),
+  "study_24": Shape(blocks=24),
+  "study_dense": Shape(experts=0),
+  "study_24_dense": Shape(blocks=24, experts=0),
   "big": Shape(**_BIG, experts=0),
   "big_sparse": Shape(**_BIG, experts=32),
   "big_rounded": Shape(**_BIG, experts=0, moments="bfloat16"),

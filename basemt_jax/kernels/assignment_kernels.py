@@ -26,8 +26,9 @@ _MIN_EXPERTS, _MAX_EXPERTS = 16, 128
 _MAX_REPAIR_EXPERTS = 32
 _CHUNK = 64
 _MAX_PARTS = 128
-# Scores that the threads of the repair kernel hold at a time.
-_TILE = 2**14
+# Scores that the threads of the repair kernel hold at a time. With four times
+# as many its program is so long that it compiles for more than twice the time.
+_TILE = 2**12
 _TINY = 1e-30
 
 

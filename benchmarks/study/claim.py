@@ -37,15 +37,18 @@ ADAMW = {
   "back_at_70": "back_at_70",
   "recommended": "slowly_back",
 }
-# Runs planned for other lengths, at 0.003 but the last.
+# Runs of other lengths; those at the rate of the claim were cut off at 9,300.
 LONG = {
   "base, 20,000": "base_muon_long",
-  "base_static_5, 20,000": "base_static_5_muon_long",
-  "recommended, 10,000": "slowly_back_muon_10000",
+  "base_static_5, 20,000, 0.003": "base_static_5_muon_long",
+  "base_static_5, 10,000": "base_static_5_muon_6_10000",
+  "recommended, 10,000, 0.003": "slowly_back_muon_10000",
+  "recommended, 10,000": "recommended_10000",
 }
 HALF = {
   "base, 5,000": "base_muon",
   "base_static_5, 5,000": "base_static_5_muon_6",
+  "recommended, 5,000": "recommended",
   "recommended, 2,500": "recommended_2500",
 }
 # Milliseconds of a step, alone on an H100; the runs shared theirs by twos.
@@ -280,12 +283,20 @@ def with_plain_baselines() -> dict[str, list[reading.Finished]]:
   return {**plain, "recommended": runs()["recommended"]}
 
 
+def long_runs(names: Mapping[str, str]) -> dict[str, reading.Finished]:
+  """The longest run of each log, of the first seed, by what a table says."""
+  by_log: dict[str, reading.Finished] = {}
+  for one in all_runs().values():
+    kept = by_log.setdefault(one.header["name"], one)
+    if one.steps[-1] > kept.steps[-1]:
+      by_log[one.header["name"]] = one
+  return {called: by_log[name] for called, name in names.items()}
+
+
 def table_of_lengths(names: Mapping[str, str]) -> str:
   """Best dev losses of runs planned for other lengths, and when they came."""
-  found = _named(names)
 
-  def row(name: str, own: Sequence[reading.Finished]) -> list[str]:
-    [one] = own
+  def row(name: str, one: reading.Finished) -> list[str]:
     best = int(one.loss("all").argmin())
     return [
       name,
@@ -295,26 +306,30 @@ def table_of_lengths(names: Mapping[str, str]) -> str:
 
   return tables.table(
     ["system, planned for", "best at", *reading.BANDS],
-    (row(name, own) for name, own in found.items()),
+    (row(name, one) for name, one in long_runs(names).items()),
   )
 
 
 def table_of_arrivals() -> str:
   """When the recipe reaches what a baseline of the long runs had, and when."""
-  found = _named(LONG)
-  *baselines, recipe = found.values()
+  runs_by_name = long_runs(LONG)
+  recipe = runs_by_name["recommended, 10,000"]
   rows = []
-  for name, [base] in zip(found, baselines, strict=False):
-    for updates in (4000, 8000, 12000, 16000, 20000):
+  for name, base in runs_by_name.items():
+    if base.system == recipe.system:
+      continue
+    for updates in (5000, 10_000, 15_000, 20_000):
+      if base.steps[-1] < updates - 1000:  # Some were cut off before 10,000.
+        continue
       loss = float(base.loss("all")[base.steps <= updates].min())
       at = int(base.steps[base.loss("all") <= loss][0])
-      needed = compare.reached(recipe[0].steps, recipe[0].loss("all"), loss)
+      needed = compare.reached(recipe.steps, recipe.loss("all"), loss)
       rows.append(
         [
           name,
           f"{at:,}",
           f"{loss:.3f}",
-          f"{needed:,.0f}" if needed else "not in 10,000",
+          f"{needed:,.0f}" if needed else "never",
           f"{at / needed:.2f}" if needed else "–",
         ]
       )

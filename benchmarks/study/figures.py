@@ -1,5 +1,6 @@
 """The study's figures, the same bytes from the same logs."""
 
+import functools
 import pathlib
 from collections.abc import Sequence
 from typing import Any
@@ -31,8 +32,12 @@ def plot_losses(runs: Runs, axis: str, path: pathlib.Path) -> None:
   shades = colours(list(runs))
   for ax, band in zip(axes, BANDS, strict=True):
     for system, own in runs.items():
-      x = np.mean([getattr(r, axis) for r in own], axis=0)
-      curves = np.array([r.loss(band) for r in own])
+      common = functools.reduce(np.intersect1d, [r.steps for r in own])
+      at = [np.isin(r.steps, common) for r in own]
+      x = np.mean(
+        [getattr(r, axis)[a] for r, a in zip(own, at, strict=True)], axis=0
+      )
+      curves = np.array([r.loss(band)[a] for r, a in zip(own, at, strict=True)])
       ax.plot(x, curves.mean(axis=0), label=system, color=shades[system])
       if len(own) > 1:
         ax.fill_between(
