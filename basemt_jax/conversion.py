@@ -243,8 +243,10 @@ def convert_opt_state(
       if match is None:
         continue
       if rule.source is not None:
-        value = _moment(flat_dense, prefix, match.expand(rule.source))
+        value = flat_dense.get(prefix + match.expand(rule.source))
         if value is not None:
+          if rule.stack and value.ndim == leaf.ndim == 2:
+            value = jnp.mean(value, 0)  # Kept by neuron; see `optimizer.adamw`.
           if rule.stack and value.shape == leaf.shape[1:]:
             value = jnp.broadcast_to(value[None], leaf.shape)
           if value.shape == leaf.shape:
@@ -253,20 +255,6 @@ def convert_opt_state(
   return checkpointing.restored_opt_state(
     fresh, traverse_util.unflatten_dict(flat, sep="/")
   )
-
-
-def _moment(state: dict[str, Any], prefix: str, path: str) -> Array | None:
-  """A dense parameter's moment; also a factor, of what has none itself.
-
-  Where moments of experts are factored (see `optimizer.FactoredState`), dense
-  matrices have theirs in full.
-  """
-  for factor, axis in (("rows/", 1), ("columns/", 0)):
-    if prefix.endswith(factor):
-      square = state.get(f"{prefix.removesuffix(factor)}nu/{path}")
-      if square is not None and square.ndim == 2:
-        return jnp.mean(square, axis)
-  return state.get(prefix + path)
 
 
 def _flat_state(state: Tree) -> dict[str, Any]:

@@ -14,7 +14,6 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from basemt_jax import ranges, rounding
@@ -33,7 +32,7 @@ def adamw(
   weight_decay: ranges.Decay = 0.0,
   max_grad_norm: ranges.Positive | None = 1.0,
   moments: Literal["float32", "bfloat16"] = "float32",
-  expert_moments: Literal["full", "factored"] = "full",
+  expert_moments: Literal["full", "by_neuron", "squares_by_neuron"] = "full",
 ) -> optax.GradientTransformation:
   """Adam with decoupled weight decay (arXiv:1711.05101) and clipping.
 
@@ -50,16 +49,18 @@ def adamw(
     moments: Type in which both means are kept between steps. In bfloat16 they
       are rounded up or down at random, so that small changes are kept on
       average; the state is half as large.
-    expert_moments: 'factored': of the matrices of experts the mean of squared
-      gradients is kept as means of rows and of columns, as Adafactor does
-      (arXiv:1804.04235), and the mean of gradients in bfloat16, whatever
-      `moments` says: 2 bytes a parameter in place of 8.
+    expert_moments: 'by_neuron': of experts' matrices the mean of squared
+      gradients is kept for each output only, over the inputs (Adam-mini,
+      arXiv:2406.16793), and the mean of gradients in bfloat16, whatever
+      `moments` says: 2 bytes a parameter in place of 8. 'squares_by_neuron':
+      the former alone.
   """
   adam = optax.scale_by_adam(b1=b1, b2=b2, eps=eps)
   if moments == "bfloat16":
     adam = _with_rounded_moments(adam)
-  if expert_moments == "factored":
-    adam = _with_factored_experts(adam, b1, b2, eps, max_grad_norm)
+  if expert_moments != "full":
+    own_b1 = b1 if expert_moments == "by_neuron" else 0.0
+    adam = _with_small_experts(adam, own_b1, b2, eps, max_grad_norm)
     max_grad_norm = None  # It clips, so that gradients are read less often.
   return _chain(max_grad_norm, adam, weight_decay, learning_rate)
 
@@ -94,118 +95,107 @@ def _with_rounded_moments(
   return optax.GradientTransformation(init, update)
 
 
-class FactoredState(NamedTuple):
-  """State of Adam with factored second moments of experts.
-
-  Attributes:
-    updates: [] int32, how many so far.
-    mu: Means of gradients, like the parameters; of experts in bfloat16.
-    nu: Means of squared gradients, like the parameters; none of experts.
-    rows: Means of an expert's squared gradients over its columns, [E, M]
-      float32 for a parameter [E, M, N]; of experts only.
-    columns: The same over rows, [E, N].
-  """
-
-  updates: jax.Array
-  mu: Tree
-  nu: Tree
-  rows: Tree
-  columns: Tree
-
-
 def _is_stack(x: Any) -> bool:
   """Whether a parameter is [E, M, N], a matrix for each expert."""
   return getattr(x, "ndim", 0) == 3
 
 
-def _stacks(tree: Tree) -> Tree:
-  """A tree of parameters without what is not of experts' matrices."""
-  return jax.tree.map(lambda x: x if _is_stack(x) else optax.MaskedNode(), tree)
+def _parts(like: Tree, tree: Tree) -> tuple[Tree, Tree]:
+  """What a tree like the parameters has for experts' matrices, and the rest."""
+
+  def part(of_experts: bool) -> Tree:
+    return jax.tree.map(
+      lambda p, x: x if _is_stack(p) == of_experts else optax.MaskedNode(),
+      like,
+      tree,
+    )
+
+  return part(True), part(False)
 
 
-def _others(tree: Tree) -> Tree:
-  """A tree of parameters without experts' matrices."""
-  return jax.tree.map(lambda x: optax.MaskedNode() if _is_stack(x) else x, tree)
-
-
-def _joined(stacks: Tree, others: Tree) -> Tree:
+def _joined(of_experts: Tree, rest: Tree) -> Tree:
   """The tree whose parts these are."""
 
   def is_masked(x: Any) -> bool:
     return isinstance(x, optax.MaskedNode)
 
   return jax.tree.map(
-    lambda x, y: y if is_masked(x) else x, stacks, others, is_leaf=is_masked
+    lambda x, y: y if is_masked(x) else x, of_experts, rest, is_leaf=is_masked
   )
 
 
-def _with_factored_experts(
+def _with_small_experts(
   adam: optax.GradientTransformation,
   b1: float,
   b2: float,
   eps: float,
   max_grad_norm: float | None,
 ) -> optax.GradientTransformation:
-  """Adam of clipped gradients, whose second moments of experts are factored.
+  """Adam of clipped gradients, with a small state of experts' matrices.
 
-  As in Adafactor (arXiv:1804.04235, algorithm 2) the mean square of an element
-  is `row * column / mean(row)`. The rest is Adam's own: the decay of means, the
-  correction of their bias, `eps`.
+  Of a parameter [E, M, N] `nu` is [E, N] float32, and `mu` bfloat16; if `b1` is
+  0 there is none. The rest is Adam's own: the decay of means, the correction of
+  their bias, `eps`.
 
-  Gradients of experts are read three times: for rows, which the norm is made
-  of, for columns, and for the update.
+  Gradients of experts are read twice: for the sums that both `nu` and the norm
+  are made of, and for the update.
   """
 
-  def init(params: Tree) -> FactoredState:
-    stacks, (count, mu, nu) = _stacks(params), adam.init(_others(params))
-
-    def zeros(axis: int) -> Tree:
-      return jax.tree.map(
-        lambda p: jnp.zeros(np.delete(p.shape, axis), jnp.float32), stacks
-      )
-
-    mean = optax.tree.zeros_like(stacks, dtype=jnp.bfloat16)
-    return FactoredState(count, _joined(mean, mu), nu, zeros(2), zeros(1))
+  def init(params: Tree) -> optax.ScaleByAdamState:
+    experts, rest = _parts(params, params)
+    state = adam.init(rest)
+    square = jax.tree.map(lambda p: jnp.zeros_like(p[:, 0]), experts)
+    mean = jax.tree.map(
+      lambda p: jnp.zeros_like(p, jnp.bfloat16) if b1 else optax.MaskedNode(),
+      experts,
+    )
+    return optax.ScaleByAdamState(
+      state.count, _joined(mean, state.mu), _joined(square, state.nu)
+    )
 
   def update(
-    updates: Tree, state: FactoredState, params: Tree = None
-  ) -> tuple[Tree, FactoredState]:
+    updates: Tree, state: optax.ScaleByAdamState, params: Tree = None
+  ) -> tuple[Tree, optax.ScaleByAdamState]:
     del params
     scale = jnp.ones((), jnp.float32)
     if max_grad_norm is not None:
       scale = _clipping(updates, max_grad_norm)
+    (grads, rest), (mean, mu), (square, nu) = (
+      _parts(updates, tree) for tree in (updates, state.mu, state.nu)
+    )
+    rest, (count, mu, nu) = adam.update(
+      jax.tree.map(lambda g: scale * g, rest),
+      optax.ScaleByAdamState(state.count, mu, nu),
+    )
+    square = jax.tree.map(
+      lambda g, v: b2 * v + (1 - b2) * scale**2 * _column_sums(g) / g.shape[1],
+      grads,
+      square,
+    )
 
-    def means(sums: Callable[..., jax.Array], kept: Tree) -> Tree:
-      return jax.tree.map(
-        lambda g, old: (
-          b2 * old + (1 - b2) * scale**2 * sums(g) * (old.size / g.size)
-        ),
-        _stacks(updates),
-        kept,
-      )
+    def new_mean(g: jax.Array, m: Any) -> jax.Array:
+      old = b1 * m.astype(jnp.float32) if b1 else 0.0
+      return old + (1 - b1) * scale * g
 
-    rows = means(_row_sums, state.rows)
-    columns = means(_column_sums, state.columns)
-    others, (count, mu, nu) = adam.update(
-      jax.tree.map(lambda g: scale * g, _others(updates)),
-      optax.ScaleByAdamState(state.updates, _others(state.mu), state.nu),
+    mean = jax.tree.map(new_mean, grads, mean)
+    direction = jax.tree.map(
+      lambda m, v: (
+        m / (1 - b1**count) / (jnp.sqrt(v[:, None] / (1 - b2**count)) + eps)
+      ),
+      mean,
+      square,
     )
     mean = jax.tree.map(
-      lambda g, m: b1 * m.astype(g.dtype) + (1 - b1) * scale * g,
-      _stacks(updates),
-      _stacks(state.mu),
+      lambda m: (
+        rounding.round_at_random(m, 2 * state.count)
+        if b1
+        else optax.MaskedNode()
+      ),
+      mean,
     )
-
-    def direction(m: jax.Array, row: jax.Array, column: jax.Array) -> jax.Array:
-      share = row / jnp.maximum(jnp.mean(row, -1, keepdims=True), _TINY)
-      square = share[:, :, None] * column[:, None] / (1 - b2**count)
-      return m / (1 - b1**count) / (jnp.sqrt(square) + eps)
-
-    updates = _joined(jax.tree.map(direction, mean, rows, columns), others)
-    mean = jax.tree.map(
-      lambda m: rounding.round_at_random(m, 2 * state.updates), mean
+    return _joined(direction, rest), optax.ScaleByAdamState(
+      count, _joined(mean, mu), _joined(square, nu)
     )
-    return updates, FactoredState(count, _joined(mean, mu), nu, rows, columns)
 
   return optax.GradientTransformation(init, update)
 
@@ -341,16 +331,8 @@ def _orthogonal(x: jax.Array, eps: float, dtype: jnp.dtype) -> jax.Array:
   return scale * (made if wide else made.mT).astype(x.dtype)
 
 
-_TINY = np.finfo(np.float32).tiny
-
-
-def _row_sums(x: jax.Array) -> jax.Array:
-  """Sums of squares over the last axis, float32: [E, M] of [E, M, N]."""
-  return jnp.sum(jnp.square(x.astype(jnp.float32)), -1)
-
-
 def _column_sums(x: jax.Array) -> jax.Array:
-  """Sums of squares over the axis before, float32: [E, N] of [E, M, N]."""
+  """Sums of squares over rows, float32: [E, N] of [E, M, N]."""
   return jnp.sum(jnp.square(x.astype(jnp.float32)), -2)
 
 
@@ -361,8 +343,8 @@ def global_norm(gradients: Tree) -> jax.Array:
     if not _is_stack(x):
       return jnp.sum(jnp.square(x.astype(jnp.float32)))
     # Without the barrier XLA makes one sum of both, and so reads what is most
-    # of a sparse model once more where sums of rows are needed, too.
-    return jnp.sum(jax.lax.optimization_barrier(_row_sums(x)))
+    # of a sparse model once more where sums of columns are needed, too.
+    return jnp.sum(jax.lax.optimization_barrier(_column_sums(x)))
 
   return jnp.sqrt(sum(map(square, jax.tree.leaves(gradients))))
 

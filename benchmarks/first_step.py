@@ -72,7 +72,7 @@ class Shape:
   vocabulary: int = 16000
   dtype: model.Dtype = "bfloat16"
   moments: Literal["float32", "bfloat16"] = "float32"
-  expert_moments: Literal["full", "factored"] = "full"
+  expert_moments: Literal["full", "by_neuron", "squares_by_neuron"] = "full"
   expert_param_dtype: Literal["float32", "bfloat16"] = "float32"
 
   def config(self) -> model.TransformerConfig:
@@ -102,7 +102,7 @@ SHAPES = {
   "big_sparse_small": Shape(
     **_BIG,
     experts=32,
-    expert_moments="factored",
+    expert_moments="by_neuron",
     expert_param_dtype="bfloat16",
   ),
   "big_12": Shape(**_BIG, blocks=12, experts=0),

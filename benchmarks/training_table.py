@@ -53,7 +53,7 @@ Figures = dict[str, float]
 
 def model_place(is_sparse: bool, found: dict[str, Any]) -> int:
   """The place of a network of ours in `MODELS`."""
-  if is_sparse and found.get("expert_moments") == "factored":
+  if is_sparse and found.get("expert_moments") == "by_neuron":
     return 5
   return 1 + 2 * is_sparse + (found["moments"] == "bfloat16")
 

@@ -329,7 +329,7 @@ def test_table_joins_what_the_scripts_wrote(script, tmp_path):
   first |= {"step": 60.04, "mfu": 0.36249, "tokens_per_s": 546000}
   first |= {"moments": "float32", "memory": 20 * 2**30}
   rounded = {**first, "moments": "bfloat16", "memory": None}
-  small = {**first, "expert_moments": "factored"}
+  small = {**first, "expert_moments": "by_neuron"}
   lines = [
     f"big cold {h100} {json.dumps({**first, 'experts': 0})}",
     f"big warm {h100} {json.dumps({**first, 'experts': 0, 'total': 9.0})}",

@@ -59,10 +59,10 @@ def make(tmp_path):
     optimizer.adamw(1.0),
     optimizer.adamw(1.0, weight_decay=0.1, max_grad_norm=None),
     optimizer.adafactor(1.0, min_dim_size_to_factor=2),
-    optimizer.adamw(1.0, expert_moments="factored"),
+    optimizer.adamw(1.0, expert_moments="by_neuron"),
     optax.chain(optax.identity(), optax.trace(0.9)),
   ],
-  ids=["adamw", "decay", "adafactor", "factored", "identity"],
+  ids=["adamw", "decay", "adafactor", "by neuron", "identity"],
 )
 def test_optimizer_states_with_empty_parts_come_back(tx):
   state = tx.init(jax.tree.map(jnp.asarray, PARAMS))

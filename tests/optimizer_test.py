@@ -186,42 +186,44 @@ def expert_problem():
 
 
 @pytest.mark.parametrize("norm", [None, 1.0])
-def test_factored_moments_of_experts_are_those_of_each_expert_alone(norm):
+@pytest.mark.parametrize("kept", ["by_neuron", "squares_by_neuron"])
+def test_moments_by_neuron_are_those_of_each_expert_alone(kept, norm):
   params, grads = expert_problem()
-  tx = optimizer.adamw(
-    1.0, expert_moments="factored", max_grad_norm=norm, b2=0.9
-  )
+  tx = optimizer.adamw(1.0, b2=0.9, max_grad_norm=norm, expert_moments=kept)
   state = tx.init(params)
-  rows, columns = np.zeros((3, 8)), np.zeros((3, 6))
+  b1 = 0.9 if kept == "by_neuron" else 0.0
+  mean, square = np.zeros((3, 8, 6)), np.zeros((3, 6))
   for step, gradients in enumerate(grads, 1):
-    mean = np.asarray(state[0].mu["experts"], np.float64)
-    updates, state = tx.update(gradients, state, params)
     total = np.sqrt(
       sum((g.astype("f8") ** 2).sum() for g in gradients.values())
     )
     g = gradients["experts"] * (1.0 if norm is None else 1.0 / total)
-    mean = 0.9 * mean + 0.1 * g
-    rows = 0.9 * rows + 0.1 * (g**2).mean(2)
-    columns = 0.9 * columns + 0.1 * (g**2).mean(1)
+    updates, state = tx.update(gradients, state, params)
+    mean = b1 * mean + (1 - b1) * g
     for e in range(3):
-      square = np.outer(rows[e], columns[e]) / rows[e].mean()
-      expected = -(mean[e] / (1 - 0.9**step)) / np.sqrt(
-        square / (1 - 0.9**step)
-      )
+      square[e] = 0.9 * square[e] + 0.1 * (g[e] ** 2).mean(0)
+      root = np.sqrt(square[e] / (1 - 0.9**step))
+      expected = -mean[e] / (1 - b1**step) / root
       np.testing.assert_allclose(updates["experts"][e], expected, rtol=2e-5)
-    kept = state[0].mu["experts"]
-    assert kept.dtype == jnp.bfloat16
+    np.testing.assert_allclose(state[0].nu["experts"], square, rtol=1e-5)
+    if not b1:
+      assert state[0].mu["experts"] == optax.MaskedNode()
+      continue
+    rounded = state[0].mu["experts"]
+    assert rounded.dtype == jnp.bfloat16
+    rounded = np.asarray(rounded, np.float64)
     # Rounded up or down: less than the distance of neighbours away.
-    error = np.abs(np.asarray(kept, np.float64) - mean)
-    assert (error <= 2.0**-7 * np.abs(mean)).all() and error.any()
-  assert state[0].nu["experts"] == optax.MaskedNode()
+    assert (np.abs(rounded - mean) <= 2.0**-7 * np.abs(mean)).all()
+    assert (rounded != mean).any()
+    mean = rounded
 
 
-def test_factored_moments_of_experts_leave_all_else_to_adam():
+def test_moments_by_neuron_leave_all_else_to_adam():
   params, grads = expert_problem()
   arguments = {"weight_decay": 0.1, "moments": "bfloat16"}
   found = run(
-    optimizer.adamw(0.01, expert_moments="factored", **arguments), params, grads
+    optimizer.adamw(0.01, expert_moments="by_neuron", **arguments),
+    *(params, grads),
   )
   expected = run(optimizer.adamw(0.01, **arguments), params, grads)
   for name in ("kernel", "scale"):

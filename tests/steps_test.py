@@ -326,7 +326,7 @@ def test_experts_and_their_moments_lie_on_the_expert_axis(tx):
 @pytest.mark.parametrize("kept", ["float32", "bfloat16"])
 def test_small_states_of_experts_are_those_of_one_device(kept):
   config = dataclasses.replace(toy.SPARSE, expert_param_dtype=kept)
-  small = functools.partial(optimizer.adamw, expert_moments="factored")
+  small = functools.partial(optimizer.adamw, expert_moments="by_neuron")
   settings = toy.settings(optimizer=small, seed=3)
   states = []
   for shape in ((1, 1, 1), (2, 2, 2)):
@@ -337,12 +337,8 @@ def test_small_states_of_experts_are_those_of_one_device(kept):
   expected, found = states
   kernel = "decoder/layers_0/base_layer/experts/sublayer_0/wi/kernel"
   assert found[f"target/{kernel}"].dtype == kept
-  for name, spec in (
-    ("rows", ("expert", None)),
-    ("columns", ("expert", "model")),
-  ):
-    moment = found[f"state/param_states/0/{name}/{kernel}"]
-    assert moment.sharding.spec == PartitionSpec(*spec), name
+  square = found[f"state/param_states/0/nu/{kernel}"]
+  assert square.sharding.spec == PartitionSpec("expert", "model")
   # Gradients of what is kept in bfloat16 are sums of bfloat16.
   relative = 1e-5 if kept == "float32" else 2e-2
   for path, value in expected.items():

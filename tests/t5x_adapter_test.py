@@ -251,18 +251,8 @@ def _merged(total, metrics):
 # --------------------------------------------------------------- optimizer
 
 
-@pytest.mark.parametrize(
-  "rows, columns, tx",
-  [
-    ("v_row", "v_col", optimizer.adafactor),
-    (
-      *("rows", "columns"),
-      functools.partial(optimizer.adamw, expert_moments="factored"),
-    ),
-  ],
-  ids=["adafactor", "adamw"],
-)
-def test_factored_moments_keep_the_axes_they_have(make, rows, columns, tx):
+def axes_of(make, tx, name):
+  """Shape and names of axes of a moment of an expert's first matrix."""
   config = dataclasses.replace(
     toy.SPARSE, emb_dim=128, mlp_dim=256, head_dim=64
   )
@@ -282,14 +272,18 @@ def test_factored_moments_keep_the_axes_they_have(make, rows, columns, tx):
     state.state_dict()["state"]["param_states"], sep="/"
   )
   kernel = "encoder/layers_0/base_layer/experts/sublayer_0/wi/kernel"
-  path = next(p for p in found if p.endswith(f"{rows}/{kernel}"))
-  assert arrays[path].shape == (4, 128)  # Without F, the longest axis.
-  assert tuple(found[path]) == ("expert", "embed")
-  path = path.replace(rows, columns)
-  assert arrays[path].shape == (4, 256)
-  assert tuple(found[path]) == ("expert", "expert_mlp")
-  whole = path.replace(columns, "v")
-  if tx is optimizer.adafactor:
-    assert arrays[whole].shape == (1,) and tuple(found[whole]) == (None,)
-  else:
-    assert whole not in arrays
+  path = next(p for p in found if p.endswith(f"{name}/{kernel}"))
+  return arrays[path].shape, tuple(found[path])
+
+
+def test_factored_moments_keep_the_axes_they_have(make):
+  axes = functools.partial(axes_of, make, optimizer.adafactor)
+  # Without F, the longest axis.
+  assert axes("v_row") == ((4, 128), ("expert", "embed"))
+  assert axes("v_col") == ((4, 256), ("expert", "expert_mlp"))
+  assert axes("v") == ((1,), (None,))
+
+
+def test_moments_by_neuron_keep_the_axes_they_have(make):
+  tx = functools.partial(optimizer.adamw, expert_moments="by_neuron")
+  assert axes_of(make, tx, "nu") == ((4, 256), ("expert", "expert_mlp"))

@@ -251,7 +251,7 @@ def test_small_states_of_experts_are_converted_and_resumed_to_the_bit(
   config = dataclasses.replace(toy.SPARSE, expert_param_dtype="bfloat16")
   settings = dataclasses.replace(
     SHORT,
-    optimizer=functools.partial(optimizer.adamw, expert_moments="factored"),
+    optimizer=functools.partial(optimizer.adamw, expert_moments="by_neuron"),
     dense_steps=1,
     conversion_options=conversion.Options(optimizer="copy"),
     average_decay=0.5,
