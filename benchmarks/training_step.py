@@ -381,7 +381,7 @@ def parsed() -> argparse.Namespace:
   )
   parser.add_argument(
     "--expert_moments",
-    choices=("full", "by_neuron", "squares_by_neuron"),
+    choices=("full", "by_neuron"),
     default="full",
     help="of adamw",
   )
