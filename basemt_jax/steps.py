@@ -543,6 +543,10 @@ class Program:
   def compile(self, batch: Batch) -> None:
     """Compiles what a phase begins with, before it does."""
     self._begin.compile(self.abstract_state().params)
+    self.compile_step(batch)
+
+  def compile_step(self, batch: Batch) -> None:
+    """Compiles the training step, for a batch given by shapes."""
     self._train_step.compile(self.shapes, batch, self._dropout_key)
 
   def abstract_state(self) -> TrainState:
