@@ -104,6 +104,20 @@ def _is_whole(devices: Sequence[jax.Device]) -> bool:
   return bool(np.prod(sizes) == len(np.unique(places, axis=0)) == len(devices))
 
 
+def draw_by_kernels(mesh: Mesh) -> None:
+  """Has JAX draw random bits by a kernel of its own on a single GPU.
+
+  They are the same bits. Otherwise every draw of keys or masks is a hundred
+  instructions, which XLA puts into the kernels of all that read them: a third
+  of its time for a step with dropout. The kernel cannot be split over devices,
+  and large parameters would be drawn whole on each.
+  """
+  jax.config.update(
+    "jax_threefry_gpu_kernel_lowering",
+    mesh.size == 1 and mesh.devices.flat[0].platform == "gpu",
+  )
+
+
 def batch_sharding(mesh: Mesh) -> NamedSharding:
   """Rows split over `data` and `expert`."""
   return NamedSharding(mesh, BATCH_SPEC)

@@ -437,6 +437,7 @@ class Program:
     mesh: Mesh,
     num_directions: int,
   ):
+    partitioning.draw_by_kernels(mesh)
     # On one device the exchange between devices is left out altogether.
     self.model = model_lib.Transformer(config, mesh if mesh.size > 1 else None)
     self.mesh = mesh
