@@ -237,6 +237,23 @@ def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, Any]:
   return {name: put(array) for name, array in batch.items()}
 
 
+# Not timed: whether kernels that are no products run faster as Triton's. A step
+# takes 20.08 ms in place of 20.05, and the compiler's time is a tenth less.
+_GPU_OPTIONS = {"xla_gpu_experimental_enable_fusion_autotuner": False}
+
+
+@functools.cache
+def _compiler_options(platform: str) -> dict[str, bool] | None:
+  """The compiler's options for a platform, as far as this version has them."""
+  if platform != "gpu":
+    return None
+  try:
+    jax.jit(lambda: 0, compiler_options=_GPU_OPTIONS).lower().compile()
+  except jax.errors.JaxRuntimeError:
+    return None
+  return _GPU_OPTIONS
+
+
 class Compiled:
   """A jitted function that can be compiled before it is first called.
 
@@ -247,7 +264,9 @@ class Compiled:
   """
 
   def __init__(self, function: Callable[..., Any], mesh: Mesh, **options: Any):
-    self._function, self._mesh = jax.jit(function, **options), mesh
+    chosen = _compiler_options(mesh.devices.flat[0].platform)
+    self._function = jax.jit(function, compiler_options=chosen, **options)
+    self._mesh = mesh
     self._compiled: Any = None
 
   def __call__(self, *args: Any) -> Any:
