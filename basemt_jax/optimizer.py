@@ -32,7 +32,7 @@ def adamw(
   weight_decay: ranges.Decay = 0.0,
   max_grad_norm: ranges.Positive | None = 1.0,
   moments: Literal["float32", "bfloat16"] = "float32",
-  expert_moments: Literal["full", "by_neuron", "squares_by_neuron"] = "full",
+  expert_moments: Literal["full", "by_neuron"] = "full",
 ) -> optax.GradientTransformation:
   """Adam with decoupled weight decay (arXiv:1711.05101) and clipping.
 
@@ -52,15 +52,13 @@ def adamw(
     expert_moments: 'by_neuron': of experts' matrices the mean of squared
       gradients is kept for each output only, over the inputs (Adam-mini,
       arXiv:2406.16793), and the mean of gradients in bfloat16, whatever
-      `moments` says: 2 bytes a parameter in place of 8. 'squares_by_neuron':
-      the former alone.
+      `moments` says: 2 bytes a parameter in place of 8.
   """
   adam = optax.scale_by_adam(b1=b1, b2=b2, eps=eps)
   if moments == "bfloat16":
     adam = _with_rounded_moments(adam)
-  if expert_moments != "full":
-    own_b1 = b1 if expert_moments == "by_neuron" else 0.0
-    adam = _with_small_experts(adam, own_b1, b2, eps, max_grad_norm)
+  if expert_moments == "by_neuron":
+    adam = _with_small_experts(adam, b1, b2, eps, max_grad_norm)
     max_grad_norm = None  # It clips, so that gradients are read less often.
   return _chain(max_grad_norm, adam, weight_decay, learning_rate)
 
@@ -133,9 +131,8 @@ def _with_small_experts(
 ) -> optax.GradientTransformation:
   """Adam of clipped gradients, with a small state of experts' matrices.
 
-  Of a parameter [E, M, N] `nu` is [E, N] float32, and `mu` bfloat16; if `b1` is
-  0 there is none. The rest is Adam's own: the decay of means, the correction of
-  their bias, `eps`.
+  Of a parameter [E, M, N] `nu` is [E, N] float32, and `mu` bfloat16. The rest
+  is Adam's own: the decay of means, the correction of their bias, `eps`.
 
   Gradients of experts are read twice: for the sums that both `nu` and the norm
   are made of, and for the update.
@@ -145,10 +142,7 @@ def _with_small_experts(
     experts, rest = _parts(params, params)
     state = adam.init(rest)
     square = jax.tree.map(lambda p: jnp.zeros_like(p[:, 0]), experts)
-    mean = jax.tree.map(
-      lambda p: jnp.zeros_like(p, jnp.bfloat16) if b1 else optax.MaskedNode(),
-      experts,
-    )
+    mean = optax.tree.zeros_like(experts, dtype=jnp.bfloat16)
     return optax.ScaleByAdamState(
       state.count, _joined(mean, state.mu), _joined(square, state.nu)
     )
@@ -172,12 +166,11 @@ def _with_small_experts(
       grads,
       square,
     )
-
-    def new_mean(g: jax.Array, m: Any) -> jax.Array:
-      old = b1 * m.astype(jnp.float32) if b1 else 0.0
-      return old + (1 - b1) * scale * g
-
-    mean = jax.tree.map(new_mean, grads, mean)
+    mean = jax.tree.map(
+      lambda g, m: b1 * m.astype(jnp.float32) + (1 - b1) * scale * g,
+      grads,
+      mean,
+    )
     direction = jax.tree.map(
       lambda m, v: (
         m / (1 - b1**count) / (jnp.sqrt(v[:, None] / (1 - b2**count)) + eps)
@@ -186,12 +179,7 @@ def _with_small_experts(
       square,
     )
     mean = jax.tree.map(
-      lambda m: (
-        rounding.round_at_random(m, 2 * state.count)
-        if b1
-        else optax.MaskedNode()
-      ),
-      mean,
+      lambda m: rounding.round_at_random(m, 2 * state.count), mean
     )
     return _joined(direction, rest), optax.ScaleByAdamState(
       count, _joined(mean, mu), _joined(square, nu)

@@ -72,7 +72,7 @@ class Shape:
   vocabulary: int = 16000
   dtype: model.Dtype = "bfloat16"
   moments: Literal["float32", "bfloat16"] = "float32"
-  expert_moments: Literal["full", "by_neuron", "squares_by_neuron"] = "full"
+  expert_moments: Literal["full", "by_neuron"] = "full"
   expert_param_dtype: Literal["float32", "bfloat16"] = "float32"
 
   def config(self) -> model.TransformerConfig:

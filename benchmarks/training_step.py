@@ -172,12 +172,13 @@ def memory(found: "Compiled", rows: int, length: int) -> dict[str, int]:
   own = rows // (program.mesh.shape["data"] * program.mesh.shape["expert"])
   parameters = ahead_of_time.device_bytes(shapes.params, shardings.params)
   size = jnp.dtype(cfg.dtype).itemsize
-  exact = jax.tree.map(
-    lambda p: p if p.dtype == jnp.float32 else None, shapes.params
+  leaves = zip(
+    jax.tree.leaves(shapes.params),
+    jax.tree.leaves(shardings.params),
+    strict=True,
   )
-  exact_bytes = ahead_of_time.device_bytes(
-    exact, jax.tree.map(lambda _, s: s, exact, shardings.params)
-  )
+  exact = [(p, s) for p, s in leaves if p.dtype == jnp.float32]
+  exact_bytes = ahead_of_time.device_bytes(*zip(*exact, strict=True))
   formula = {
     "parameters": parameters,
     "optimizer": ahead_of_time.device_bytes(
@@ -381,7 +382,7 @@ def parsed() -> argparse.Namespace:
   )
   parser.add_argument(
     "--expert_moments",
-    choices=("full", "by_neuron", "squares_by_neuron"),
+    choices=("full", "by_neuron"),
     default="full",
     help="of adamw",
   )
