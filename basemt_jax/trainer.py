@@ -584,6 +584,8 @@ class Trainer:
       f"{self._config.num_experts} experts a layer"
     )
     assert self._conversion is not None
+    if self._compiling is None:  # Side by side: each takes about one core.
+      self._conversion.compile(batch)
     self.state, error = self._conversion(self.state, batch)
     self.program = self._program("sparse")
     self._conversion = self._compiling = None

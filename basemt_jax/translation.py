@@ -10,6 +10,7 @@ import functools
 import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from concurrent import futures
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -232,15 +233,40 @@ class Translator:
     size = self._rows(len(order), whole_batches)
     batches = [order[i : i + size] for i in range(0, len(order), size)]
     lengths = self._lengths([len(read[b[-1]].ids) + 1 for b in batches])
+    jobs = [
+      ([read[i] for i in batch], size, length)
+      for batch, length in zip(batches, lengths, strict=True)
+    ]
     done = 0
-    for batch, length in zip(batches, lengths, strict=True):
-      found = self._translate_batch([read[i] for i in batch], size, length)
-      for i, hypotheses in zip(batch, found, strict=True):
+    for place, found in self._translate_batches(jobs):
+      for i, hypotheses in zip(batches[place], found, strict=True):
         results[i] = hypotheses
-      done += len(batch)
+      done += len(batches[place])
       if progress:
         progress(done, len(order))
     return results
+
+  def _translate_batches(
+    self, jobs: Sequence[tuple[Sequence["_Sentence"], int, int]]
+  ) -> Iterator[tuple[int, list[list[Hypothesis]]]]:
+    """Places in `jobs`, and what `_translate_batch` makes of each.
+
+    On a CPU two at a time: a search is a loop of small operations, which two
+    cores make hardly shorter than one, and so is its compilation. A batch of
+    every length comes first, so that no search is compiled twice.
+    """
+
+    def translated(place: int) -> tuple[int, list[list[Hypothesis]]]:
+      return place, self._translate_batch(*jobs[place])
+
+    places = range(len(jobs))
+    if jax.default_backend() != "cpu" or self._ways > 1:
+      yield from map(translated, places)
+      return
+    first = {jobs[place][2]: place for place in reversed(places)}
+    with futures.ThreadPoolExecutor(2) as pool:
+      yield from pool.map(translated, first.values())
+      yield from pool.map(translated, sorted({*places} - {*first.values()}))
 
   def _rows(self, count: int, whole_batches: bool) -> int:
     """Rows of the batches that translate so many sources.
@@ -297,7 +323,7 @@ class Translator:
 
   def _translate_batch(
     self, sentences: Sequence["_Sentence"], rows: int, length: int
-  ) -> Iterator[list[Hypothesis]]:
+  ) -> list[list[Hypothesis]]:
     longest, batch = self._batch(sentences, rows, length)
     if self._batch_sharding is not None:
       batch = {
@@ -309,6 +335,7 @@ class Translator:
     found = jax.device_get(
       self._jitted_search(self.variables, **batch, max_length=longest)
     )
+    results = []
     for row in range(len(sentences)):
       hypotheses = [
         Hypothesis(float(score), _strip(ids))
@@ -321,7 +348,8 @@ class Translator:
           "training has diverged or the parameters are damaged; use another "
           "checkpoint"
         )
-      yield hypotheses
+      results.append(hypotheses)
+    return results
 
   def _check_prefixes(self, sentences: Sequence["_Sentence"]) -> None:
     longest = self.options.max_target_length

@@ -176,10 +176,10 @@ def test_quickstart_is_what_it_says():
   temperature = run.strategy.temperature
   assert temperature(run.settings.train_steps) > temperature(0)
   assert run.batch_size % config.rows_per_group == 0
-  # A quarter of a run of two steps is none: the end is where it starts.
+  # A fifth of a run of two steps is none: it starts at the top.
   run, _ = configured(["recipes/quickstart"], "TRAIN_STEPS=2")
   assert heating.temperatures(run.strategy.temperature, np.arange(3)) == (
-    pytest.approx(temperature(600))
+    pytest.approx([3.5, 2.75, 2.0])
   )
 
 
@@ -324,9 +324,9 @@ def test_the_quickstart_is_measured_as_each_system(monkeypatch, tmp_path):
   assert found == {
     "dense": ("dense", 0, 1),
     "base": ("experts", 0, 1),
-    "base_heated": ("experts", 0, 3.5),
-    "base_dense_pretrained": ("experts", 60, 1),
-    "base_heated_dense_pretrained": ("experts", 60, 3.5),
+    "base_heated": ("experts", 0, 2),
+    "base_dense_pretrained": ("experts", 30, 1),
+    "base_heated_dense_pretrained": ("experts", 30, 2),
   }
 
 
