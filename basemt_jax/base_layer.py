@@ -465,8 +465,7 @@ def _group_dropout(
   """Which hidden units live, [E/X, X*G, F] bool, for hidden [E/X, X*G*C, F].
 
   Drawn for each expert and global group, so that neither the number of devices
-  along data nor along expert changes the masks. For the barriers see
-  `layers.dropout_masks`.
+  along data nor along expert changes the masks.
   """
   shards = settings.axis_size("expert")
   local_experts, _, hidden = shape
@@ -476,14 +475,10 @@ def _group_dropout(
   group += jnp.arange(shards * groups)
   key = jax.random.fold_in(key, sublayer)
   key = jax.random.fold_in(key, settings.axis_index("model"))
-  key = lax.optimization_barrier(key)
 
   def draw(expert, group):
     place = jax.random.fold_in(jax.random.fold_in(key, expert), group)
-    place = lax.optimization_barrier(place)
     return jax.random.bernoulli(place, 1.0 - settings.dropout_rate, (hidden,))
 
   rows = jax.vmap(draw, in_axes=(None, 0))
-  return lax.optimization_barrier(
-    jax.vmap(rows, in_axes=(0, None))(expert, group)
-  )
+  return jax.vmap(rows, in_axes=(0, None))(expert, group)

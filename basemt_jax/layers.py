@@ -216,10 +216,7 @@ def dropout_masks(
 ) -> tuple[Array, list[dict[str, Array]], Array]:
   """What dropout leaves in a stack of blocks, drawn at once.
 
-  Every generator is a program longer than a block's, and masks are small. What
-  a generator gives is a barrier to the compiler: it would put the generator
-  into the kernels of all that read the keys or masks, once for each, and spend
-  a quarter of its time on deciding that.
+  Every generator is a program longer than a block's, and masks are small.
 
   Args:
     key: Of all of them.
@@ -235,10 +232,9 @@ def dropout_masks(
 
   def draw(key: Array, number: int, width: int) -> Array:
     keep = jax.random.bernoulli(key, 1.0 - rate, (number, rows, 1, width))
-    keep = with_sharding_constraint(keep, (None, "batch", None, None))
-    return jax.lax.optimization_barrier(keep)
+    return with_sharding_constraint(keep, (None, "batch", None, None))
 
-  outputs, units, own = jax.lax.optimization_barrier(jax.random.split(key, 3))
+  outputs, units, own = jax.random.split(key, 3)
   ends_and_outputs = draw(outputs, 2 + MAX_SUBLAYERS * len(hidden), width)
   unit_masks = {
     size: iter(draw(jax.random.fold_in(units, size), hidden.count(size), size))
@@ -253,8 +249,7 @@ def dropout_masks(
         "hidden": next(unit_masks[size]),
       }
     )
-  keys = jax.lax.optimization_barrier(jax.random.split(own, len(hidden)))
-  return ends_and_outputs[:2], masks, keys
+  return ends_and_outputs[:2], masks, jax.random.split(own, len(hidden))
 
 
 def rotary_embedding(x: Array, positions: Array) -> Array:

@@ -437,6 +437,7 @@ class Program:
     mesh: Mesh,
     num_directions: int,
   ):
+    partitioning.draw_by_kernels(mesh)
     # On one device the exchange between devices is left out altogether.
     self.model = model_lib.Transformer(config, mesh if mesh.size > 1 else None)
     self.mesh = mesh
@@ -543,6 +544,10 @@ class Program:
   def compile(self, batch: Batch) -> None:
     """Compiles what a phase begins with, before it does."""
     self._begin.compile(self.abstract_state().params)
+    self.compile_step(batch)
+
+  def compile_step(self, batch: Batch) -> None:
+    """Compiles the training step, for a batch given by shapes."""
     self._train_step.compile(self.shapes, batch, self._dropout_key)
 
   def abstract_state(self) -> TrainState:

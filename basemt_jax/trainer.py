@@ -174,6 +174,7 @@ class Trainer:
     self._programs: dict[str, steps.Program] = {}
     self._conversion: phases.Conversion | None = None
     self._threads = futures.ThreadPoolExecutor(2, "compile")
+    self._starting: futures.Future[steps.TrainState] | None = None
     self._compiling: futures.Future[None] | None = None
     self._compiling_evaluation: futures.Future[None] | None = None
     self._checkpoints = checkpointing.Checkpoints(
@@ -196,7 +197,10 @@ class Trainer:
     return self._programs[phase]
 
   def _start(self) -> None:
-    """Restores the latest checkpoint, or initialises."""
+    """Restores the latest checkpoint, or initialises.
+
+    On accelerators the initial state is drawn while the first step is compiled.
+    """
     for line in self._checkpoints.set_aside:
       self._hooks.message(line)
     step = self._checkpoints.latest_step()
@@ -204,7 +208,10 @@ class Trainer:
     if step is None:
       starts_dense = not is_sparse or self._settings.dense_steps > 0
       self.program = self._program("dense" if starts_dense else "sparse")
-      self.state = self.program.init()
+      if self._compiles_ahead():
+        self._starting = self._threads.submit(self.program.init)
+      else:
+        self.state = self.program.init()
       return
     phase = self._checkpoints.phase(step)
     self._check_phase(step, phase)
@@ -314,6 +321,9 @@ class Trainer:
       if self._conversion_is_due():
         self._convert(batch)
       start = time.monotonic()
+      if self._starting is not None:
+        self.program.compile_step(batch)
+        self.state, self._starting = self._starting.result(), None
       self.state, self._metrics = self.program.train_step(
         self.state, self._metrics, batch
       )

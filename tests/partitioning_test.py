@@ -218,3 +218,9 @@ def test_moments_are_named_only_where_equal_sizes_leave_no_doubt():
   names = ("expert", "embed", "mlp")
   found = partitioning.moment_axes(names, (4, 8, 8), (4, 8))
   assert found == ("expert", None)
+
+
+def test_options_of_gpus_are_known_to_this_compiler_and_given_to_gpus_only():
+  assert partitioning._compiler_options("gpu") == partitioning._GPU_OPTIONS
+  assert partitioning._compiler_options("cpu") is None
+  assert partitioning._compiler_options("tpu") is None

@@ -227,10 +227,10 @@ def test_a_run_stopped_in_every_phase_ends_with_the_same_bits(
     with make(tmp_path, store, log=Log(report, message)) as loop:
       return loop.run()
 
+  # As on accelerators, which compile while they draw the state and train.
+  monkeypatch.setattr(trainer.Trainer, "_compiles_ahead", lambda loop: True)
   assert stopped(at=3) == "interrupted"
   assert toy.saved(tmp_path) == {3: "dense"}
-  # From here on as on accelerators, which compile beside the steps.
-  monkeypatch.setattr(trainer.Trainer, "_compiles_ahead", lambda loop: True)
   assert stopped(at=6) == "interrupted"
   assert toy.saved(tmp_path)[6] == "dense"
   # Stopped while it converts: the step after the conversion is done first.

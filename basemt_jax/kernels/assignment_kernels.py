@@ -53,6 +53,11 @@ def _padded(num_experts: int) -> int:
 # ------------------------------------------------------------ Newton's step
 
 
+# Traced and lowered once, though a solve has many steps and a network many
+# layers.
+@functools.partial(
+  jax.jit, static_argnames=("capacity", "num_doublings", "interpret")
+)
 def newton_step(
   values: jax.Array,
   weights: jax.Array,
