@@ -49,16 +49,15 @@ def adamw(
     moments: Type in which both means are kept between steps. In bfloat16 they
       are rounded up or down at random, so that small changes are kept on
       average; the state is half as large.
-    expert_moments: 'by_neuron': of experts' matrices the mean of squared
-      gradients is kept for each output only, over the inputs (Adam-mini,
-      arXiv:2406.16793), and the mean of gradients in bfloat16, whatever
-      `moments` says: 2 bytes a parameter in place of 8.
+    expert_moments: 'by_neuron': experts' matrices have no mean of gradients,
+      and that of squared gradients for each output only, over the inputs
+      (Adam-mini, arXiv:2406.16793), in place of 8 bytes a parameter.
   """
   adam = optax.scale_by_adam(b1=b1, b2=b2, eps=eps)
   if moments == "bfloat16":
     adam = _with_rounded_moments(adam)
   if expert_moments == "by_neuron":
-    adam = _with_small_experts(adam, b1, b2, eps, max_grad_norm)
+    adam = _with_small_experts(adam, b2, eps, max_grad_norm)
     max_grad_norm = None  # It clips, so that gradients are read less often.
   return _chain(max_grad_norm, adam, weight_decay, learning_rate)
 
@@ -124,15 +123,14 @@ def _joined(of_experts: Tree, rest: Tree) -> Tree:
 
 def _with_small_experts(
   adam: optax.GradientTransformation,
-  b1: float,
   b2: float,
   eps: float,
   max_grad_norm: float | None,
 ) -> optax.GradientTransformation:
   """Adam of clipped gradients, with a small state of experts' matrices.
 
-  Of a parameter [E, M, N] `nu` is [E, N] float32, and `mu` bfloat16. The rest
-  is Adam's own: the decay of means, the correction of their bias, `eps`.
+  Of a parameter [E, M, N] `nu` is [E, N] float32, and there is no `mu`. The
+  decay of `nu`, the correction of its bias and `eps` are Adam's own.
 
   Gradients of experts are read twice: for the sums that both `nu` and the norm
   are made of, and for the update.
@@ -142,9 +140,8 @@ def _with_small_experts(
     experts, rest = _parts(params, params)
     state = adam.init(rest)
     square = jax.tree.map(lambda p: jnp.zeros_like(p[:, 0]), experts)
-    mean = optax.tree.zeros_like(experts, dtype=jnp.bfloat16)
     return optax.ScaleByAdamState(
-      state.count, _joined(mean, state.mu), _joined(square, state.nu)
+      state.count, state.mu, _joined(square, state.nu)
     )
 
   def update(
@@ -154,35 +151,25 @@ def _with_small_experts(
     scale = jnp.ones((), jnp.float32)
     if max_grad_norm is not None:
       scale = _clipping(updates, max_grad_norm)
-    (grads, rest), (mean, mu), (square, nu) = (
-      _parts(updates, tree) for tree in (updates, state.mu, state.nu)
+    (grads, rest), (square, nu) = (
+      _parts(updates, tree) for tree in (updates, state.nu)
     )
     rest, (count, mu, nu) = adam.update(
       jax.tree.map(lambda g: scale * g, rest),
-      optax.ScaleByAdamState(state.count, mu, nu),
+      optax.ScaleByAdamState(state.count, state.mu, nu),
     )
     square = jax.tree.map(
       lambda g, v: b2 * v + (1 - b2) * scale**2 * _column_sums(g) / g.shape[1],
       grads,
       square,
     )
-    mean = jax.tree.map(
-      lambda g, m: b1 * m.astype(jnp.float32) + (1 - b1) * scale * g,
-      grads,
-      mean,
-    )
     direction = jax.tree.map(
-      lambda m, v: (
-        m / (1 - b1**count) / (jnp.sqrt(v[:, None] / (1 - b2**count)) + eps)
-      ),
-      mean,
+      lambda g, v: scale * g / (jnp.sqrt(v[:, None] / (1 - b2**count)) + eps),
+      grads,
       square,
     )
-    mean = jax.tree.map(
-      lambda m: rounding.round_at_random(m, 2 * state.count), mean
-    )
     return _joined(direction, rest), optax.ScaleByAdamState(
-      count, _joined(mean, mu), _joined(square, nu)
+      count, mu, _joined(square, nu)
     )
 
   return optax.GradientTransformation(init, update)

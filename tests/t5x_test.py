@@ -90,7 +90,11 @@ class Workshop:
 
   def start(self, module, arguments, devices=1):
     """Starts a module in a process of its own."""
-    flags = f"--xla_force_host_platform_device_count={devices}"
+    flags = (
+      f"--xla_force_host_platform_device_count={devices} "
+      # Devices that share busy cores wait for each other; 40 s were too few.
+      "--xla_cpu_collective_call_terminate_timeout_seconds=600"
+    )
     tests = str(pathlib.Path(__file__).parent)
     environment = {
       **os.environ,
