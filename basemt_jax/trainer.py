@@ -576,6 +576,7 @@ class Trainer:
 
   def _convert(self, batch: Batch) -> None:
     """Goes over to the sparse program; verified on the batch that is next."""
+    start = time.monotonic()
     if self._compiling is not None:
       self._compiling.result()
     self._checkpoints.wait()  # Its copy makes room, as before an evaluation.
@@ -595,3 +596,4 @@ class Trainer:
       f"function on a training batch: {error:.1e}"
     )
     self._write(self._step, {"conversion/relative_error": error})
+    self._log_time += time.monotonic() - start  # As for what a call compiles.
