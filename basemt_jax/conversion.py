@@ -232,7 +232,8 @@ def convert_opt_state(
   Works on any Optax state: a leaf below a path that ends in a parameter's path
   follows that parameter's rule. Leaves whose shape does not fit (factored
   moments of small matrices, moments of new parameters) start anew, as in
-  `fresh`; leaves of no parameter (counts) are copied.
+  `fresh`; leaves of no parameter (counts) are copied. Moments that experts have
+  by neuron are means over the inputs of the dense ones.
   """
   flat_dense = _flat_state(dense)
   flat = {}

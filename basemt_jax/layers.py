@@ -487,7 +487,7 @@ def rounded(params: Any, dtype: str) -> Any:
   What does not learn need not keep what a product rounds away: in half
   precision a model takes half the memory, and decoding, which reads all
   weights for few tokens, half the traffic. Norms, centroids and gates are used
-  in float32 and stay so.
+  in float32 and stay so, and what is kept in half precision stays that, too.
 
   Args:
     params: Nested dict of arrays, or of `jax.ShapeDtypeStruct`.
@@ -498,7 +498,8 @@ def rounded(params: Any, dtype: str) -> Any:
   """
 
   def cast(path: tuple[str, ...], x: Any) -> Any:
-    if path[-1] not in ("kernel", "embedding"):
+    widens = jnp.dtype(dtype).itemsize > x.dtype.itemsize
+    if path[-1] not in ("kernel", "embedding") or widens:
       return x
     if isinstance(x, jax.ShapeDtypeStruct):
       return x.update(dtype=dtype)

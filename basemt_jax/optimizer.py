@@ -401,7 +401,7 @@ class AveragedState(NamedTuple):
 
   Attributes:
     updates: [] int32, how many it is over.
-    average: Like the parameters.
+    average: Like the parameters, float32.
     inner: State of the optimizer itself.
   """
 

@@ -122,7 +122,7 @@ class TrainState:
 
   Attributes:
     step: [] int32, steps done.
-    params: Nested dict of float32 arrays.
+    params: Nested dict of arrays, float32 but for experts kept in bfloat16.
     opt_state: Optax state.
     mutables: Other collections by name: {'prices': ...}, or {}.
   """

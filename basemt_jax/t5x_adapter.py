@@ -413,7 +413,8 @@ def _network(
 ) -> model_lib.TransformerConfig:
   """The network of a phase, or of the phase that a checkpoint is of."""
   config = run.config_of(vocab_size)
-  if config.expert_param_dtype != "float32":
+  is_sparse = config.feed_forward == "experts"
+  if is_sparse and config.expert_param_dtype != "float32":
     raise ValueError(
       "model.TransformerConfig.expert_param_dtype is "
       f"{config.expert_param_dtype!r}, and T5X restores all parameters in one "

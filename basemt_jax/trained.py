@@ -224,7 +224,7 @@ def load(
     console: Takes progress, if rows have to be built.
     which: 'latest', 'best' (lowest dev loss) or a step.
     rounded: Matrices have the type they are multiplied in, see
-      `layers.rounded`; else they are float32, as they were saved.
+      `layers.rounded`; else they are as they were saved.
 
   Raises:
     ValueError: No such checkpoint, or it is damaged or of another model.

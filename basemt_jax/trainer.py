@@ -135,9 +135,9 @@ class Trainer:
     directions: Names, in the order that `direction` in batches indexes.
     batches: This host's rows of the global batches
       (`partitioning.host_rows`), from step 0 on: any iterator of dictionaries
-      of arrays. With `state()` and `restore()`, as `batches.TrainBatches`,
-      its position is kept in checkpoints; without, a restart reads and drops
-      the batches it has already seen.
+      of arrays, all of one shape. With `state()` and `restore()`, as
+      `batches.TrainBatches`, its position is kept in checkpoints; without, a
+      restart reads and drops the batches it has already seen.
     model_dir: Where checkpoints live.
     writer: Takes metrics.
     dev_batches: () -> this host's rows of the dev batches, all of one shape;
@@ -208,7 +208,8 @@ class Trainer:
     if step is None:
       starts_dense = not is_sparse or self._settings.dense_steps > 0
       self.program = self._program("dense" if starts_dense else "sparse")
-      if self._compiles_ahead():
+      # Several processes are to launch all they compute in the same order.
+      if self._compiles_ahead() and jax.process_count() == 1:
         self._starting = self._threads.submit(self.program.init)
       else:
         self.state = self.program.init()
