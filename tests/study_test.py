@@ -441,7 +441,7 @@ def test_directions_are_packed_alone_and_long_pairs_left_out(
 ):
   lines = [f"a house of {n} rooms\tein Haus mit {n}" for n in range(300)]
   lines[7] = "a " * 60 + "\tlang"
-  data = tmp_path / "data"
+  data = tmp_path / "houses"
   data.mkdir()
   for split, found in {"train": lines, "dev": lines[:5]}.items():
     (data / f"en-de.{split}.tsv").write_text("\n".join(found))
