@@ -479,7 +479,7 @@ def test_synthesis_keeps_pairs_and_monolingual_text_apart(
 @pytest.mark.slow
 def test_synthesis_at_toy_size(script, tmp_path, monkeypatch, capsys):
   """All four systems, that is: the whole way from pairs to the table."""
-  data, work = small_tatoeba(tmp_path / "data"), tmp_path / "work"
+  data, work = small_tatoeba(tmp_path / "texts"), tmp_path / "work"
   flags = ("--data", data, "--work", work, *PREPARE)
   run_synthesis(script, monkeypatch, "prepare", *flags)
   module = script("synthesis")
