@@ -49,9 +49,10 @@ def adamw(
     moments: Type in which both means are kept between steps. In bfloat16 they
       are rounded up or down at random, so that small changes are kept on
       average; the state is half as large.
-    expert_moments: 'by_neuron': experts' matrices have no mean of gradients,
-      and that of squared gradients for each output only, over the inputs
-      (Adam-mini, arXiv:2406.16793), in place of 8 bytes a parameter.
+    expert_moments: 'by_neuron': of experts' matrices nothing is kept but the
+      mean of squared gradients of each output, over its inputs (as in
+      Adam-mini, arXiv:2406.16793); so they have no `b1`. 'full' is 8 bytes a
+      parameter.
   """
   adam = optax.scale_by_adam(b1=b1, b2=b2, eps=eps)
   if moments == "bfloat16":

@@ -54,7 +54,7 @@ Figures = dict[str, float]
 def model_place(is_sparse: bool, found: dict[str, Any]) -> int:
   """The place of a network of ours in `MODELS`."""
   if is_sparse and found.get("expert_moments") == "by_neuron":
-    return 5
+    return MODELS.index("sparse, small experts")
   return 1 + 2 * is_sparse + (found["moments"] == "bfloat16")
 
 

@@ -208,6 +208,23 @@ def test_progress_is_told():
   assert told == [(4, 9), (8, 9), (9, 9)]
 
 
+def test_what_progress_raises_ends_the_search(monkeypatch):
+  searched, search = [], GREEDY._translate_batch
+
+  def counted(*arguments):
+    searched.append(arguments)
+    return search(*arguments)
+
+  def stop(done, total):
+    raise KeyboardInterrupt
+
+  monkeypatch.setattr(GREEDY, "_translate_batch", counted)
+  with pytest.raises(KeyboardInterrupt):
+    GREEDY.translate([[5]] * 40, stop)
+  # All are of one length, and the first batch of a length comes alone.
+  assert len(searched) == 1
+
+
 def test_sharded_batch_translates_the_same():
   mesh = jax.sharding.Mesh(np.array(jax.devices()[:4]), ("data",))
   row_sharding = jax.sharding.NamedSharding(

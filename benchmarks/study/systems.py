@@ -154,37 +154,40 @@ def _optimizer(
   )
 
 
+def _network(
+  system: System, size: Size, vocab_size: int
+) -> model_lib.TransformerConfig:
+  last = size.expert_every - 1
+  expert_blocks = tuple(range(last, size.blocks, size.expert_every))
+  return model_lib.TransformerConfig(
+    vocab_size=vocab_size,
+    emb_dim=size.emb_dim,
+    num_heads=size.emb_dim // size.head_dim,
+    head_dim=size.head_dim,
+    mlp_dim=4 * size.emb_dim,
+    num_encoder_layers=size.blocks,
+    num_decoder_layers=size.blocks,
+    dropout_rate=size.dropout_rate,
+    dtype=size.dtype,
+    feed_forward=system.feed_forward,
+    encoder_expert_blocks=expert_blocks,
+    decoder_expert_blocks=expert_blocks,
+    num_experts=size.num_experts,
+    expert_param_dtype=size.expert_param_dtype,
+    rows_per_group=size.rows_per_group,
+    router=system.router,
+    placement=system.placement,
+  )
+
+
 def run_of(
   system: System, size: Size, seed: int, store_dir: str, model_dir: str
 ) -> run.Run:
   """The run that `basemt train` would make of the system's recipe."""
-  last = size.expert_every - 1
-  expert_blocks = tuple(range(last, size.blocks, size.expert_every))
   lengths = [size.warmup_steps]
   if size.rate != "inverse_square_root":
     lengths.append(size.train_steps)
   every = size.train_steps // size.evaluations
-
-  def network(vocab_size: int) -> model_lib.TransformerConfig:
-    return model_lib.TransformerConfig(
-      vocab_size=vocab_size,
-      emb_dim=size.emb_dim,
-      num_heads=size.emb_dim // size.head_dim,
-      head_dim=size.head_dim,
-      mlp_dim=4 * size.emb_dim,
-      num_encoder_layers=size.blocks,
-      num_decoder_layers=size.blocks,
-      dropout_rate=size.dropout_rate,
-      dtype=size.dtype,
-      feed_forward=system.feed_forward,
-      encoder_expert_blocks=expert_blocks,
-      decoder_expert_blocks=expert_blocks,
-      num_experts=size.num_experts,
-      expert_param_dtype=size.expert_param_dtype,
-      rows_per_group=size.rows_per_group,
-      router=system.router,
-      placement=system.placement,
-    )
 
   settings = steps.Settings(
     train_steps=size.stop_at or size.train_steps,
@@ -208,7 +211,7 @@ def run_of(
     model_dir=model_dir,
     mixture_or_task_name="files",
     task_feature_lengths={},
-    network=network,
+    network=functools.partial(_network, system, size),
     settings=settings,
     batch_size=size.batch_size,
     strategy=sampling.Strategy(
