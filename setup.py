@@ -47,7 +47,7 @@ setuptools.setup(
     "basemt_jax.serving": ["*.html"],
   },
   cmdclass={"build_py": BuildWithGin},
-  entry_points={"console_scripts": ["basemt = basemt_jax.cli:main"]},
+  entry_points={"console_scripts": ["basemt = basemt_jax.cli:run"]},
   install_requires=[
     "absl-py>=2.1",
     "annotated-types>=0.7",

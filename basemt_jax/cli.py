@@ -24,6 +24,8 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 from basemt_jax import files
 from basemt_jax.commands import configuration, flags
 
+_INTERRUPTED = 130  # The exit code of shells for SIGINT.
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
   """Runs a command; returns the exit code.
@@ -45,6 +47,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return _guarded(options, _start)
 
 
+def run() -> NoReturn:
+  """`main` as a program.
+
+  An interrupted one ends at once, after its files are closed: if Python ended
+  it, what threads of XLA still compute and compile with would be taken away
+  from them, and it would crash.
+  """
+  code = main()
+  if code == _INTERRUPTED:
+    with contextlib.suppress(OSError):
+      sys.stdout.flush()
+      sys.stderr.flush()
+    os._exit(code)
+  sys.exit(code)
+
+
 def _guarded(
   options: argparse.Namespace,
   function: Callable[[argparse.Namespace], int | None],
@@ -60,7 +78,7 @@ def _guarded(
       f"basemt: interrupted{who()}; the same command goes on, or starts again",
       file=sys.stderr,
     )
-    return 130
+    return _INTERRUPTED
   except (ValueError, OSError, ImportError) as error:
     text = _output_lost(error) or configuration.one_sentence(error)
     if options.traceback:
@@ -262,4 +280,4 @@ def _parser(arguments: Sequence[str] = ()) -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-  sys.exit(main())
+  run()

@@ -167,6 +167,22 @@ def test_terminated_saves_and_goes_on(whole, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("pattern", [r"places ", "converting"])
+def test_interrupted_says_so_and_goes_on(whole, tmp_path, pattern):
+  uninterrupted, store = whole
+  command = Command(tmp_path, store, JAX_ENABLE_COMPILATION_CACHE="false")
+  with command.started() as process:
+    wait_for(process, pattern)
+    time.sleep(1.0)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate()
+    assert process.returncode == 130, errors
+  assert errors.splitlines()[-1].startswith("basemt: interrupted; the same")
+  command.finish()
+  assert_same_end(command, uninterrupted)
+
+
+@pytest.mark.slow
 def test_killed_anywhere_with_everything_compiled_anew(whole, tmp_path):
   uninterrupted, store = whole
   command = Command(tmp_path, store, JAX_ENABLE_COMPILATION_CACHE="false")
