@@ -84,11 +84,12 @@ def test_rewarm_ramps_once_from_its_start(step, factor):
   np.testing.assert_allclose(rate(100), 3.0)
 
 
-def test_muon_is_optax_muon_on_each_kernel_and_adam_elsewhere():
+@pytest.mark.parametrize("shape", [(3, 8, 6), (3, 4, 12), (3, 12, 4)])
+def test_muon_is_optax_muon_on_each_kernel_and_adam_elsewhere(shape):
   rng = np.random.RandomState(1)
   make = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)  # noqa: E731
   params = {
-    "experts": {"kernel": make(3, 8, 6)},
+    "experts": {"kernel": make(*shape)},
     "embedding": make(8, 6),
     "expert_centroids": make(3, 8),
   }
@@ -218,6 +219,23 @@ def test_moments_by_neuron_leave_all_else_to_adam():
   for name in ("kernel", "scale"):
     np.testing.assert_allclose(found[name], expected[name], rtol=1e-5)
   assert not np.allclose(found["experts"], expected["experts"], rtol=1e-3)
+
+
+@pytest.mark.parametrize("rank", [1, 3, 16])
+def test_muon_is_exact_where_matrices_have_few_directions(rank):
+  rng = np.random.default_rng(rank)
+  grad = rng.normal(size=(16, rank)) @ rng.normal(size=(rank, 64))
+  expected = grad / np.linalg.norm(grad)
+  for _ in range(5):  # As published, in float64.
+    square = expected @ expected.T
+    mixed = -4.775 * square + 2.0315 * square @ square
+    expected = 3.4445 * expected + mixed @ expected
+  tx = optimizer.muon(1.0, max_grad_norm=None, dtype="float32")
+  params = {"kernel": jnp.asarray(grad, jnp.float32)}
+  update, _ = tx.update(params, tx.init(params), params)
+  np.testing.assert_allclose(
+    -update["kernel"] / (0.2 * 64**0.5), expected, atol=1e-3
+  )
 
 
 @pytest.mark.parametrize("shape", [(16, 48), (48, 16), (3, 20, 20)])
