@@ -190,11 +190,11 @@ class Block(nn.Module):
   def __call__(
     self,
     x: Array,
-    mask: Array | None,
+    mask: layers.SegmentMask | None,
     positions: Array,
     token_mask: Array,
     memory: Any,
-    memory_mask: Array | None,
+    memory_mask: layers.SegmentMask | Array | None,
     train: bool,
     decode: bool,
     max_decode_length: int | None,
@@ -258,11 +258,11 @@ class Stack(nn.Module):
   def __call__(
     self,
     x: Array,
-    mask: Array | None,
+    mask: layers.SegmentMask | None,
     positions: Array,
     token_mask: Array,
     memory: Array | None = None,
-    memory_mask: Array | None = None,
+    memory_mask: layers.SegmentMask | Array | None = None,
     train: bool = False,
     enable_dropout: bool = False,
     decode: bool = False,
@@ -379,7 +379,7 @@ class Transformer(nn.Module):
     segments = layers.segments_of(encoder_input_tokens, encoder_segment_ids)
     return self.encoder(
       self.token_embedder(encoder_input_tokens),
-      layers.segment_mask(segments, segments),
+      layers.SegmentMask(segments, segments),
       layers.positions_of(encoder_input_tokens, encoder_positions),
       segments > 0,
       train=train,
@@ -413,11 +413,15 @@ class Transformer(nn.Module):
       if decoder_target_tokens is None
       else layers.segments_of(decoder_target_tokens, decoder_segment_ids)
     )
-    mask = None if decode else layers.segment_mask(target, target, causal=True)
-    if decode or decoder_segment_ids is None:
-      memory_mask = (source > 0)[:, None, None]
-    else:
-      memory_mask = layers.segment_mask(target, source)
+    mask: layers.SegmentMask | None = None
+    memory_mask: layers.SegmentMask | Array = (source > 0)[:, None, None]
+    if not decode:
+      mask = layers.SegmentMask(target, target, causal=True)
+      # Without packing, padding of the target sees the source too.
+      seeing = target
+      if decoder_segment_ids is None:
+        seeing = jnp.ones_like(target)
+      memory_mask = layers.SegmentMask(seeing, source)
     x = self.decoder(
       self.token_embedder(decoder_input_tokens),
       mask,
