@@ -19,7 +19,7 @@ from flax import struct, traverse_util
 from flax.linen import partitioning as nn_partitioning
 
 from basemt_jax import drawing
-from basemt_jax.kernels import attention_kernels
+from basemt_jax.kernels import attention_kernels, kernel_call
 
 Array = jax.Array
 
@@ -449,7 +449,9 @@ def _short_rows(
 ) -> Callable[..., Array] | None:
   """`attention_kernels.attention` on the devices of the mesh, if it can run.
 
-  Every device works on its rows and heads, so their numbers must divide.
+  Every device works on its rows and heads, so their numbers must divide. With
+  several devices and no mesh nobody says what is where, and a kernel would be
+  given all rows on every device.
   """
   if not attention_kernels.is_supported(query, key):
     return None
@@ -460,6 +462,8 @@ def _short_rows(
     return attention_kernels.attention(*operands, causal)
 
   mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty and jax.device_count() > 1:
+    return None
   if mesh.size <= 1 or mesh.manual_axes:  # Manual: already on one device.
     return attention
   heads: Any = nn_partitioning.logical_to_mesh_axes(
@@ -495,7 +499,7 @@ def _implementation(query: Array, key: Array) -> str:
   """
   _, length, _, width = query.shape
   fits = (
-    jax.default_backend() == "gpu"
+    kernel_call.can_run()
     and query.dtype in (jnp.bfloat16, jnp.float16)
     and width % 8 == 0
     and width <= 128

@@ -37,7 +37,7 @@ def is_supported(query: jax.Array, key: jax.Array) -> bool:
   """Whether `attention` can run here, for [B, Lq, H, K] and [B, Lk, H, K]."""
   width = query.shape[3]
   return (
-    jax.default_backend() == "gpu"
+    kernel_call.can_run()
     and query.dtype in (jnp.bfloat16, jnp.float16)
     and _MIN_WIDTH <= width <= _MAX_WIDTH
     and width % 8 == 0
