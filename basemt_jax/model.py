@@ -194,7 +194,7 @@ class Block(nn.Module):
     positions: Array,
     token_mask: Array,
     memory: Any,
-    memory_mask: layers.SegmentMask | Array | None,
+    memory_mask: layers.SegmentMask | None,
     train: bool,
     decode: bool,
     max_decode_length: int | None,
@@ -262,7 +262,7 @@ class Stack(nn.Module):
     positions: Array,
     token_mask: Array,
     memory: Array | None = None,
-    memory_mask: layers.SegmentMask | Array | None = None,
+    memory_mask: layers.SegmentMask | None = None,
     train: bool = False,
     enable_dropout: bool = False,
     decode: bool = False,
@@ -413,15 +413,13 @@ class Transformer(nn.Module):
       if decoder_target_tokens is None
       else layers.segments_of(decoder_target_tokens, decoder_segment_ids)
     )
-    mask: layers.SegmentMask | None = None
-    memory_mask: layers.SegmentMask | Array = (source > 0)[:, None, None]
-    if not decode:
-      mask = layers.SegmentMask(target, target, causal=True)
-      # Without packing, padding of the target sees the source too.
-      seeing = target
-      if decoder_segment_ids is None:
-        seeing = jnp.ones_like(target)
-      memory_mask = layers.SegmentMask(seeing, source)
+    mask = None if decode else layers.SegmentMask(target, target, causal=True)
+    memory_mask = layers.SegmentMask(target, source)
+    if decode or decoder_segment_ids is None:
+      # All of a row, padding of the target too, sees all of its source.
+      memory_mask = layers.SegmentMask(
+        jnp.ones_like(target), (source > 0).astype(jnp.int32)
+      )
     x = self.decoder(
       self.token_embedder(decoder_input_tokens),
       mask,
