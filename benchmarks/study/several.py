@@ -120,22 +120,10 @@ def make(
   described = systems.run_of(
     plan.system, plan.size, plan.seed, options.store, str(model_dir)
   )
-  header = {
-    "system": plan.system_name,
-    "name": plan.name,
-    "seed": plan.seed,
-    "settings": systems.settings_of(plan.system),
-    "network": systems.network_of(plan.system),
-    "size": dataclasses.asdict(plan.size),
-    "pairs": runs.pairs_of(store),
-    "bands": {"high": options.high, "low": options.low},
-    "device": jax.devices()[0].device_kind,
-    "jax": jax.__version__,
-  }
   start = time.perf_counter()
   path = options.logs / f"{plan.label}.jsonl"
   with contextlib.closing(runs.Log(path)) as log:
-    log.write(**header)
+    log.write(**_header(plan, store, options))
     loop = trainer.Trainer(
       described.config(store),
       described.settings,
@@ -172,6 +160,24 @@ def make(
     )
   shutil.rmtree(model_dir)
   return outcome
+
+
+def _header(
+  plan: Planned, store: row_store.RowStore, options: argparse.Namespace
+) -> dict[str, Any]:
+  """What a log says of its run."""
+  return {
+    "system": plan.system_name,
+    "name": plan.name,
+    "seed": plan.seed,
+    "settings": systems.settings_of(plan.system),
+    "network": systems.network_of(plan.system),
+    "size": dataclasses.asdict(plan.size),
+    "pairs": runs.pairs_of(store),
+    "bands": {"high": options.high, "low": options.low},
+    "device": jax.devices()[0].device_kind,
+    "jax": jax.__version__,
+  }
 
 
 def _save(path: pathlib.Path, variables: Any) -> None:
