@@ -421,7 +421,7 @@ def started(workshop, words, address, index):
   if words[0] == "basemt":
     return workshop.start("basemt_jax.cli", words[1:])
   if "--gin_file=gin/recipes/quickstart.gin" in words:
-    return workshop.start(words[2], words[3:], devices=2)
+    return workshop.start(words[2], words[3:])
   small = [f"--gin.{binding}" for binding in SMALL]
   return workshop.start(words[2], [*words[3:], *small], devices=8)
 
