@@ -34,6 +34,7 @@ from basemt_jax import (
   processes,
   reports,
   steps,
+  train_state,
 )
 from basemt_jax import model as model_lib
 
@@ -50,7 +51,7 @@ class Trainer:
   """Trains one model in one directory, from wherever it stands.
 
   Attributes:
-    state: The current `steps.TrainState`.
+    state: The current `train_state.TrainState`.
     program: The current phase's `steps.Program`.
     dev_losses: Nats per token by direction, as last measured.
 
@@ -100,7 +101,7 @@ class Trainer:
     self._programs: dict[str, steps.Program] = {}
     self._conversion: phases.Conversion | None = None
     self._threads = futures.ThreadPoolExecutor(2, "compile")
-    self._starting: futures.Future[steps.TrainState] | None = None
+    self._starting: futures.Future[train_state.TrainState] | None = None
     self._compiling: futures.Future[None] | None = None
     self._compiling_evaluation: futures.Future[None] | None = None
     self._checkpoints = checkpointing.Checkpoints(

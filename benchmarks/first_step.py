@@ -44,7 +44,15 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
-from basemt_jax import model, optimizer, partitioning, reports, steps, trainer
+from basemt_jax import (
+  model,
+  optimizer,
+  partitioning,
+  reports,
+  steps,
+  train_state,
+  trainer,
+)
 from basemt_jax.compilation import ahead_of_time
 from benchmarks import measuring, training_step
 
@@ -163,7 +171,7 @@ def measure(shape: Shape, count: int, profile: bool) -> dict[str, Any]:
   mesh = partitioning.make_mesh()
   clock.lap("device")
   described = settings(shape, 10**6)
-  _, key = steps.keys(described.seed)
+  _, key = train_state.keys(described.seed)
   program = steps.Program(
     shape.config(), described, described.learning_rate, mesh, DIRECTIONS
   )
