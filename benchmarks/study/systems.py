@@ -89,7 +89,7 @@ SYSTEMS: dict[str, System] = {
     top=3.0,
     end=1.5,
     heating_share=0.2,
-    learning_rate=6e-3,
+    learning_rate=9e-3,
   ),
   "dense_heated": System("dense", schedule="linear", **_DENSE),
 }
@@ -131,7 +131,11 @@ class Size:
 SIZES = {
   "base_published": Size(rows_per_group=4),
   "recommended": Size(
-    rows_per_group=64, descent="muon", weight_decay=0.3, average_decay=0.999
+    rate="cosine_decay",
+    rows_per_group=64,
+    descent="muon",
+    weight_decay=0.3,
+    average_decay=0.998,
   ),
 }
 
