@@ -6,8 +6,8 @@ width, V vocabulary, E experts.
 A pre-norm Transformer (arXiv:1706.03762, arXiv:2002.04745) with RMS norm,
 rotary positions and tied embeddings, called as T5X's networks are. In the
 blocks that `encoder_expert_blocks` and `decoder_expert_blocks` name, a layer
-of experts replaces the feed-forward or is inserted after the block, as BASE
-layers are (arXiv:2103.16716).
+of experts replaces the feed-forward or a part of it, or is inserted after the
+block, as BASE layers are (arXiv:2103.16716).
 """
 
 import dataclasses
@@ -57,6 +57,10 @@ class TransformerConfig:
     decoder_expert_blocks: Indices of decoder blocks, from 0.
     placement: 'replace' the block's feed-forward by experts, or 'insert' a
       layer of experts after the block (BASE's own choice).
+    shared_mlp_dim: How many of the F hidden units stay in a feed-forward that
+      all tokens of an expert block go through; experts have the rest, and the
+      outputs are added (a shared expert: arXiv:2201.05596, arXiv:2401.06066),
+      for as many operations. 0: experts have all.
     num_experts: E.
     expert_param_dtype: Type in which experts' matrices are kept. In bfloat16
       they need half the memory and no rounding before every use; updates are
@@ -84,6 +88,7 @@ class TransformerConfig:
   encoder_expert_blocks: Sequence[int] = ()
   decoder_expert_blocks: Sequence[int] = ()
   placement: Placement = "replace"
+  shared_mlp_dim: int = 0
   num_experts: ranges.Count = 8
   expert_param_dtype: Literal["float32", "bfloat16"] = "float32"
   num_sublayers: ranges.Count = 1
@@ -112,10 +117,16 @@ class TransformerConfig:
       # Lists from gin would make the frozen config unhashable.
       object.__setattr__(self, f"{side}_expert_blocks", tuple(blocks))
     object.__setattr__(self, "mlp_activations", tuple(self.mlp_activations))
-    if self.feed_forward == "dense_wide" and self.placement == "insert":
+    if not 0 <= self.shared_mlp_dim < self.mlp_dim:
       raise ValueError(
-        "TransformerConfig.feed_forward 'dense_wide' widens the feed-forwards "
-        "that experts replace; set placement to 'replace'"
+        f"TransformerConfig.shared_mlp_dim is {self.shared_mlp_dim}; it is a "
+        f"part of mlp_dim, so it must be from 0 to {self.mlp_dim - 1}"
+      )
+    of_replaced = (self.feed_forward == "dense_wide", self.shared_mlp_dim > 0)
+    if self.placement == "insert" and any(of_replaced):
+      raise ValueError(
+        "TransformerConfig.feed_forward 'dense_wide' and shared_mlp_dim are of "
+        "feed-forwards that experts replace; set placement to 'replace'"
       )
 
   def block_kinds(self, is_decoder: bool) -> tuple[str, ...]:
@@ -128,9 +139,16 @@ class TransformerConfig:
       self.feed_forward if i in chosen else "dense" for i in range(count)
     )
 
+  @property
+  def expert_mlp_dim(self) -> int:
+    """Hidden units of an expert."""
+    return self.mlp_dim - self.shared_mlp_dim
+
   def hidden_dim(self, kind: str) -> int:
-    """Hidden units of a block's feed-forward, or of an expert's."""
-    return self.mlp_dim * (self.num_experts if kind == "dense_wide" else 1)
+    """Hidden units of the feed-forward in a block, if the block has one."""
+    if kind == "dense_wide":
+      return self.shared_mlp_dim + self.num_experts * self.expert_mlp_dim
+    return (kind == "experts" and self.shared_mlp_dim) or self.mlp_dim
 
   def dense(self) -> "TransformerConfig":
     """The dense network that `conversion` turns into this one."""
@@ -162,11 +180,21 @@ class Block(nn.Module):
       dtype=jnp.dtype(cfg.dtype),
     )
 
-  def _experts(self, x: Array, mask: Array, train, keep) -> Array:
+  def _mlp(self, name: str, x: Array, keep: Array | None) -> Array:
+    cfg = self.config
+    return layers.MlpBlock(
+      cfg.hidden_dim(self.kind),
+      cfg.mlp_activations,
+      cfg.dropout_rate,
+      jnp.dtype(cfg.dtype),
+      name=name,
+    )(self._norm("pre_mlp_layer_norm")(x), keep)
+
+  def _experts(self, x: Array, mask: Array, train, keep, shared=None) -> Array:
     cfg = self.config
     y = base_layer.BaseLayer(
       num_experts=cfg.num_experts,
-      mlp_dim=cfg.mlp_dim,
+      mlp_dim=cfg.expert_mlp_dim,
       num_sublayers=cfg.num_sublayers,
       activations=cfg.mlp_activations,
       router=cfg.router,
@@ -181,6 +209,8 @@ class Block(nn.Module):
       mesh=self.mesh,
       name="base_layer",
     )(x, mask, train=train, enable_dropout=keep is not None)
+    if shared is not None:
+      y = y + shared
     if keep is None:
       return y
     # What the experts add is dropped as any sublayer's output is.
@@ -231,17 +261,12 @@ class Block(nn.Module):
       )
       x = x + drop(y)
     if kind == "experts" and cfg.placement == "replace":
-      x = self._experts(x, token_mask, train, next(sublayers))
+      shared = None
+      if cfg.shared_mlp_dim:
+        shared = self._mlp("shared_mlp", x, hidden)
+      x = self._experts(x, token_mask, train, next(sublayers), shared)
     else:
-      y = self._norm("pre_mlp_layer_norm")(x)
-      y = layers.MlpBlock(
-        cfg.hidden_dim(kind),
-        cfg.mlp_activations,
-        cfg.dropout_rate,
-        jnp.dtype(cfg.dtype),
-        name="mlp",
-      )(y, hidden)
-      x = x + drop(y)
+      x = x + drop(self._mlp("mlp", x, hidden))
     if kind == "experts" and cfg.placement == "insert":
       x = self._experts(x, token_mask, train, next(sublayers))
     return layers.with_sharding_constraint(x, ("batch", "length", "embed"))

@@ -74,7 +74,7 @@ class Conversion:
   def __init__(self, dense: steps.Program, sparse: steps.Program):
     self._dense, self._sparse = dense, sparse
     self._options = sparse.settings.conversion_options
-    self._rules = conversion.default_rules(sparse.model.config.placement)
+    self._rules = conversion.default_rules(sparse.model.config)
     shapes = traverse_util.flatten_dict(sparse.shapes.params)
     plan = conversion.plan(
       traverse_util.flatten_dict(dense.shapes.params, sep="/"),

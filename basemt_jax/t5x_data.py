@@ -373,8 +373,7 @@ def from_dense(
       "basemt convert"
     )
   dense = _dense_state(checkpoint, step, optimizer_state, run)
-  config = run.network(vocab_size=1)
-  rules = conversion.default_rules(config.placement)
+  rules = conversion.default_rules(run.network(vocab_size=1))
   params = conversion.convert_params(
     dense["target"], optimizer_state["target"], rules, options
   )

@@ -34,6 +34,9 @@ VARIANTS = {
   "replace": SPARSE,
   "insert": dataclasses.replace(SPARSE, placement="insert"),
   "gated": dataclasses.replace(SPARSE, mlp_activations=("gelu", "linear")),
+  "shared": dataclasses.replace(
+    SPARSE, shared_mlp_dim=12, mlp_activations=("gelu", "linear")
+  ),
   "top-2": dataclasses.replace(
     SPARSE,
     # So much room that nothing is dropped in training.
@@ -84,7 +87,7 @@ def convert(sparse_config, options=None):
     lambda p: p * 1.1 + 0.01, dense_variables["params"]
   )
   sparse, variables = init(sparse_config, 1)
-  rules = conversion.default_rules(sparse_config.placement)
+  rules = conversion.default_rules(sparse_config)
   variables["params"] = conversion.convert_params(
     dense_variables["params"], variables["params"], rules, options
   )
@@ -219,7 +222,7 @@ def test_moments_are_copied_where_they_fit(tx):
   state = tx.init(params)
   _, state = tx.update(params, state, params)
   fresh = tx.init(variables["params"])
-  rules = conversion.default_rules("replace")
+  rules = conversion.default_rules(SPARSE)
   copied = conversion.convert_opt_state(state, fresh, rules)
   assert jax.tree.structure(copied) == jax.tree.structure(fresh)
   old = flat(_first_moments(state))
@@ -240,7 +243,7 @@ def test_moments_by_neuron_are_those_of_the_dense_matrices():
   params = dense_variables["params"]
   _, state = tx.update(params, tx.init(params), params)
   fresh = tx.init(variables["params"])
-  rules = conversion.default_rules("replace")
+  rules = conversion.default_rules(SPARSE)
   found = conversion.convert_opt_state(state, fresh, rules)[0]
   assert jax.tree.structure(found) == jax.tree.structure(fresh[0])
   square = flat(state[0].nu)["encoder/layers_0/mlp/wi/kernel"]

@@ -32,8 +32,9 @@ CONFIGS = [
   dataclasses.replace(CONFIG, mlp_activations=("gelu", "linear")),
   SPARSE,
   dataclasses.replace(SPARSE, placement="insert", num_sublayers=2),
+  dataclasses.replace(SPARSE, shared_mlp_dim=12),
 ]
-IDS = ["dense", "gated", "replace", "insert"]
+IDS = ["dense", "gated", "replace", "insert", "shared"]
 
 
 def tokens(seed, rows, length):
