@@ -24,7 +24,7 @@ from jax import lax
 from jax.sharding import Mesh
 
 from basemt_jax import drawing, layers, routing
-from basemt_jax.kernels import grouped_matmul
+from basemt_jax.kernels import grouped_matmul, kernel_call
 
 # Rows of a block of tokens that share an expert, at test time. Larger blocks
 # read an expert's weights less often, smaller ones waste less on padding.
@@ -346,9 +346,7 @@ def _in_blocks(
 def _has_kernel(weights: Weights) -> bool:
   """Whether `grouped_matmul` can run here, with these shapes."""
   _, hidden, width = weights[0]["wo"].shape
-  return jax.default_backend() == "gpu" and grouped_matmul.is_supported(
-    width, hidden
-  )
+  return kernel_call.can_run() and grouped_matmul.is_supported(width, hidden)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))

@@ -8,16 +8,18 @@ Parameters are float32 and carry T5X's logical axis names (through
 logits in float32.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from flax import traverse_util
+from flax import struct, traverse_util
 from flax.linen import partitioning as nn_partitioning
 
 from basemt_jax import drawing
+from basemt_jax.kernels import attention_kernels, kernel_call
 
 Array = jax.Array
 
@@ -276,6 +278,34 @@ def rotary_embedding(x: Array, positions: Array) -> Array:
   return jnp.concatenate(rotated, axis=-1).astype(x.dtype)
 
 
+@struct.dataclass
+class SegmentMask:
+  """Which keys the queries of packed rows see: those of their own segment.
+
+  Attributes:
+    queries: [B, Lq] int32 segments, 0 for padding.
+    keys: [B, Lk] int32.
+    causal: Whether a query sees only keys at or before its index.
+  """
+
+  queries: Array
+  keys: Array
+  causal: bool = struct.field(pytree_node=False, default=False)
+
+  def array(self) -> Array:
+    """[B, 1, Lq, Lk] bool.
+
+    Padding sees padding; where there is none on the side of the keys, a row is
+    empty.
+    """
+    mask = self.queries[:, :, None] == self.keys[:, None, :]
+    if self.causal:
+      length_q, length_k = self.queries.shape[1], self.keys.shape[1]
+      order = jnp.arange(length_q)[:, None] >= jnp.arange(length_k)[None, :]
+      mask = mask & order[None]
+    return mask[:, None]
+
+
 class Attention(nn.Module):
   """Multi-head dot-product attention with a cache for decoding.
 
@@ -284,7 +314,8 @@ class Attention(nn.Module):
     head_dim: K.
     dtype: Computation type.
     implementation: Of `jax.nn.dot_product_attention`, 'xla' or 'cudnn'; None:
-      cuDNN's fused kernel where it can run, else XLA.
+      a fused kernel where one can run, cuDNN's or, for short rows,
+      `attention_kernels`', else XLA.
   """
 
   num_heads: int = 8
@@ -297,7 +328,7 @@ class Attention(nn.Module):
     self,
     inputs_q: Array,
     inputs_kv: Array,
-    mask: Array | None,
+    mask: SegmentMask | Array | None,
     positions: Array | None = None,
     *,
     decode: bool = False,
@@ -308,7 +339,8 @@ class Attention(nn.Module):
     Args:
       inputs_q: [B, Lq, D].
       inputs_kv: [B, Lk, D].
-      mask: bool, broadcastable to [B, H, Lq, Lk]; True: attend.
+      mask: That of packed rows, or bool, broadcastable to [B, H, Lq, Lk];
+        True: attend.
       positions: [B, L] int32 for self-attention (rotary); None for
         cross-attention, which has no positions.
       decode: One token a step (Lq = 1). Self-attention keeps `cached_key`,
@@ -341,14 +373,7 @@ class Attention(nn.Module):
       else:
         query = rotary_embedding(query, positions)
         key = rotary_embedding(key, positions)
-    implementation: Any = self.implementation or _implementation(query, key)
-    if implementation == "cudnn" and mask is not None:
-      shape = (*mask.shape[:2], query.shape[1], key.shape[1])
-      mask = jnp.broadcast_to(mask, shape)  # cuDNN does not broadcast these.
-      mask = without_empty_rows(mask)
-    y = jax.nn.dot_product_attention(
-      query, key, value, mask=mask, implementation=implementation
-    )
+    y = _attend(query, key, value, mask, self.implementation)
     y = y.reshape(*inputs_q.shape[:-1], self.num_heads * self.head_dim)
     return Dense(
       inputs_q.shape[-1], ("joined_kv", "embed"), self.dtype, name="out"
@@ -396,6 +421,69 @@ class Attention(nn.Module):
     return query, cached_key.value, cached_value.value, mask
 
 
+def _attend(
+  query: Array,
+  key: Array,
+  value: Array,
+  mask: SegmentMask | Array | None,
+  implementation: Any,
+) -> Array:
+  """What heads [B, Lq, H, K] get from those of keys and values."""
+  if isinstance(mask, SegmentMask):
+    fused = _short_rows(query, key, mask.causal)
+    if implementation is None and fused is not None:
+      return fused(query, key, value, mask.queries, mask.keys)
+    mask = mask.array()
+  implementation = implementation or _implementation(query, key)
+  if implementation == "cudnn" and mask is not None:
+    shape = (*mask.shape[:2], query.shape[1], key.shape[1])
+    mask = jnp.broadcast_to(mask, shape)  # cuDNN does not broadcast these.
+    mask = without_empty_rows(mask)
+  return jax.nn.dot_product_attention(
+    query, key, value, mask=mask, implementation=implementation
+  )
+
+
+def _short_rows(
+  query: Array, key: Array, causal: bool
+) -> Callable[..., Array] | None:
+  """`attention_kernels.attention` on the devices of the mesh, if it can run.
+
+  Every device works on its rows and heads, so their numbers must divide. With
+  several devices and no mesh nobody says what is where, and a kernel would be
+  given all rows on every device.
+  """
+  if not attention_kernels.is_supported(query, key):
+    return None
+  if _implementation(query, key) == "cudnn":
+    return None
+
+  def attention(*operands: Array) -> Array:
+    return attention_kernels.attention(*operands, causal)
+
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty and jax.device_count() > 1:
+    return None
+  if mesh.size <= 1 or mesh.manual_axes:  # Manual: already on one device.
+    return attention
+  heads: Any = nn_partitioning.logical_to_mesh_axes(
+    ("batch", "length", "heads", "kv")
+  )
+  ways = [_ways(mesh, axes) for axes in heads]
+  if any(size % n for size, n in zip(query.shape, ways, strict=True)):
+    return None
+  rows = jax.sharding.PartitionSpec(heads[0])
+  return jax.shard_map(
+    attention, in_specs=(heads,) * 3 + (rows,) * 2, out_specs=heads
+  )
+
+
+def _ways(mesh: Any, axes: Any) -> int:
+  """Parts of an array's axis that is split over axes of the mesh, or None."""
+  names = (axes,) if isinstance(axes, str) else axes or ()
+  return math.prod(mesh.shape[name] for name in names)
+
+
 # Queries and keys that cuDNN's fused attention handles at a time.
 _FUSED_TILE = 128
 
@@ -411,7 +499,7 @@ def _implementation(query: Array, key: Array) -> str:
   """
   _, length, _, width = query.shape
   fits = (
-    jax.default_backend() == "gpu"
+    kernel_call.can_run()
     and query.dtype in (jnp.bfloat16, jnp.float16)
     and width % 8 == 0
     and width <= 128
@@ -443,28 +531,6 @@ def without_empty_rows(mask: Array) -> Array:
     mask: [..., Lq, Lk] bool.
   """
   return mask | ~jnp.any(mask, axis=-1, keepdims=True)
-
-
-def segment_mask(
-  query_segments: Array, key_segments: Array, causal: bool = False
-) -> Array:
-  """Attention mask of packed rows: a token sees its own segment only.
-
-  Args:
-    query_segments: [B, Lq] int32, 0 for padding.
-    key_segments: [B, Lk] int32.
-    causal: Whether a query sees only keys at or before its index.
-
-  Returns:
-    [B, 1, Lq, Lk] bool. Padding sees padding; where there is none on the side
-    of the keys, a row is empty.
-  """
-  mask = query_segments[:, :, None] == key_segments[:, None, :]
-  if causal:
-    length_q, length_k = query_segments.shape[1], key_segments.shape[1]
-    order = jnp.arange(length_q)[:, None] >= jnp.arange(length_k)[None, :]
-    mask = mask & order[None]
-  return mask[:, None]
 
 
 def segments_of(tokens: Array, segment_ids: Array | None) -> Array:

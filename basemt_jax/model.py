@@ -220,11 +220,11 @@ class Block(nn.Module):
   def __call__(
     self,
     x: Array,
-    mask: Array | None,
+    mask: layers.SegmentMask | None,
     positions: Array,
     token_mask: Array,
     memory: Any,
-    memory_mask: Array | None,
+    memory_mask: layers.SegmentMask | None,
     train: bool,
     decode: bool,
     max_decode_length: int | None,
@@ -283,11 +283,11 @@ class Stack(nn.Module):
   def __call__(
     self,
     x: Array,
-    mask: Array | None,
+    mask: layers.SegmentMask | None,
     positions: Array,
     token_mask: Array,
     memory: Array | None = None,
-    memory_mask: Array | None = None,
+    memory_mask: layers.SegmentMask | None = None,
     train: bool = False,
     enable_dropout: bool = False,
     decode: bool = False,
@@ -404,7 +404,7 @@ class Transformer(nn.Module):
     segments = layers.segments_of(encoder_input_tokens, encoder_segment_ids)
     return self.encoder(
       self.token_embedder(encoder_input_tokens),
-      layers.segment_mask(segments, segments),
+      layers.SegmentMask(segments, segments),
       layers.positions_of(encoder_input_tokens, encoder_positions),
       segments > 0,
       train=train,
@@ -438,11 +438,13 @@ class Transformer(nn.Module):
       if decoder_target_tokens is None
       else layers.segments_of(decoder_target_tokens, decoder_segment_ids)
     )
-    mask = None if decode else layers.segment_mask(target, target, causal=True)
+    mask = None if decode else layers.SegmentMask(target, target, causal=True)
+    memory_mask = layers.SegmentMask(target, source)
     if decode or decoder_segment_ids is None:
-      memory_mask = (source > 0)[:, None, None]
-    else:
-      memory_mask = layers.segment_mask(target, source)
+      # All of a row, padding of the target too, sees all of its source.
+      memory_mask = layers.SegmentMask(
+        jnp.ones_like(target), (source > 0).astype(jnp.int32)
+      )
     x = self.decoder(
       self.token_embedder(decoder_input_tokens),
       mask,

@@ -19,7 +19,8 @@ of computation:
     again (what JAX saves before XLA fuses is about twice that). For a token and
     attention: b (2 D + 4 J), the input, the normed input; queries, keys, values
       and the joined output; with them 4 H, the logarithms of the softmax's
-      sums, where attention is fused, else H L scores in float32 and in b;
+      sums, where attention is cuDNN's, nothing where it is that of short rows,
+      else H L scores in float32 and in b;
     feed-forward: b (2 D + F) and F bytes for the signs of ReLU, or b (2 D +
       3 F) if gated; experts: besides, b 2 D for the tokens in their slots and
       what comes back, and the 4 E bytes of affinities;
@@ -53,6 +54,7 @@ from jax.sharding import Mesh
 
 from basemt_jax import layers, model, optimizer, partitioning, steps
 from basemt_jax.compilation import ahead_of_time
+from basemt_jax.kernels import attention_kernels
 from benchmarks import device_trace, measuring
 
 GIB = 2**30
@@ -147,6 +149,12 @@ def _attention_bytes(cfg: model.TransformerConfig, length: int) -> int:
   attention: Any = cfg.attention
   kind = attention.implementation or layers._implementation(heads, heads)
   scores = 4 if kind == "cudnn" else length * (4 + (size if size < 4 else 0))
+  if (
+    attention.implementation is None
+    and kind == "xla"
+    and attention_kernels.is_supported(heads, heads)
+  ):
+    scores = 0  # Worked out again.
   joined = cfg.num_heads * cfg.head_dim
   return size * (2 * cfg.emb_dim + 4 * joined) + cfg.num_heads * scores
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from basemt_jax import assignment, base_layer, layers, partitioning
-from basemt_jax.kernels import assignment_kernels
+from basemt_jax.kernels import assignment_kernels, attention_kernels
 
 pytestmark = pytest.mark.skipif(
   jax.default_backend() != "gpu", reason="needs a GPU"
@@ -54,6 +54,46 @@ def test_attention_gradients_with_low_scores_and_padding(length):
     assert np.isfinite(ours).all()
     ours, plain = ours[..., 1:], plain[..., 1:]
     assert np.linalg.norm(ours - plain) < 0.03 * np.linalg.norm(plain)
+
+
+@pytest.mark.parametrize("lengths", [(64, 64), (16, 128), (100, 72)])
+@pytest.mark.parametrize("width", [32, 64, 96])
+@pytest.mark.parametrize("causal", [False, True])
+def test_attention_of_short_rows_against_the_plain_one(lengths, width, causal):
+  """With packed rows, padding, and queries that see nothing."""
+  keys = jax.random.split(jax.random.key(width), 4)
+  query, key, value, towards = (
+    jax.random.normal(k, (8, lengths[i], 4, width))
+    for k, i in zip(keys, (0, 1, 1, 0), strict=True)
+  )
+  segments = [
+    jnp.broadcast_to(jnp.arange(n) // 9 * (jnp.arange(n) < n - end), (8, n))
+    for n, end in zip(lengths, (5, 0), strict=True)
+  ]
+  mask = layers.SegmentMask(*segments, causal)
+
+  def loss(dtype, query, key, value):
+    heads = [x.astype(dtype) for x in (query, key, value)]
+    if dtype == jnp.bfloat16:
+      assert attention_kernels.is_supported(*heads[:2])
+      out = attention_kernels.attention(*heads, *segments, causal)
+    else:
+      out = jax.nn.dot_product_attention(*heads, mask=mask.array())
+    return jnp.sum(towards * out.astype(jnp.float32)), out
+
+  with jax.default_matmul_precision("float32"):
+    found, expected = (
+      jax.jit(
+        jax.grad(
+          functools.partial(loss, dtype), argnums=(0, 1, 2), has_aux=True
+        )
+      )(query, key, value)
+      for dtype in (jnp.bfloat16, jnp.float32)
+    )
+  for ours, plain in zip(*map(jax.tree.leaves, (found, expected)), strict=True):
+    ours = ours.astype(jnp.float32)
+    assert np.isfinite(ours).all()
+    assert np.linalg.norm(ours - plain) < 0.01 * np.linalg.norm(plain)
 
 
 def scores(num_tokens, num_experts, seed):

@@ -2,6 +2,7 @@
 
 import collections
 import re
+import types
 
 import jax
 import jax.numpy as jnp
@@ -59,6 +60,18 @@ def test_layer_calls_kernels_on_gpus_of_a_mesh(
   names = re.compile(f'name = "({"|".join(expected)})"')
   found = collections.Counter(names.search(call)[1] for call in calls)
   assert found == expected
+
+
+@pytest.mark.parametrize(
+  ("version", "expected"),
+  [("7.5", False), ("8.0", True), ("12.0", True), ("gfx942", True)],
+)
+def test_old_gpus_have_no_kernels(version, expected, monkeypatch):
+  device = types.SimpleNamespace(compute_capability=version)
+  assert not kernel_call.can_run()  # CPUs have none.
+  monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+  monkeypatch.setattr(jax, "devices", lambda: [device])
+  assert kernel_call.can_run() == expected
 
 
 def test_results_vary_over_all_axes_of_the_operands():

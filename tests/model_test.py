@@ -297,7 +297,7 @@ def test_without_empty_rows():
   """cuDNN's gradients are NaN where a query may see nothing."""
   source = jnp.array([[1, 1, 2, 2], [1, 1, 1, 0]])
   target = jnp.array([[1, 2, 2, 0], [1, 1, 0, 0]])
-  mask = np.asarray(layers.segment_mask(target, source))
+  mask = np.asarray(layers.SegmentMask(target, source).array())
   filled = np.asarray(layers.without_empty_rows(jnp.asarray(mask)))
   is_empty = ~mask.any(axis=-1)
   assert is_empty.sum() == 1  # The source of the first row has no padding.

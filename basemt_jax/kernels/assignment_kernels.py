@@ -34,7 +34,7 @@ _TINY = 1e-30
 
 def is_supported(values: jax.Array) -> bool:
   """Whether `newton_step` can run here, for scores [E, S]."""
-  return jax.default_backend() == "gpu" and 2 <= values.shape[0] <= _MAX_EXPERTS
+  return kernel_call.can_run() and 2 <= values.shape[0] <= _MAX_EXPERTS
 
 
 def is_repair_supported(values: jax.Array) -> bool:

@@ -1,4 +1,4 @@
-"""`pallas_call` that also works inside `jax.shard_map`."""
+"""Whether kernels can run, and `pallas_call` that works in `jax.shard_map`."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -6,6 +6,17 @@ from typing import Any
 import jax
 from jax import lax
 from jax.experimental import pallas as pl
+
+
+def can_run() -> bool:
+  """Whether arrays are on GPUs that Triton and cuDNN's attention compile for.
+
+  Of NVIDIA's, those are Ampere and later (compute capability 8.0).
+  """
+  if jax.default_backend() != "gpu":
+    return False
+  version = str(getattr(jax.devices()[0], "compute_capability", ""))
+  return not version[:1].isdigit() or float(version) >= 8
 
 
 def run(
