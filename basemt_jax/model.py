@@ -57,10 +57,9 @@ class TransformerConfig:
     decoder_expert_blocks: Indices of decoder blocks, from 0.
     placement: 'replace' the block's feed-forward by experts, or 'insert' a
       layer of experts after the block (BASE's own choice).
-    shared_mlp_dim: How many of the F hidden units stay in a feed-forward that
-      all tokens of an expert block go through; experts have the rest, and the
-      outputs are added (a shared expert: arXiv:2201.05596, arXiv:2401.06066),
-      for as many operations. 0: experts have all.
+    shared_mlp_dim: Hidden units, of F, of a feed-forward that all tokens of an
+      expert block go through; experts have the rest, and outputs are added (a
+      shared expert, arXiv:2201.05596). 0: experts have all of them.
     num_experts: E.
     expert_param_dtype: Type in which experts' matrices are kept. In bfloat16
       they need half the memory and no rounding before every use; updates are
@@ -182,15 +181,11 @@ class Block(nn.Module):
 
   def _mlp(self, name: str, x: Array, keep: Array | None) -> Array:
     cfg = self.config
-    return layers.MlpBlock(
-      cfg.hidden_dim(self.kind),
-      cfg.mlp_activations,
-      cfg.dropout_rate,
-      jnp.dtype(cfg.dtype),
-      name=name,
-    )(self._norm("pre_mlp_layer_norm")(x), keep)
+    settings = (cfg.mlp_activations, cfg.dropout_rate, jnp.dtype(cfg.dtype))
+    mlp = layers.MlpBlock(cfg.hidden_dim(self.kind), *settings, name=name)
+    return mlp(self._norm("pre_mlp_layer_norm")(x), keep)
 
-  def _experts(self, x: Array, mask: Array, train, keep, shared=None) -> Array:
+  def _experts(self, x: Array, mask: Array, train, keep, hidden) -> Array:
     cfg = self.config
     y = base_layer.BaseLayer(
       num_experts=cfg.num_experts,
@@ -209,11 +204,11 @@ class Block(nn.Module):
       mesh=self.mesh,
       name="base_layer",
     )(x, mask, train=train, enable_dropout=keep is not None)
-    if shared is not None:
-      y = y + shared
+    if cfg.shared_mlp_dim:
+      y = y + self._mlp("shared_mlp", x, hidden)
     if keep is None:
       return y
-    # What the experts add is dropped as any sublayer's output is.
+    # What is added to x is dropped as any sublayer's output is.
     return x + layers.dropout(y - x, cfg.dropout_rate, keep)
 
   @nn.compact
@@ -246,12 +241,7 @@ class Block(nn.Module):
 
     y = self._norm("pre_self_attention_layer_norm")(x)
     y = self._attention("self_attention")(
-      y,
-      y,
-      mask,
-      positions,
-      decode=decode,
-      max_decode_length=max_decode_length,
+      y, y, mask, positions, decode=decode, max_decode_length=max_decode_length
     )
     x = x + drop(y)
     if self.is_decoder:
@@ -260,15 +250,10 @@ class Block(nn.Module):
         y, memory, memory_mask, decode=decode
       )
       x = x + drop(y)
-    if kind == "experts" and cfg.placement == "replace":
-      shared = None
-      if cfg.shared_mlp_dim:
-        shared = self._mlp("shared_mlp", x, hidden)
-      x = self._experts(x, token_mask, train, next(sublayers), shared)
-    else:
+    if kind != "experts" or cfg.placement == "insert":
       x = x + drop(self._mlp("mlp", x, hidden))
-    if kind == "experts" and cfg.placement == "insert":
-      x = self._experts(x, token_mask, train, next(sublayers))
+    if kind == "experts":
+      x = self._experts(x, token_mask, train, next(sublayers), hidden)
     return layers.with_sharding_constraint(x, ("batch", "length", "embed"))
 
 
@@ -303,10 +288,12 @@ class Stack(nn.Module):
       *(mask, positions, token_mask, memory, memory_mask),
       *(train, decode, max_decode_length),
     )
+    side = "decoder" if self.is_decoder else "encoder"
+    norm = layers.RMSNorm(jnp.dtype(cfg.dtype), name=f"{side}_norm")
     if self.is_initializing():
       for i, block in enumerate(blocks):
         x = block.clone(parent=self, name=f"layers_{i}")(x, *arguments, None)
-      return self._norm()(x)
+      return norm(x)
     ends: Any = (None, None)
     own: Any = [None] * len(blocks)
     keys = None
@@ -320,7 +307,7 @@ class Stack(nn.Module):
       )
     x = layers.dropout(x, cfg.dropout_rate, ends[0])
     x = self._in_turn(blocks, x, arguments, own, keys)
-    return layers.dropout(self._norm()(x), cfg.dropout_rate, ends[1])
+    return layers.dropout(norm(x), cfg.dropout_rate, ends[1])
 
   def _in_turn(
     self,
@@ -366,10 +353,6 @@ class Stack(nn.Module):
       for collection, tree in updates.items():
         self.put_variable(collection, name, tree)
     return x
-
-  def _norm(self) -> layers.RMSNorm:
-    name = "decoder_norm" if self.is_decoder else "encoder_norm"
-    return layers.RMSNorm(jnp.dtype(self.config.dtype), name=name)
 
 
 class Transformer(nn.Module):
@@ -510,10 +493,8 @@ class Transformer(nn.Module):
     )
 
   @nn.nowrap
-  def encode_tokens(
-    self, variables: Params, encoder_input_tokens: Array
-  ) -> Params:
-    """The decoder's memory of a source [B, Li]: a tree of [B, ...] arrays.
+  def encode_tokens(self, variables: Params, tokens: Array) -> Params:
+    """The decoder's memory of sources [B, Li]: a tree of [B, ...] arrays.
 
     Holds the source mask's tokens and every block's cross-attention keys and
     values, so that a decoding step does not compute them again.
@@ -521,20 +502,18 @@ class Transformer(nn.Module):
     attention = layers.without_fusion(self.config.attention)
     config = dataclasses.replace(self.config, attention=attention)
     network = self.clone(config=config)
-    encoded = network.apply(
-      variables, encoder_input_tokens, method=network.encode
-    )
+    encoded = network.apply(variables, tokens, method=network.encode)
     _, state = self.apply(
       variables,
       encoded,
-      encoder_input_tokens,
-      encoder_input_tokens[:, :1],
+      tokens,
+      tokens[:, :1],
       decode=True,
       max_decode_length=1,
       method=self.decode,
       mutable=["cache", "memory"],
     )
-    return {"tokens": encoder_input_tokens, "memory": state["memory"]}
+    return {"tokens": tokens, "memory": state["memory"]}
 
   @nn.nowrap
   def init_cache(
@@ -602,13 +581,9 @@ def forward(
     other collections' new values.
   """
   names = (
-    "encoder_input_tokens",
-    "decoder_input_tokens",
-    "decoder_target_tokens",
-    "encoder_segment_ids",
-    "decoder_segment_ids",
-    "encoder_positions",
-    "decoder_positions",
+    *("encoder_input_tokens", "decoder_input_tokens", "decoder_target_tokens"),
+    *("encoder_segment_ids", "decoder_segment_ids"),
+    *("encoder_positions", "decoder_positions"),
   )
   mutable = list(reported)
   if train:
