@@ -473,13 +473,8 @@ class Transformer(nn.Module):
       [B, Lt, V] float32.
     """
     enable_dropout = train if enable_dropout is None else enable_dropout
-    encoded = self.encode(
-      encoder_input_tokens,
-      encoder_segment_ids,
-      encoder_positions,
-      train=train,
-      enable_dropout=enable_dropout,
-    )
+    source = (encoder_input_tokens, encoder_segment_ids, encoder_positions)
+    encoded = self.encode(*source, train=train, enable_dropout=enable_dropout)
     return self.decode(
       encoded,
       encoder_input_tokens,
@@ -493,8 +488,10 @@ class Transformer(nn.Module):
     )
 
   @nn.nowrap
-  def encode_tokens(self, variables: Params, tokens: Array) -> Params:
-    """The decoder's memory of sources [B, Li]: a tree of [B, ...] arrays.
+  def encode_tokens(
+    self, variables: Params, encoder_input_tokens: Array
+  ) -> Params:
+    """The decoder's memory of a source [B, Li]: a tree of [B, ...] arrays.
 
     Holds the source mask's tokens and every block's cross-attention keys and
     values, so that a decoding step does not compute them again.
@@ -502,18 +499,20 @@ class Transformer(nn.Module):
     attention = layers.without_fusion(self.config.attention)
     config = dataclasses.replace(self.config, attention=attention)
     network = self.clone(config=config)
-    encoded = network.apply(variables, tokens, method=network.encode)
+    encoded = network.apply(
+      variables, encoder_input_tokens, method=network.encode
+    )
     _, state = self.apply(
       variables,
       encoded,
-      tokens,
-      tokens[:, :1],
+      encoder_input_tokens,
+      encoder_input_tokens[:, :1],
       decode=True,
       max_decode_length=1,
       method=self.decode,
       mutable=["cache", "memory"],
     )
-    return {"tokens": tokens, "memory": state["memory"]}
+    return {"tokens": encoder_input_tokens, "memory": state["memory"]}
 
   @nn.nowrap
   def init_cache(

@@ -139,6 +139,34 @@ def test_every_expert_is_the_dense_feed_forward():
     np.testing.assert_array_equal(dense[path], sparse[path])
 
 
+@pytest.mark.parametrize(
+  "tx",
+  [None, optimizer.adamw(1.0, expert_moments="by_neuron")],
+  ids=["parameters", "moments"],
+)
+def test_every_hidden_unit_is_in_the_shared_part_or_in_every_expert(tx):
+  """Of weights, and of squares kept for each neuron of an expert."""
+  _, dense_variables, _, variables = convert(VARIANTS["shared"])
+  dense, sparse = dense_variables["params"], variables["params"]
+  if tx is not None:
+    _, state = tx.update(dense, tx.init(dense), dense)
+    rules = conversion.default_rules(VARIANTS["shared"])
+    found = conversion.convert_opt_state(state, tx.init(sparse), rules)
+    dense, sparse = state[0].nu, found[0].nu
+  block = (flat(tree["decoder"]["layers_1"]) for tree in (dense, sparse))
+  dense, sparse = block
+  for name, axis in (("wi_0", 1), ("wi_1", 1), ("wo", 0)):
+    shared, own = np.split(dense[f"mlp/{name}/kernel"], [12], axis)
+    if tx is not None:
+      own = own.mean(0)
+    np.testing.assert_array_equal(sparse[f"shared_mlp/{name}/kernel"], shared)
+    np.testing.assert_allclose(
+      sparse[f"base_layer/experts/sublayer_0/{name}/kernel"],
+      np.stack([own] * 4),
+      rtol=1e-6,
+    )
+
+
 def test_centroids_still_learn_after_conversion():
   """The gate is 1 at step 0, and yet centroids move within two steps."""
   _, _, sparse, variables = convert(SPARSE)
