@@ -11,9 +11,13 @@ repeats, compiling left out; models are timed in turn.
 """
 
 import argparse
+import collections
+import concurrent.futures
 import functools
+import itertools
 import json
 import statistics
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -25,10 +29,17 @@ from benchmarks import measuring
 SOURCE, TARGET = 32, 64
 
 
-def ours(cfg: model.TransformerConfig, beam: int, tokens: np.ndarray) -> Any:
-  """A function that translates the sources once."""
-  transformer = model.Transformer(cfg)
-  short = tokens[:1, :8]
+def sources(size: int, vocabulary: int) -> np.ndarray:
+  """Tokens [size, SOURCE] with an end each."""
+  tokens = np.random.RandomState(0).randint(2, vocabulary, size=(size, SOURCE))
+  tokens[:, -1] = 1
+  return tokens
+
+
+def weights(transformer: model.Transformer) -> Any:
+  """Random ones, matrices in the type they are multiplied in."""
+  cfg = transformer.config
+  short = np.ones((1, 8), np.int32)
 
   def init(key: jax.Array) -> Any:
     variables = dict(transformer.init(key, short, short, short, train=True))
@@ -38,20 +49,31 @@ def ours(cfg: model.TransformerConfig, beam: int, tokens: np.ndarray) -> Any:
     )
     return kept
 
-  variables = jax.jit(init)(jax.random.key(0))
-  search = jax.jit(
-    functools.partial(
-      translation.search,
-      transformer,
-      max_length=TARGET,
-      options=translation.SearchOptions(beam_size=beam),
-    )
+  return jax.jit(init)(jax.random.key(0))
+
+
+def ours(
+  transformer: model.Transformer,
+  variables: Any,
+  beam: int,
+  tokens: np.ndarray,
+) -> Callable[[], Any]:
+  """A compiled function that translates the sources once."""
+  search = functools.partial(
+    translation.search,
+    transformer,
+    max_length=TARGET,
+    options=translation.SearchOptions(beam_size=beam),
   )
-  limits = np.full(len(tokens), TARGET, np.int32)
-  return lambda: search(variables, tokens, limits)
+  operands = variables, tokens, np.full(len(tokens), TARGET, np.int32)
+  return functools.partial(
+    jax.jit(search).lower(*operands).compile(), *operands
+  )
 
 
-def marian(args: argparse.Namespace, beam: int, tokens: np.ndarray) -> Any:
+def marian(
+  args: argparse.Namespace, beam: int, tokens: np.ndarray
+) -> Callable[[], Any]:
   """The same of a Marian model of the same size."""
   import torch
   import transformers
@@ -93,6 +115,27 @@ def marian(args: argparse.Namespace, beam: int, tokens: np.ndarray) -> Any:
   return translate
 
 
+def compile_all(
+  args: argparse.Namespace,
+) -> dict[tuple[int, int], dict[str, Callable[[], Any]]]:
+  """Our searches by batch, beam and model, compiled side by side."""
+  found: dict[tuple[int, int], dict[str, Any]] = collections.defaultdict(dict)
+  with concurrent.futures.ThreadPoolExecutor(8) as pool:
+    for name, experts in (("dense", 0), ("experts", args.experts)):
+      transformer = model.Transformer(
+        measuring.transformer(args.blocks, args.width, args.vocabulary, experts)
+      )
+      variables = weights(transformer)
+      for size, beam in itertools.product(args.batches, args.beams):
+        found[size, beam][name] = pool.submit(
+          ours, transformer, variables, beam, sources(size, args.vocabulary)
+        )
+  return {
+    case: {name: search.result() for name, search in own.items()}
+    for case, own in found.items()
+  }
+
+
 def main() -> None:
   """Prints a line for every batch and beam."""
   parser = measuring.parser(__doc__)
@@ -105,43 +148,28 @@ def main() -> None:
   parser.add_argument("--repeats", type=int, default=7)
   parser.add_argument("--marian", action="store_true", help="needs torch")
   args = parser.parse_args()
-  print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}")
+  print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}", flush=True)
+  searches = compile_all(args)
   rows = []
-  for size in args.batches:
-    for beam in args.beams:
-      tokens = np.random.RandomState(0).randint(
-        2, args.vocabulary, size=(size, SOURCE)
-      )
-      tokens[:, -1] = 1
-      functions = {
-        name: ours(
-          measuring.transformer(
-            args.blocks, args.width, args.vocabulary, experts
-          ),
-          beam,
-          tokens,
-        )
-        for name, experts in (("dense", 0), ("experts", args.experts))
-      }
-      if args.marian:
-        functions["marian"] = marian(args, beam, tokens)
-      measuring.in_turn(functions, 1)  # Compiles.
-      seconds = {
-        name: statistics.median(own)
-        for name, own in measuring.in_turn(functions, args.repeats).items()
-      }
-      row = {
-        "batch": size,
-        "beam": beam,
-        "sentences_per_s": {k: round(size / s, 1) for k, s in seconds.items()},
-        "tokens_per_s": {
-          k: round(TARGET * size / s) for k, s in seconds.items()
-        },
-        "sparse_over_dense": round(seconds["experts"] / seconds["dense"], 3),
-      }
-      rows.append(row)
-      print(json.dumps(row), flush=True)
-  measuring.write(args, {"rows": rows})
+  for size, beam in itertools.product(args.batches, args.beams):
+    functions = searches[size, beam]
+    if args.marian:
+      functions["marian"] = marian(args, beam, sources(size, args.vocabulary))
+    measuring.in_turn(functions, 1)  # Warms up.
+    seconds = {
+      name: statistics.median(own)
+      for name, own in measuring.in_turn(functions, args.repeats).items()
+    }
+    row = {
+      "batch": size,
+      "beam": beam,
+      "sentences_per_s": {k: round(size / s, 1) for k, s in seconds.items()},
+      "tokens_per_s": {k: round(TARGET * size / s) for k, s in seconds.items()},
+      "sparse_over_dense": round(seconds["experts"] / seconds["dense"], 3),
+    }
+    rows.append(row)
+    print(json.dumps(row), flush=True)
+    measuring.write(args, {"rows": rows})
 
 
 if __name__ == "__main__":

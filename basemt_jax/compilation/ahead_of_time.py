@@ -23,6 +23,7 @@ balanced assignment has some hundred in a row; none knows that of starting an
 exchange, or of the host.
 """
 
+import contextlib
 import dataclasses
 import importlib.metadata
 import importlib.util
@@ -30,11 +31,12 @@ import math
 import os
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import Mesh
 
 from basemt_jax import files, partitioning, steps
@@ -128,10 +130,13 @@ class Compiled:
 
 
 def compile_step(program: steps.Program, batch: steps.Batch) -> Compiled:
-  """Compiles a program's training step for a batch given by its shapes."""
+  """Compiles a program's training step for a batch given by its shapes.
+
+  A program that was kept on disk is not used: it would come without warnings.
+  """
   start = time.perf_counter()
   executable, used = None, None
-  with files.native_output_captured() as lines:
+  with _nothing_kept(), files.native_output_captured() as lines:
     lowered = program.lower(batch)
     try:
       executable = lowered.compile()
@@ -143,6 +148,20 @@ def compile_step(program: steps.Program, batch: steps.Batch) -> Compiled:
     line.strip() for line in lines if "rematerialization" in line.lower()
   )
   return Compiled(time.perf_counter() - start, executable, used, warnings)
+
+
+@contextlib.contextmanager
+def _nothing_kept() -> Iterator[None]:
+  """Neither reads nor writes JAX's cache of compiled programs."""
+  name = "jax_enable_compilation_cache"
+  before = getattr(jax.config, name)
+  try:
+    jax.config.update(name, False)
+    compilation_cache.reset_cache()  # JAX asks for the setting only once.
+    yield
+  finally:
+    jax.config.update(name, before)
+    compilation_cache.reset_cache()
 
 
 def _used_bytes(message: str) -> float | None:
