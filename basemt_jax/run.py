@@ -120,7 +120,7 @@ class Run:
         f"the batch of {self.batch_size} rows; choose a divisor of it"
       )
     config = self.network(vocab_size=1)
-    split = [(n, "model_devices") for n in ("mlp_dim", "shared_mlp_dim")]
+    split = [("mlp_dim", "model_devices")]
     if config.feed_forward == "experts":
       split.insert(0, ("num_experts", "expert_devices"))
     for name, axis in split:

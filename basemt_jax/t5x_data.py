@@ -373,7 +373,8 @@ def from_dense(
       "basemt convert"
     )
   dense = _dense_state(checkpoint, step, optimizer_state, run)
-  rules = conversion.default_rules(run.network(vocab_size=1))
+  config = run.network(vocab_size=1)
+  rules = conversion.default_rules(config.placement)
   params = conversion.convert_params(
     dense["target"], optimizer_state["target"], rules, options
   )

@@ -337,8 +337,7 @@ def test_model_operations_are_six_for_each_parameter_and_token():
   sparse = dataclasses.replace(
     config, feed_forward="experts", decoder_expert_blocks=(1, 4)
   )
-  shared = dataclasses.replace(sparse, shared_mlp_dim=100)
-  for network in (config, sparse, shared):
+  for network in (config, sparse):
     found = ahead_of_time.model_flops(
       network, 64, {"inputs": 256, "targets": 256}
     )
@@ -516,11 +515,7 @@ def test_seconds_of_an_exchange_among_all(kind, sizes, chip, links, sent):
 # ------------------------------------------------------------------ meshes
 
 
-@pytest.mark.parametrize(
-  "config",
-  [toy.SPARSE, toy.DENSE, dataclasses.replace(toy.SPARSE, shared_mlp_dim=1)],
-  ids=["sparse", "", "shared"],
-)
+@pytest.mark.parametrize("config", [toy.SPARSE, toy.DENSE], ids=["sparse", ""])
 @pytest.mark.parametrize("rows", [16, 64])
 def test_possible_meshes_are_those_that_programs_can_be_made_for(config, rows):
   found = set(ahead_of_time.possible_meshes(config, rows, 8))
@@ -533,7 +528,6 @@ def test_possible_meshes_are_those_that_programs_can_be_made_for(config, rows):
     assert (mesh in found) == (
       experts % expert == 0
       and config.num_heads % widths == 0
-      and config.shared_mlp_dim % widths == 0
       and rows % (8 // widths * config.rows_per_group) == 0
     )
 

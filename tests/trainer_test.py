@@ -248,9 +248,7 @@ def test_a_run_stopped_in_every_phase_ends_with_the_same_bits(
 def test_small_states_of_experts_are_converted_and_resumed_to_the_bit(
   store, tmp_path
 ):
-  config = dataclasses.replace(
-    toy.SPARSE, expert_param_dtype="bfloat16", shared_mlp_dim=8
-  )
+  config = dataclasses.replace(toy.SPARSE, expert_param_dtype="bfloat16")
   settings = dataclasses.replace(
     SHORT,
     optimizer=functools.partial(optimizer.adamw, expert_moments="by_neuron"),
