@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import traverse_util
 from jax.sharding import Mesh
 
-from basemt_jax import conversion, optimizer, partitioning, steps
+from basemt_jax import conversion, optimizer, partitioning, steps, train_state
 from basemt_jax import model as model_lib
 
 Tree = Any
@@ -141,8 +141,8 @@ class Conversion:
         waiting.result()
 
   def __call__(
-    self, state: steps.TrainState, batch: steps.Batch
-  ) -> tuple[steps.TrainState, float]:
+    self, state: train_state.TrainState, batch: steps.Batch
+  ) -> tuple[train_state.TrainState, float]:
     """Converts the state after the last dense step, and proves it on a batch.
 
     Returns:
@@ -199,8 +199,8 @@ class Conversion:
     )
 
   def _with_centroids(
-    self, state: steps.TrainState, batch: steps.Batch
-  ) -> steps.TrainState:
+    self, state: train_state.TrainState, batch: steps.Batch
+  ) -> train_state.TrainState:
     sparse = self._sparse
     centroids = conversion.cluster_centroids(
       sparse.model, sparse.variables(state), self._rows(batch), self._options

@@ -25,7 +25,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import gin
-from basemt_jax import cli, model, partitioning, steps
+from basemt_jax import cli, model, partitioning, steps, train_state
 from basemt_jax import run as run_lib
 from basemt_jax.commands import configuration
 from basemt_jax.compilation import ahead_of_time, chips, hlo
@@ -325,7 +325,7 @@ def test_model_operations_are_six_for_each_parameter_and_token():
   """And 12 L D for each attention and token; those of one expert count."""
   config = model.TransformerConfig(vocab_size=32000, emb_dim=1024, num_heads=16)
   state, _ = jax.eval_shape(
-    lambda: steps.init_state(
+    lambda: train_state.init_state(
       model.Transformer(config),
       toy.settings().transformation(),
       jax.random.key(0),
@@ -368,7 +368,7 @@ def test_model_operations_are_three_times_the_forward_pass_s(change):
   batch = ahead_of_time.abstract_batch(8, lengths, mesh)
   network = model.Transformer(config)
   state, _ = jax.eval_shape(
-    lambda: steps.init_state(
+    lambda: train_state.init_state(
       network, toy.settings().transformation(), jax.random.key(0)
     )
   )
@@ -669,7 +669,7 @@ def test_pod_recipes_are_what_was_compiled(pod):
   assert report.mesh["expert"] == run.expert_devices
   assert run.batch_size % (groups * config.rows_per_group) == 0
   state, _ = jax.eval_shape(
-    lambda: steps.init_state(
+    lambda: train_state.init_state(
       model.Transformer(dataclasses.replace(config, converted=True)),
       run.settings.transformation(),
       jax.random.key(0),

@@ -257,6 +257,32 @@ def test_changes_of_systems_have_their_type(script):
       systems.with_changes(system, [option])
 
 
+def test_experts_of_a_run_are_where_its_line_says(script):
+  several, systems = script("study.several"), script("study.systems")
+
+  def blocks(changes):
+    (plan,) = several.planned(f"0 name base 1 {changes}")
+    config = systems._network(plan.system, plan.size, 100)
+    return config.encoder_expert_blocks, config.decoder_expert_blocks
+
+  assert blocks("") == ((2, 5), (2, 5))
+  assert blocks("expert_every=2 decoder_experts=4,5") == ((1, 3, 5), (4, 5))
+  assert blocks("encoder_experts=none") == ((), (2, 5))
+
+
+def test_logs_of_earlier_versions_have_the_defaults_of_new_fields(
+  script, tmp_path
+):
+  reading, size = script("study.reading"), script("study.systems").Size()
+  old = one_run(reading, write_log(tmp_path, "base", [2.0, 1.0]))
+  size = dataclasses.replace(size, train_steps=200)
+  header = {**old.header, "size": dataclasses.asdict(size)}
+  new = dataclasses.replace(old, header=header)
+  assert reading.size_changes(new, old) == reading.size_changes(old, new) == {}
+  header["size"]["decoder_experts"] = "4,5"
+  assert reading.size_changes(new, old) == {"decoder_experts": "4,5"}
+
+
 def test_committed_pages_have_the_tables_of_the_committed_logs(script):
   report = script("study.report")
   for page in report.PAGES:

@@ -24,6 +24,7 @@ from basemt_jax import (
   partitioning,
   phases,
   prefetch,
+  reports,
   sampling,
   steps,
   trainer,
@@ -76,7 +77,7 @@ class Log:
       self._on_message(text)
 
   def hooks(self):
-    return trainer.Hooks(
+    return reports.Hooks(
       report=self.report,
       message=self.message,
       scalars=lambda step: {"temperature": 1.0 + step},
@@ -443,7 +444,7 @@ def test_a_bad_step_is_named_though_later_ones_were_dispatched(store, tmp_path):
   )
   log = Log()
   with pytest.raises(
-    trainer.NonFiniteLossError,
+    reports.NonFiniteLossError,
     match=r"not finite at step 7 \(dense phase\), in rows of en-fr; "
     r"checkpoint_6 is from before it",
   ):
@@ -543,7 +544,7 @@ def test_loss_that_is_not_finite_stops_and_keeps_the_last_good(store, tmp_path):
     SHORT, train_steps=6, log_every=3, save_every=2
   )
   with pytest.raises(
-    trainer.NonFiniteLossError,
+    reports.NonFiniteLossError,
     match=r"not finite at step 2 \(sparse phase\), in rows of en-fr; "
     r"checkpoint_2 is from before it and was kept: .*run the same command",
   ):
@@ -559,7 +560,7 @@ def test_loss_that_is_not_finite_stops_and_keeps_the_last_good(store, tmp_path):
 def test_without_a_checkpoint_the_error_says_so(store, tmp_path):
   settings = dataclasses.replace(SHORT, train_steps=4, save_every=4)
   with pytest.raises(
-    trainer.NonFiniteLossError, match=r"step 0 \(dense phase\).* no checkpoint"
+    reports.NonFiniteLossError, match=r"step 0 \(dense phase\).* no checkpoint"
   ):
     run(
       tmp_path,

@@ -254,9 +254,14 @@ def changes(one: Finished) -> dict[str, Any]:
 
 
 def size_changes(one: Finished, like: Finished) -> dict[str, Any]:
-  """What a run's size differs in from another's."""
-  size: Mapping[str, Any] = one.header["size"]
-  return {k: v for k, v in size.items() if v != like.header["size"].get(k)}
+  """What a run's size differs in from another's.
+
+  Logs of earlier versions lack fields whose defaults do what was done then.
+  """
+  size, other = (
+    {**vars(systems.Size()), **run.header["size"]} for run in (one, like)
+  )
+  return {k: v for k, v in size.items() if v != other.get(k)}
 
 
 def grouped(runs: Iterable[Finished]) -> dict[str, list[Finished]]:

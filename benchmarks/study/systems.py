@@ -89,7 +89,7 @@ SYSTEMS: dict[str, System] = {
     top=3.0,
     end=1.5,
     heating_share=0.2,
-    learning_rate=6e-3,
+    learning_rate=9e-3,
   ),
   "dense_heated": System("dense", schedule="linear", **_DENSE),
 }
@@ -106,6 +106,9 @@ class Size:
   head_dim: int = 64  # of attention
   blocks: int = 6  # of encoder and of decoder
   expert_every: int = 3  # of so many blocks the last has experts
+  # blocks that have them instead: numbers joined by commas, or 'none'
+  encoder_experts: str = ""
+  decoder_experts: str = ""
   dtype: model_lib.Dtype = "bfloat16"  # computation type
   num_experts: int = 16  # E
   warmup_steps: int = 600  # updates in which the learning rate rises
@@ -131,7 +134,11 @@ class Size:
 SIZES = {
   "base_published": Size(rows_per_group=4),
   "recommended": Size(
-    rows_per_group=64, descent="muon", weight_decay=0.3, average_decay=0.999
+    rate="cosine_decay",
+    rows_per_group=64,
+    descent="muon",
+    weight_decay=0.3,
+    average_decay=0.998,
   ),
 }
 
@@ -154,11 +161,17 @@ def _optimizer(
   )
 
 
+def _expert_blocks(size: Size, chosen: str) -> tuple[int, ...]:
+  if chosen == "none":
+    return ()
+  if chosen:
+    return tuple(int(block) for block in chosen.split(","))
+  return tuple(range(size.expert_every - 1, size.blocks, size.expert_every))
+
+
 def _network(
   system: System, size: Size, vocab_size: int
 ) -> model_lib.TransformerConfig:
-  last = size.expert_every - 1
-  expert_blocks = tuple(range(last, size.blocks, size.expert_every))
   return model_lib.TransformerConfig(
     vocab_size=vocab_size,
     emb_dim=size.emb_dim,
@@ -170,8 +183,8 @@ def _network(
     dropout_rate=size.dropout_rate,
     dtype=size.dtype,
     feed_forward=system.feed_forward,
-    encoder_expert_blocks=expert_blocks,
-    decoder_expert_blocks=expert_blocks,
+    encoder_expert_blocks=_expert_blocks(size, size.encoder_experts),
+    decoder_expert_blocks=_expert_blocks(size, size.decoder_experts),
     num_experts=size.num_experts,
     expert_param_dtype=size.expert_param_dtype,
     rows_per_group=size.rows_per_group,
