@@ -261,7 +261,7 @@ def size_changes(one: Finished, like: Finished) -> dict[str, Any]:
   size, other = (
     {**vars(systems.Size()), **run.header["size"]} for run in (one, like)
   )
-  return {k: v for k, v in size.items() if v != other[k]}
+  return {k: v for k, v in size.items() if v != other.get(k)}
 
 
 def grouped(runs: Iterable[Finished]) -> dict[str, list[Finished]]:
