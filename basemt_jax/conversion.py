@@ -41,42 +41,34 @@ class Rule:
     source: Dense path, with \1, \2 for the pattern's groups; None: the
       parameter is new and keeps its initial value.
     stack: Repeat the dense value for every expert (a new first axis).
-    units: Which of a dense feed-forward's hidden units to take: from the first
-      number to before the second, or to the end.
   """
 
   pattern: str
   source: str | None
   stack: bool = False
-  units: tuple[int, int | None] = (0, None)
-
-  def part(self, path: str, value: Array) -> Array:
-    """What the rule takes of a dense value, for this sparse path."""
-    if self.units == (0, None) or value.ndim != 2:
-      return value
-    units = slice(*self.units)
-    return value[units] if path.endswith("wo/kernel") else value[:, units]
 
 
-def default_rules(config: model_lib.TransformerConfig) -> tuple[Rule, ...]:
-  """The rules that make a sparse network of a dense one.
+# An expert's first sublayer is the dense feed-forward with its norm; inserted
+# experts find no dense counterpart and are covered by INSERT_RULES.
+REPLACE_RULES = (
+  Rule(
+    r"(.*)/base_layer/experts/sublayer_0/layer_norm/scale",
+    r"\1/pre_mlp_layer_norm/scale",
+    stack=True,
+  ),
+  Rule(r"(.*)/base_layer/experts/sublayer_0/(w.*)", r"\1/mlp/\2", stack=True),
+  Rule(r".*/base_layer/(expert_centroids|gate_bias|gate_scale)", None),
+  Rule(r"((?!.*base_layer).*)", r"\1"),
+)
+INSERT_RULES = (
+  Rule(r".*/base_layer/.*", None),
+  Rule(r"(.*)", r"\1"),
+)
 
-  Inserted experts find no dense counterpart. Others are the dense feed-forward
-  with its norm, all of it or what the one beside them leaves of its units.
-  """
-  if config.placement == "insert":
-    return (Rule(r".*/base_layer/.*", None), Rule(r"(.*)", r"\1"))
-  expert = r"(.*)/base_layer/experts/sublayer_0"
-  shared = config.shared_mlp_dim
-  return (
-    Rule(
-      rf"{expert}/layer_norm/scale", r"\1/pre_mlp_layer_norm/scale", stack=True
-    ),
-    Rule(rf"{expert}/(w.*)", r"\1/mlp/\2", stack=True, units=(shared, None)),
-    Rule(r"(.*)/shared_mlp/(w.*)", r"\1/mlp/\2", units=(0, shared)),
-    Rule(r".*/base_layer/(expert_centroids|gate_bias|gate_scale)", None),
-    Rule(r"((?!.*base_layer).*)", r"\1"),
-  )
+
+def default_rules(placement: str) -> tuple[Rule, ...]:
+  """The rules for `TransformerConfig.placement` 'replace' or 'insert'."""
+  return INSERT_RULES if placement == "insert" else REPLACE_RULES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -181,7 +173,7 @@ def convert_params(
     if source is None:
       converted[path] = fresh
       continue
-    value = rule.part(path, flat_dense[source])
+    value = flat_dense[source]
     expected = fresh.shape[1:] if rule.stack else fresh.shape
     if value.shape != expected:
       raise ValueError(
@@ -254,7 +246,6 @@ def convert_opt_state(
       if rule.source is not None:
         value = flat_dense.get(prefix + match.expand(rule.source))
         if value is not None:
-          value = rule.part(path, value)
           if rule.stack and value.ndim == leaf.ndim == 2:
             value = jnp.mean(value, 0)  # Kept by neuron; see `optimizer.adamw`.
           if rule.stack and value.shape == leaf.shape[1:]:

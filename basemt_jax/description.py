@@ -45,8 +45,8 @@ _EXPERTS = tuple(
   f"network.{name}"
   for name in (
     *("feed_forward", "encoder_expert_blocks", "decoder_expert_blocks"),
-    *("placement", "shared_mlp_dim", "num_experts", "num_sublayers"),
-    *("router", "rows_per_group", "expert_param_dtype"),
+    *("placement", "num_experts", "num_sublayers", "router"),
+    *("rows_per_group", "expert_param_dtype"),
   )
 )
 

@@ -6,8 +6,8 @@ width, V vocabulary, E experts.
 A pre-norm Transformer (arXiv:1706.03762, arXiv:2002.04745) with RMS norm,
 rotary positions and tied embeddings, called as T5X's networks are. In the
 blocks that `encoder_expert_blocks` and `decoder_expert_blocks` name, a layer
-of experts replaces the feed-forward or a part of it, or is inserted after the
-block, as BASE layers are (arXiv:2103.16716).
+of experts replaces the feed-forward or is inserted after the block, as BASE
+layers are (arXiv:2103.16716).
 """
 
 import dataclasses
@@ -57,9 +57,6 @@ class TransformerConfig:
     decoder_expert_blocks: Indices of decoder blocks, from 0.
     placement: 'replace' the block's feed-forward by experts, or 'insert' a
       layer of experts after the block (BASE's own choice).
-    shared_mlp_dim: Hidden units, of F, of a feed-forward that all tokens of an
-      expert block go through; experts have the rest, and outputs are added (a
-      shared expert, arXiv:2201.05596). 0: experts have all of them.
     num_experts: E.
     expert_param_dtype: Type in which experts' matrices are kept. In bfloat16
       they need half the memory and no rounding before every use; updates are
@@ -87,7 +84,6 @@ class TransformerConfig:
   encoder_expert_blocks: Sequence[int] = ()
   decoder_expert_blocks: Sequence[int] = ()
   placement: Placement = "replace"
-  shared_mlp_dim: int = 0
   num_experts: ranges.Count = 8
   expert_param_dtype: Literal["float32", "bfloat16"] = "float32"
   num_sublayers: ranges.Count = 1
@@ -116,16 +112,10 @@ class TransformerConfig:
       # Lists from gin would make the frozen config unhashable.
       object.__setattr__(self, f"{side}_expert_blocks", tuple(blocks))
     object.__setattr__(self, "mlp_activations", tuple(self.mlp_activations))
-    if not 0 <= self.shared_mlp_dim < self.mlp_dim:
+    if self.feed_forward == "dense_wide" and self.placement == "insert":
       raise ValueError(
-        f"TransformerConfig.shared_mlp_dim is {self.shared_mlp_dim}; it is a "
-        f"part of mlp_dim, so it must be from 0 to {self.mlp_dim - 1}"
-      )
-    of_replaced = (self.feed_forward == "dense_wide", self.shared_mlp_dim > 0)
-    if self.placement == "insert" and any(of_replaced):
-      raise ValueError(
-        "TransformerConfig.feed_forward 'dense_wide' and shared_mlp_dim are of "
-        "feed-forwards that experts replace; set placement to 'replace'"
+        "TransformerConfig.feed_forward 'dense_wide' widens the feed-forwards "
+        "that experts replace; set placement to 'replace'"
       )
 
   def block_kinds(self, is_decoder: bool) -> tuple[str, ...]:
@@ -138,16 +128,9 @@ class TransformerConfig:
       self.feed_forward if i in chosen else "dense" for i in range(count)
     )
 
-  @property
-  def expert_mlp_dim(self) -> int:
-    """Hidden units of an expert."""
-    return self.mlp_dim - self.shared_mlp_dim
-
   def hidden_dim(self, kind: str) -> int:
-    """Hidden units of the feed-forward in a block, if the block has one."""
-    if kind == "dense_wide":
-      return self.shared_mlp_dim + self.num_experts * self.expert_mlp_dim
-    return (kind == "experts" and self.shared_mlp_dim) or self.mlp_dim
+    """Hidden units of a block's feed-forward, or of an expert's."""
+    return self.mlp_dim * (self.num_experts if kind == "dense_wide" else 1)
 
   def dense(self) -> "TransformerConfig":
     """The dense network that `conversion` turns into this one."""
@@ -179,17 +162,11 @@ class Block(nn.Module):
       dtype=jnp.dtype(cfg.dtype),
     )
 
-  def _mlp(self, name: str, x: Array, keep: Array | None) -> Array:
-    cfg = self.config
-    settings = (cfg.mlp_activations, cfg.dropout_rate, jnp.dtype(cfg.dtype))
-    mlp = layers.MlpBlock(cfg.hidden_dim(self.kind), *settings, name=name)
-    return mlp(self._norm("pre_mlp_layer_norm")(x), keep)
-
-  def _experts(self, x: Array, mask: Array, train, keep, hidden) -> Array:
+  def _experts(self, x: Array, mask: Array, train, keep) -> Array:
     cfg = self.config
     y = base_layer.BaseLayer(
       num_experts=cfg.num_experts,
-      mlp_dim=cfg.expert_mlp_dim,
+      mlp_dim=cfg.mlp_dim,
       num_sublayers=cfg.num_sublayers,
       activations=cfg.mlp_activations,
       router=cfg.router,
@@ -204,11 +181,9 @@ class Block(nn.Module):
       mesh=self.mesh,
       name="base_layer",
     )(x, mask, train=train, enable_dropout=keep is not None)
-    if cfg.shared_mlp_dim:
-      y = y + self._mlp("shared_mlp", x, hidden)
     if keep is None:
       return y
-    # What is added to x is dropped as any sublayer's output is.
+    # What the experts add is dropped as any sublayer's output is.
     return x + layers.dropout(y - x, cfg.dropout_rate, keep)
 
   @nn.compact
@@ -241,7 +216,12 @@ class Block(nn.Module):
 
     y = self._norm("pre_self_attention_layer_norm")(x)
     y = self._attention("self_attention")(
-      y, y, mask, positions, decode=decode, max_decode_length=max_decode_length
+      y,
+      y,
+      mask,
+      positions,
+      decode=decode,
+      max_decode_length=max_decode_length,
     )
     x = x + drop(y)
     if self.is_decoder:
@@ -250,10 +230,20 @@ class Block(nn.Module):
         y, memory, memory_mask, decode=decode
       )
       x = x + drop(y)
-    if kind != "experts" or cfg.placement == "insert":
-      x = x + drop(self._mlp("mlp", x, hidden))
-    if kind == "experts":
-      x = self._experts(x, token_mask, train, next(sublayers), hidden)
+    if kind == "experts" and cfg.placement == "replace":
+      x = self._experts(x, token_mask, train, next(sublayers))
+    else:
+      y = self._norm("pre_mlp_layer_norm")(x)
+      y = layers.MlpBlock(
+        cfg.hidden_dim(kind),
+        cfg.mlp_activations,
+        cfg.dropout_rate,
+        jnp.dtype(cfg.dtype),
+        name="mlp",
+      )(y, hidden)
+      x = x + drop(y)
+    if kind == "experts" and cfg.placement == "insert":
+      x = self._experts(x, token_mask, train, next(sublayers))
     return layers.with_sharding_constraint(x, ("batch", "length", "embed"))
 
 
@@ -288,12 +278,10 @@ class Stack(nn.Module):
       *(mask, positions, token_mask, memory, memory_mask),
       *(train, decode, max_decode_length),
     )
-    side = "decoder" if self.is_decoder else "encoder"
-    norm = layers.RMSNorm(jnp.dtype(cfg.dtype), name=f"{side}_norm")
     if self.is_initializing():
       for i, block in enumerate(blocks):
         x = block.clone(parent=self, name=f"layers_{i}")(x, *arguments, None)
-      return norm(x)
+      return self._norm()(x)
     ends: Any = (None, None)
     own: Any = [None] * len(blocks)
     keys = None
@@ -307,7 +295,7 @@ class Stack(nn.Module):
       )
     x = layers.dropout(x, cfg.dropout_rate, ends[0])
     x = self._in_turn(blocks, x, arguments, own, keys)
-    return layers.dropout(norm(x), cfg.dropout_rate, ends[1])
+    return layers.dropout(self._norm()(x), cfg.dropout_rate, ends[1])
 
   def _in_turn(
     self,
@@ -353,6 +341,10 @@ class Stack(nn.Module):
       for collection, tree in updates.items():
         self.put_variable(collection, name, tree)
     return x
+
+  def _norm(self) -> layers.RMSNorm:
+    name = "decoder_norm" if self.is_decoder else "encoder_norm"
+    return layers.RMSNorm(jnp.dtype(self.config.dtype), name=name)
 
 
 class Transformer(nn.Module):
@@ -473,8 +465,13 @@ class Transformer(nn.Module):
       [B, Lt, V] float32.
     """
     enable_dropout = train if enable_dropout is None else enable_dropout
-    source = (encoder_input_tokens, encoder_segment_ids, encoder_positions)
-    encoded = self.encode(*source, train=train, enable_dropout=enable_dropout)
+    encoded = self.encode(
+      encoder_input_tokens,
+      encoder_segment_ids,
+      encoder_positions,
+      train=train,
+      enable_dropout=enable_dropout,
+    )
     return self.decode(
       encoded,
       encoder_input_tokens,
@@ -580,9 +577,13 @@ def forward(
     other collections' new values.
   """
   names = (
-    *("encoder_input_tokens", "decoder_input_tokens", "decoder_target_tokens"),
-    *("encoder_segment_ids", "decoder_segment_ids"),
-    *("encoder_positions", "decoder_positions"),
+    "encoder_input_tokens",
+    "decoder_input_tokens",
+    "decoder_target_tokens",
+    "encoder_segment_ids",
+    "decoder_segment_ids",
+    "encoder_positions",
+    "decoder_positions",
   )
   mutable = list(reported)
   if train:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import traverse_util
 from jax.sharding import Mesh
 
-from basemt_jax import conversion, optimizer, partitioning, steps
+from basemt_jax import conversion, optimizer, partitioning, steps, train_state
 from basemt_jax import model as model_lib
 
 Tree = Any
@@ -74,26 +74,20 @@ class Conversion:
   def __init__(self, dense: steps.Program, sparse: steps.Program):
     self._dense, self._sparse = dense, sparse
     self._options = sparse.settings.conversion_options
-    self._rules = conversion.default_rules(sparse.model.config)
+    self._rules = conversion.default_rules(sparse.model.config.placement)
     shapes = traverse_util.flatten_dict(sparse.shapes.params)
     plan = conversion.plan(
       traverse_util.flatten_dict(dense.shapes.params, sep="/"),
       ("/".join(path) for path in shapes),
       self._rules,
     )
-    filled = {
-      k: source for k, (_, source) in plan.items() if source is not None
-    }
     # Only what no dense value fills is drawn.
-    self._new_paths = [p for p in shapes if "/".join(p) not in filled]
-    # Types in which the sparse network keeps dense parameters; of those that it
-    # takes apart, the smallest. By paths of both networks.
-    kept: dict[str, Any] = {}
-    for path, source in filled.items():
-      dtype = shapes[tuple(path.split("/"))].dtype
-      other = kept.get(source, dtype)
-      kept[source] = min(dtype, other, key=lambda kind: kind.itemsize)
-    self._kept = kept | {path: kept[source] for path, source in filled.items()}
+    self._new_paths = [p for p in shapes if plan["/".join(p)][1] is None]
+    # Types in which the sparse network keeps dense parameters.
+    self._kept = {
+      source: shapes[tuple(path.split("/"))].dtype
+      for path, (_, source) in plan.items()
+    }
     self._new: dict[tuple[str, ...], jax.Array] | None = None
     self._convert = partitioning.Compiled(
       self._converted, sparse.mesh, out_shardings=sparse.shardings.params
@@ -147,8 +141,8 @@ class Conversion:
         waiting.result()
 
   def __call__(
-    self, state: steps.TrainState, batch: steps.Batch
-  ) -> tuple[steps.TrainState, float]:
+    self, state: train_state.TrainState, batch: steps.Batch
+  ) -> tuple[train_state.TrainState, float]:
     """Converts the state after the last dense step, and proves it on a batch.
 
     Returns:
@@ -205,8 +199,8 @@ class Conversion:
     )
 
   def _with_centroids(
-    self, state: steps.TrainState, batch: steps.Batch
-  ) -> steps.TrainState:
+    self, state: train_state.TrainState, batch: steps.Batch
+  ) -> train_state.TrainState:
     sparse = self._sparse
     centroids = conversion.cluster_centroids(
       sparse.model, sparse.variables(state), self._rows(batch), self._options
@@ -222,18 +216,13 @@ class Conversion:
   ) -> jax.Array:
     """Largest relative error of sparse logits, in training and at test.
 
-    To be traced; the dense network runs once for both. Where experts are kept
-    in bfloat16, all that is made of the same parameters is compared in it.
+    To be traced; the dense network runs once for both. Experts that are kept in
+    bfloat16 are compared with feed-forwards that are, too.
     """
     rows = self._rows(batch)
-
-    def rounded(variables: Tree) -> Tree:
-      params = traverse_util.flatten_dict(variables["params"], sep="/")
-      for path, value in params.items():
-        params[path] = value.astype(self._kept.get(path, value.dtype))
-      return variables | {
-        "params": traverse_util.unflatten_dict(params, sep="/")
-      }
+    params = traverse_util.flatten_dict(dense["params"], sep="/")
+    params = {path: x.astype(self._kept[path]) for path, x in params.items()}
+    dense = {**dense, "params": traverse_util.unflatten_dict(params, sep="/")}
 
     def logits(program: steps.Program, variables: Tree, train: bool):
       config = dataclasses.replace(program.model.config, dtype="float32")
@@ -243,11 +232,11 @@ class Conversion:
       )[0]
 
     with jax.default_matmul_precision("float32"):
-      expected = logits(self._dense, rounded(dense), False)
+      expected = logits(self._dense, dense, False)
       errors = [
         conversion.relative_error(
           expected,
-          logits(self._sparse, rounded(sparse), train),
+          logits(self._sparse, sparse, train),
           rows["decoder_loss_weights"],
         )
         for train in (True, False)

@@ -25,9 +25,9 @@ from basemt_jax import (
   plain_data,
   processes,
   ranges,
+  reports,
   sampling,
   steps,
-  trainer,
   translation,
 )
 from basemt_jax import model as model_lib
@@ -120,7 +120,7 @@ class Run:
         f"the batch of {self.batch_size} rows; choose a divisor of it"
       )
     config = self.network(vocab_size=1)
-    split = [(n, "model_devices") for n in ("mlp_dim", "shared_mlp_dim")]
+    split = [("mlp_dim", "model_devices")]
     if config.feed_forward == "experts":
       split.insert(0, ("num_experts", "expert_devices"))
     for name, axis in split:
@@ -231,13 +231,13 @@ class Console:
 
   Attributes:
     message: Takes one line.
-    progress: Takes a `trainer.Progress` and the temperature.
+    progress: Takes a `reports.Progress` and the temperature.
     building: Takes progress of building a row store; see `store_building`.
     translating: Takes (done, all) sentences.
   """
 
   message: Callable[[str], None]
-  progress: Callable[[trainer.Progress, float], None]
+  progress: Callable[[reports.Progress, float], None]
   building: Callable[..., None]
   translating: Callable[[int, int], None]
 

@@ -16,11 +16,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from flax import struct, traverse_util
-from jax.sharding import Mesh, NamedSharding
+from flax import traverse_util
+from jax.sharding import Mesh
 
 from basemt_jax import (
-  checkpointing,
   conversion,
   drawing,
   losses,
@@ -28,6 +27,7 @@ from basemt_jax import (
   partitioning,
   ranges,
   rounding,
+  train_state,
 )
 from basemt_jax import metrics as metrics_lib
 from basemt_jax import model as model_lib
@@ -114,93 +114,6 @@ class Settings:
     if not self.average_decay:
       return found
     return optimizer.averaged(found, self.average_decay)
-
-
-@struct.dataclass
-class TrainState:
-  """What a step changes.
-
-  Attributes:
-    step: [] int32, steps done.
-    params: Nested dict of arrays, float32 but for experts kept in bfloat16.
-    opt_state: Optax state.
-    mutables: Other collections by name: {'prices': ...}, or {}.
-  """
-
-  step: Array
-  params: Tree
-  opt_state: Tree
-  mutables: Tree
-
-  def tree(self) -> dict[str, Any]:
-    """The state as the nested dictionary that checkpoints hold."""
-    return checkpointing.state_dict(
-      self.params, self.opt_state, self.step, self.mutables
-    )
-
-  def from_tree(self, tree: dict[str, Any]) -> "TrainState":
-    """A state of this one's types with a checkpoint's arrays."""
-    return TrainState(
-      step=tree["state"]["step"],
-      params=tree["target"],
-      opt_state=checkpointing.restored_opt_state(
-        self.opt_state, tree["state"].get("param_states", {})
-      ),
-      mutables=tree.get("flax_mutables", {}),
-    )
-
-
-def keys(seed: int) -> tuple[Array, Array]:
-  """Keys of the initialisation and of dropout, derived as T5X does."""
-  init, dropout = jax.random.split(jax.random.key(seed))
-  return init, dropout
-
-
-def init_state(
-  model: model_lib.Transformer,
-  tx: optax.GradientTransformation,
-  key: Array,
-) -> tuple[TrainState, dict[str, Tree]]:
-  """A new state, and the logical axes of its variables (`*_axes`)."""
-  tokens = jnp.ones((1, 8), jnp.int32)  # Parameters do not depend on it.
-  variables = dict(model.init(key, tokens, tokens, tokens, train=True))
-  variables.pop("intermediates", None)
-  params = variables.pop("params")
-  axes = {k: variables.pop(k) for k in list(variables) if k.endswith("_axes")}
-  step = jnp.zeros((), jnp.int32)
-  opt_state = rounding.init(tx, params)
-  return TrainState(step, params, opt_state, variables), axes
-
-
-def state_shardings(
-  state: TrainState,
-  axes: dict[str, Tree],
-  tx: optax.GradientTransformation,
-  mesh: Mesh,
-) -> TrainState:
-  """Shardings of a state (given by its shapes), from the logical axes."""
-  params = partitioning.variable_shardings(
-    state.params, axes["params_axes"], mesh
-  )
-  replicated = partitioning.replicated(mesh)
-
-  def moment(leaf: Any, sharding: NamedSharding, param: Any) -> NamedSharding:
-    # Factored moments have lost an axis; experts stay on their devices.
-    spec = (*sharding.spec, *(None,) * (param.ndim - len(sharding.spec)))
-    axes = partitioning.moment_axes(spec, param.shape, leaf.shape)
-    return NamedSharding(mesh, jax.sharding.PartitionSpec(*axes))
-
-  return TrainState(
-    step=replicated,  # type: ignore[arg-type]
-    params=params,
-    opt_state=optimizer.map_moments(
-      tx, moment, state.opt_state, params, state.params, other=replicated
-    ),
-    mutables={
-      name: partitioning.variable_shardings(tree, axes[f"{name}_axes"], mesh)
-      for name, tree in state.mutables.items()
-    },
-  )
 
 
 def microbatch_loss(
@@ -330,14 +243,14 @@ def gradients(
 
 
 def train_step(
-  state: TrainState,
+  state: train_state.TrainState,
   batch: Batch,
   key: Array,
   model: model_lib.Transformer,
   settings: Settings,
   learning_rate: optimizer.Schedule,
   num_directions: int,
-) -> tuple[TrainState, dict[str, Any]]:
+) -> tuple[train_state.TrainState, dict[str, Any]]:
   """One update, of a batch of global arrays; see `microbatch_loss`.
 
   The key is of dropout, and the same at every step; `learning_rate` gives the
@@ -367,7 +280,9 @@ def train_step(
   is_finite = jnp.isfinite(loss) & jnp.isfinite(sums["grad_norm"])
   sums["bad_step"] = jnp.where(is_finite, NEVER, state.step)
   sums["bad_direction"] = ~jnp.isfinite(sums["loss"])
-  return TrainState(state.step + 1, params, opt_state, mutables), sums
+  return train_state.TrainState(
+    state.step + 1, params, opt_state, mutables
+  ), sums
 
 
 def add_sums(total: dict[str, Any], sums: dict[str, Any]) -> dict[str, Any]:
@@ -443,19 +358,21 @@ class Program:
     self.mesh = mesh
     self.settings = settings
     self.name = "sparse" if config.feed_forward == "experts" else "dense"
-    self._key, self._dropout_key = keys(settings.seed)
+    self._key, self._dropout_key = train_state.keys(settings.seed)
     tx = settings.transformation()
     noted: dict[str, Any] = {}
 
-    def init(key: Array) -> TrainState:
+    def init(key: Array) -> train_state.TrainState:
       with drawing.recording() as found:
-        state, noted["axes"] = init_state(self.model, tx, key)
+        state, noted["axes"] = train_state.init_state(self.model, tx, key)
       noted["draws"] = drawing.draws_of(found, state.params)
       return state
 
     self.shapes = jax.eval_shape(init, self._key)
     self._draws = noted["draws"]
-    self.shardings = state_shardings(self.shapes, noted["axes"], tx, mesh)
+    self.shardings = train_state.state_shardings(
+      self.shapes, noted["axes"], tx, mesh
+    )
     self._begin = partitioning.Compiled(
       lambda params: dataclasses.replace(
         init(self._key), params={}, opt_state=rounding.init(tx, params)
@@ -465,7 +382,7 @@ class Program:
     )
     self._draw_all = partitioning.Compiled(
       lambda key: traverse_util.flatten_dict(
-        init_state(self.model, tx, key)[0].params
+        train_state.init_state(self.model, tx, key)[0].params
       ),
       mesh,
       out_shardings=traverse_util.flatten_dict(self.shardings.params),
@@ -505,7 +422,7 @@ class Program:
       for function in (evaluates, routing_step)
     )
 
-  def init(self) -> TrainState:
+  def init(self) -> train_state.TrainState:
     """The initial state, the same on any devices."""
     paths = traverse_util.flatten_dict(self.shapes.params)
     return self.begin(traverse_util.unflatten_dict(self.draw(paths)))
@@ -522,13 +439,16 @@ class Program:
       self._key,
     )
 
-  def begin(self, params: Tree) -> TrainState:
+  def begin(self, params: Tree) -> train_state.TrainState:
     """The state before the first step, with these parameters."""
     return dataclasses.replace(self._begin(params), params=params)
 
   def train_step(
-    self, state: TrainState, metrics: dict[str, Any] | None, batch: Batch
-  ) -> tuple[TrainState, dict[str, Any]]:
+    self,
+    state: train_state.TrainState,
+    metrics: dict[str, Any] | None,
+    batch: Batch,
+  ) -> tuple[train_state.TrainState, dict[str, Any]]:
     """`train_step`, compiled; its sums are added to `metrics`, if given."""
     state, sums = self._train_step(state, batch, self._dropout_key)
     return state, sums if metrics is None else self._add_sums(metrics, sums)
@@ -550,7 +470,7 @@ class Program:
     """Compiles the training step, for a batch given by shapes."""
     self._train_step.compile(self.shapes, batch, self._dropout_key)
 
-  def abstract_state(self) -> TrainState:
+  def abstract_state(self) -> train_state.TrainState:
     """Shapes and shardings of the state."""
     return jax.tree.map(
       lambda s, sharding: jax.ShapeDtypeStruct(
@@ -564,11 +484,11 @@ class Program:
     """Shapes and shardings of the state, as a checkpoint holds it."""
     return self.abstract_state().tree()
 
-  def variables(self, state: TrainState) -> Tree:
+  def variables(self, state: train_state.TrainState) -> Tree:
     """What `model.apply` takes, out of a state."""
     return {"params": state.params, **state.mutables}
 
-  def averaged_variables(self, state: TrainState) -> Tree:
+  def averaged_variables(self, state: train_state.TrainState) -> Tree:
     """`variables` with averaged weights, where the optimizer keeps them."""
     params = state.params
     if isinstance(state.opt_state, optimizer.AveragedState):
@@ -585,7 +505,7 @@ class Program:
     nothing that a step is made of.
     """
     other = copy.copy(self)
-    other._key, other._dropout_key = keys(settings.seed)
+    other._key, other._dropout_key = train_state.keys(settings.seed)
     other.settings = settings
     return other
 

@@ -27,7 +27,7 @@ from basemt_jax import (
   partitioning,
   prefetch,
   processes,
-  steps,
+  train_state,
   training,
 )
 from basemt_jax import model as model_lib
@@ -373,7 +373,8 @@ def from_dense(
       "basemt convert"
     )
   dense = _dense_state(checkpoint, step, optimizer_state, run)
-  rules = conversion.default_rules(run.network(vocab_size=1))
+  config = run.network(vocab_size=1)
+  rules = conversion.default_rules(config.placement)
   params = conversion.convert_params(
     dense["target"], optimizer_state["target"], rules, options
   )
@@ -400,7 +401,9 @@ def _dense_state(
   vocab_size = like["target"]["token_embedder"]["embedding"].shape[0]
   model = model_lib.Transformer(run.network(vocab_size=vocab_size).dense())
   shapes, _ = jax.eval_shape(
-    functools.partial(steps.init_state, model, run.settings.transformation()),
+    functools.partial(
+      train_state.init_state, model, run.settings.transformation()
+    ),
     jax.random.key(0),
   )
   tree = shapes.tree()

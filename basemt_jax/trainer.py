@@ -13,15 +13,13 @@ is told once its steps are done, batches are put on the device by a thread, and
 checkpoints are written from a copy.
 """
 
-import collections
-import dataclasses
 import functools
 import math
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent import futures
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import numpy as np
@@ -34,7 +32,9 @@ from basemt_jax import (
   phases,
   prefetch,
   processes,
+  reports,
   steps,
+  train_state,
 )
 from basemt_jax import model as model_lib
 
@@ -47,84 +47,11 @@ Tree = Any
 AHEAD = 8
 
 
-class NonFiniteLossError(ValueError):
-  """The loss or a gradient became infinite or NaN."""
-
-
-class Writer(Protocol):
-  """Where metrics go; `clu.metric_writers` fit."""
-
-  def write_scalars(self, step: int, scalars: Mapping[str, Any]) -> None:
-    """Takes the metrics of a step."""
-
-  def flush(self) -> None:
-    """Writes out what is buffered."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Progress:
-  """One progress report.
-
-  Attributes:
-    step: Steps done.
-    train_steps: Steps of the whole run.
-    phase: 'dense' or 'sparse'.
-    loss: Training loss per target token since the last report, in nats.
-    tokens_per_second: Source and target tokens, without padding.
-    seconds_left: Estimate to the end of the run.
-  """
-
-  step: int
-  train_steps: int
-  phase: str
-  loss: float
-  tokens_per_second: float
-  seconds_left: float
-
-
-@dataclasses.dataclass(frozen=True)
-class Hooks:
-  """What the loop tells to, and asks of, whoever started it.
-
-  Attributes:
-    report: Takes a `Progress`.
-    message: Takes one line on an event: conversion, checkpoint, stop.
-    scalars: step -> further metrics, such as the temperature.
-    evaluate: (model, variables, step) -> metrics such as BLEU; every
-      `evaluate_every` steps.
-    evaluate_every: 0: never.
-    bands: resource band of each direction; means by band are written too.
-  """
-
-  report: Callable[[Progress], None] = lambda progress: None
-  message: Callable[[str], None] = lambda text: None
-  scalars: Callable[[int], Mapping[str, float]] = lambda step: {}
-  evaluate: (
-    Callable[[model_lib.Transformer, Tree, int], Mapping[str, float]] | None
-  ) = None
-  evaluate_every: int = 0
-  bands: Mapping[str, str] = dataclasses.field(default_factory=dict)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Dispatched:
-  """A step that the device need not have done yet.
-
-  Its sums of `steps.train_step`, since the last report, are ready when it is.
-  It has a learning rate where a report is due after it.
-  """
-
-  step: int
-  phase: str
-  sums: dict[str, Any]
-  learning_rate: Any = None
-
-
 class Trainer:
   """Trains one model in one directory, from wherever it stands.
 
   Attributes:
-    state: The current `steps.TrainState`.
+    state: The current `train_state.TrainState`.
     program: The current phase's `steps.Program`.
     dev_losses: Nats per token by direction, as last measured.
 
@@ -142,7 +69,7 @@ class Trainer:
     writer: Takes metrics.
     dev_batches: () -> this host's rows of the dev batches, all of one shape;
       None: no dev set.
-    hooks: See `Hooks`.
+    hooks: See `reports.Hooks`.
     verify: Compare the checkpoint to go on from with its checksums.
     make_program: 'dense' or 'sparse' -> `phases.program`; several runs of one
       process can share programs, and then compile them once. None: its own.
@@ -156,9 +83,9 @@ class Trainer:
     directions: Sequence[str],
     batches: Iterator[Batch],
     model_dir: str,
-    writer: Writer,
+    writer: reports.Writer,
     dev_batches: Callable[[], Iterable[Batch]] | None = None,
-    hooks: Hooks | None = None,
+    hooks: reports.Hooks | None = None,
     verify: bool = True,
     make_program: Callable[[str], steps.Program] | None = None,
   ):
@@ -170,18 +97,20 @@ class Trainer:
       )
     )
     self._batches, self._dev_batches = batches, dev_batches
-    self._writer, self._hooks = writer, hooks or Hooks()
+    self._writer, self._hooks = writer, hooks or reports.Hooks()
     self._programs: dict[str, steps.Program] = {}
     self._conversion: phases.Conversion | None = None
     self._threads = futures.ThreadPoolExecutor(2, "compile")
-    self._starting: futures.Future[steps.TrainState] | None = None
+    self._starting: futures.Future[train_state.TrainState] | None = None
     self._compiling: futures.Future[None] | None = None
     self._compiling_evaluation: futures.Future[None] | None = None
     self._checkpoints = checkpointing.Checkpoints(
       model_dir, settings.keep_checkpoints, verify=verify
     )
+    self._reports = reports.Reports(
+      settings, self._directions, writer, self._hooks, self._checkpoints
+    )
     self._metrics: dict[str, Any] | None = None
-    self._dispatched: collections.deque[_Dispatched] = collections.deque()
     self._stop = threading.Event()
     self._best_loss, self._worse = math.inf, 0
     self.dev_losses: dict[str, float] = {}
@@ -291,21 +220,21 @@ class Trainer:
       or 'interrupted' (SIGTERM or `stop`; a checkpoint has been written).
 
     Raises:
-      NonFiniteLossError: The loss is not finite. The last checkpoint is from
-        before that.
+      reports.NonFiniteLossError: The loss is not finite. The last checkpoint is
+        from before that.
     """
     put = functools.partial(partitioning.put_batch, mesh=self._mesh)
     with (
       processes.on_sigterm(self.stop),
       prefetch.Prefetcher(self._batches, place=put) as ahead,
     ):
-      self._log_time, self._log_step = time.monotonic(), self._step
+      self._reports.begin(self._step)
       if self._gives_up():
         return "stopped early"
       try:
         outcome = self._train(ahead)
       finally:
-        self._settle()
+        self._reports.settle()
       self._checkpoints.wait()
     self._writer.flush()
     return outcome
@@ -330,7 +259,7 @@ class Trainer:
       )
       if self.program is not compiled:
         # The first call compiles; no estimate of the time left counts that.
-        self._log_time += time.monotonic() - start
+        self._reports.leave_out(time.monotonic() - start)
         compiled = self.program
         self._prepare_evaluation()
       self._step += 1
@@ -385,10 +314,13 @@ class Trainer:
     saves = saves or ends_phase or is_stopped
     scores = self._hooks.evaluate and due(self._hooks.evaluate_every)
     dev_loss = None
-    reports = due(settings.log_every) or evaluates or saves or ends_phase
-    self._note(reports)
+    is_due = due(settings.log_every) or evaluates or saves or ends_phase
+    assert self._metrics is not None
+    self._reports.note(step, self.program.name, self._metrics, is_due)
+    if is_due:
+      self._metrics = None
     # All else comes after the reports, and nothing that is not finite is saved.
-    self._settle(0 if evaluates or saves or scores else AHEAD)
+    self._reports.settle(0 if evaluates or saves or scores else AHEAD)
     start = time.monotonic()
     if evaluates or ends_phase or scores:
       # Their arrays get the room of the last checkpoint's copy on the devices.
@@ -396,7 +328,7 @@ class Trainer:
     if evaluates or ends_phase:
       dev_loss = self._evaluate()
     if self._hooks.evaluate and scores:
-      self._write(
+      self._reports.write(
         step,
         self._hooks.evaluate(
           self.program.model,
@@ -408,7 +340,7 @@ class Trainer:
     if saves or gives_up:
       self._save(position, dev_loss)
     # The next report's speed leaves the time of this out.
-    self._log_time += time.monotonic() - start
+    self._reports.leave_out(time.monotonic() - start)
     if is_last:
       return "done"
     if gives_up:
@@ -418,91 +350,6 @@ class Trainer:
   def _gives_up(self) -> bool:
     patience = self._settings.patience
     return patience is not None and self._worse >= patience
-
-  def _note(self, reports: bool) -> None:
-    """Remembers the step just dispatched; a report begins new sums."""
-    assert self._metrics is not None
-    rate = None
-    if reports:
-      # Computed now: later it would queue behind the steps dispatched by then.
-      rate = self._settings.learning_rate(self._step - 1)
-      for array in jax.tree.leaves((self._metrics, rate)):
-        if isinstance(array, jax.Array):
-          array.copy_to_host_async()
-    self._dispatched.append(
-      _Dispatched(self._step, self.program.name, self._metrics, rate)
-    )
-    if reports:
-      self._metrics = None
-
-  def _settle(self, ahead: int = 0) -> None:
-    """Waits for all steps but the last few, and tells their reports."""
-    while len(self._dispatched) > ahead:
-      done = self._dispatched.popleft()
-      jax.block_until_ready(done.sums["steps"])
-      if done.learning_rate is not None:
-        self._report(done, time.monotonic())
-
-  def _report(self, done: _Dispatched, now: float) -> None:
-    """Checks and writes the sums up to a step that was done at `now`."""
-    sums = jax.device_get(done.sums)
-    self._check_finite(sums, done.phase)
-    seconds, count = now - self._log_time, done.step - self._log_step
-    self._log_time, self._log_step = now, done.step
-    loss = float(sums["nll"].sum() / sums["weight"].sum())
-    left = seconds / count * (self._settings.train_steps - done.step)
-    speed = float(sums["tokens"]) / seconds
-    self._write(
-      done.step,
-      {
-        **metrics.scalars(sums, self._directions, self._settings.known_metrics),
-        "tokens_per_second": speed,
-        "steps_per_second": count / seconds,
-        "learning_rate": float(done.learning_rate),
-        **self._hooks.scalars(done.step - 1),
-      },
-    )
-    all_steps = self._settings.train_steps
-    self._hooks.report(
-      Progress(done.step, all_steps, done.phase, loss, speed, left)
-    )
-
-  def _write(self, step: int, scalars: Mapping[str, float]) -> None:
-    if jax.process_index() == 0:
-      means = metrics.band_means(
-        scalars, self._hooks.bands, self._settings.known_metrics
-      )
-      self._writer.write_scalars(step, {**scalars, **means})
-
-  def _check_finite(self, sums: dict[str, Any], phase: str) -> None:
-    bad = int(sums["bad_step"])
-    if bad == steps.NEVER:
-      return
-    names = [
-      name
-      for name, is_bad in zip(
-        self._directions, sums["bad_direction"], strict=True
-      )
-      if is_bad
-    ]
-    where = (
-      "in rows of " + ", ".join(names)
-      if names
-      else "in the gradients, not in the loss of any direction"
-    )
-    latest = self._checkpoints.latest_step()
-    kept = (
-      "no checkpoint was written yet"
-      if latest is None
-      else f"checkpoint_{latest} is from before it and was kept"
-    )
-    self._checkpoints.wait()
-    self._dispatched.clear()  # They have nothing to say after this.
-    raise NonFiniteLossError(
-      f"the loss is not finite at step {bad} ({phase} phase), "
-      f"{where}; {kept}: lower the learning rate or clip gradients more, and "
-      "run the same command again"
-    )
 
   # ----------------------------------------------- evaluation, checkpoints
 
@@ -522,11 +369,11 @@ class Trainer:
     else:
       self._worse += 1
     named = {f"dev/{name}": value for name, value in values.items()}
-    self._write(self._step, {**named, "dev/loss": mean})
+    self._reports.write(self._step, {**named, "dev/loss": mean})
     if self._settings.average_decay:
       values = self._measured(self.program.variables(self.state))
       last = metrics.of_directions(values, "loss")
-      self._write(
+      self._reports.write(
         self._step,
         {
           "dev/last_weights_loss": float(np.mean(list(last.values()))),
@@ -596,5 +443,6 @@ class Trainer:
       f"step {self._step}: converted; largest relative difference of the "
       f"function on a training batch: {error:.1e}"
     )
-    self._write(self._step, {"conversion/relative_error": error})
-    self._log_time += time.monotonic() - start  # As for what a call compiles.
+    self._reports.write(self._step, {"conversion/relative_error": error})
+    # As for what a call compiles.
+    self._reports.leave_out(time.monotonic() - start)

@@ -21,6 +21,7 @@ from basemt_jax import (
   phases,
   plain_data,
   processes,
+  reports,
   trained,
   trainer,
   translation,
@@ -32,7 +33,7 @@ from basemt_jax.data import doubts, languages, packing, row_store, vocabulary
 
 def train(
   run: run_lib.Run,
-  writer: trainer.Writer,
+  writer: reports.Writer,
   console: run_lib.Console,
   started: Callable[[], None] = lambda: None,
 ) -> str:
@@ -116,7 +117,7 @@ def _hooks(
   store: row_store.RowStore,
   mesh: jax.sharding.Mesh,
   console: run_lib.Console,
-) -> trainer.Hooks:
+) -> reports.Hooks:
   """Temperature with every report, and BLEU on dev every so often."""
 
   def temperature(step: int) -> float:
@@ -152,7 +153,7 @@ def _hooks(
     return evaluation.scalars("dev", results, means)
 
   has_dev = store.has_pairs("validation")
-  return trainer.Hooks(
+  return reports.Hooks(
     report=lambda p: console.progress(p, temperature(p.step - 1)),
     message=console.message,
     scalars=scalars,

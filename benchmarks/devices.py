@@ -39,7 +39,7 @@ from flax.linen import partitioning as nn_partitioning
 from jax.sharding import Mesh
 
 from basemt_jax import model as model_lib
-from basemt_jax import partitioning, steps
+from basemt_jax import partitioning, steps, train_state
 from basemt_jax.compilation import ahead_of_time, hlo
 from benchmarks import device_trace, measuring, training_step
 
@@ -135,7 +135,7 @@ def compiled_check(args: argparse.Namespace, count: int) -> Check:
         state.params,
         state.mutables,
         batch,
-        steps.keys(0)[1],
+        train_state.keys(0)[1],
         program.model,
         program.settings,
         training_step.DIRECTIONS,

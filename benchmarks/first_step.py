@@ -44,7 +44,15 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
-from basemt_jax import model, optimizer, partitioning, steps, trainer
+from basemt_jax import (
+  model,
+  optimizer,
+  partitioning,
+  reports,
+  steps,
+  train_state,
+  trainer,
+)
 from basemt_jax.compilation import ahead_of_time
 from benchmarks import measuring, training_step
 
@@ -163,7 +171,7 @@ def measure(shape: Shape, count: int, profile: bool) -> dict[str, Any]:
   mesh = partitioning.make_mesh()
   clock.lap("device")
   described = settings(shape, 10**6)
-  _, key = steps.keys(described.seed)
+  _, key = train_state.keys(described.seed)
   program = steps.Program(
     shape.config(), described, described.learning_rate, mesh, DIRECTIONS
   )
@@ -235,7 +243,7 @@ def measure_conversion(shape: Shape, count: int) -> dict[str, Any]:
   last = count + 20
   data = batches(shape)
 
-  def report(progress: trainer.Progress) -> None:
+  def report(progress: reports.Progress) -> None:
     clock[progress.step] = time.perf_counter()
 
   with tempfile.TemporaryDirectory() as folder:
@@ -248,7 +256,7 @@ def measure_conversion(shape: Shape, count: int) -> dict[str, Any]:
       folder,
       measuring.NoWriter(),
       dev_batches=lambda: data[:1],
-      hooks=trainer.Hooks(
+      hooks=reports.Hooks(
         report=report, message=lambda text: print(f"    {text}", flush=True)
       ),
     )

@@ -27,6 +27,7 @@ import numpy as np
 from basemt_jax import (
   heating,
   partitioning,
+  reports,
   sampling,
   trainer,
 )
@@ -86,7 +87,7 @@ def measure_loop(
   )
   clock: dict[int, float] = {}
 
-  def report(progress: trainer.Progress) -> None:
+  def report(progress: reports.Progress) -> None:
     clock[progress.step] = time.perf_counter()
 
   loop = trainer.Trainer(
@@ -97,7 +98,7 @@ def measure_loop(
     train_batches(store, args.rows),
     folder,
     measuring.NoWriter(),
-    hooks=trainer.Hooks(report=report),
+    hooks=reports.Hooks(report=report),
   )
   with contextlib.closing(loop):
     loop.run()

@@ -105,10 +105,10 @@ def print_row(row: Mapping[str, Any]) -> None:
 
 
 class NoWriter:
-  """Takes metrics as a `trainer.Writer`, and leaves them."""
+  """Takes metrics as a `reports.Writer`, and leaves them."""
 
   def write_scalars(self, step: int, scalars: Any) -> None:
-    """See `trainer.Writer`."""
+    """See `reports.Writer`."""
 
   def flush(self) -> None:
-    """See `trainer.Writer`."""
+    """See `reports.Writer`."""

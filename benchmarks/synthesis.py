@@ -211,7 +211,7 @@ def described(
 
 
 class DevBleu:
-  """Keeps the dev BLEU of every checkpoint; a `trainer.Writer`."""
+  """Keeps the dev BLEU of every checkpoint; a `reports.Writer`."""
 
   def __init__(self, path: pathlib.Path):
     self._path = path
@@ -221,13 +221,13 @@ class DevBleu:
       self.by_step = {int(step): bleu for step, bleu in found.items()}
 
   def write_scalars(self, step: int, scalars: Mapping[str, Any]) -> None:
-    """See `trainer.Writer`."""
+    """See `reports.Writer`."""
     if "dev/bleu/all" in scalars:
       self.by_step[step] = float(scalars["dev/bleu/all"])
       files.write_json(self._path, self.by_step)
 
   def flush(self) -> None:
-    """See `trainer.Writer`."""
+    """See `reports.Writer`."""
 
   def best(self) -> int:
     """The step with the best one."""

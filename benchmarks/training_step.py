@@ -52,7 +52,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from basemt_jax import layers, model, optimizer, partitioning, steps
+from basemt_jax import (
+  layers,
+  model,
+  optimizer,
+  partitioning,
+  steps,
+  train_state,
+)
 from basemt_jax.compilation import ahead_of_time
 from basemt_jax.kernels import attention_kernels
 from benchmarks import device_trace, measuring
@@ -249,7 +256,7 @@ def compiled(
   return Compiled(
     program,
     step,
-    steps.keys(settings.seed)[1],
+    train_state.keys(settings.seed)[1],
     time.perf_counter() - start,
   )
 

@@ -25,7 +25,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import gin
-from basemt_jax import cli, model, partitioning, steps
+from basemt_jax import cli, model, partitioning, steps, train_state
 from basemt_jax import run as run_lib
 from basemt_jax.commands import configuration
 from basemt_jax.compilation import ahead_of_time, chips, hlo
@@ -325,7 +325,7 @@ def test_model_operations_are_six_for_each_parameter_and_token():
   """And 12 L D for each attention and token; those of one expert count."""
   config = model.TransformerConfig(vocab_size=32000, emb_dim=1024, num_heads=16)
   state, _ = jax.eval_shape(
-    lambda: steps.init_state(
+    lambda: train_state.init_state(
       model.Transformer(config),
       toy.settings().transformation(),
       jax.random.key(0),
@@ -337,8 +337,7 @@ def test_model_operations_are_six_for_each_parameter_and_token():
   sparse = dataclasses.replace(
     config, feed_forward="experts", decoder_expert_blocks=(1, 4)
   )
-  shared = dataclasses.replace(sparse, shared_mlp_dim=100)
-  for network in (config, sparse, shared):
+  for network in (config, sparse):
     found = ahead_of_time.model_flops(
       network, 64, {"inputs": 256, "targets": 256}
     )
@@ -369,7 +368,7 @@ def test_model_operations_are_three_times_the_forward_pass_s(change):
   batch = ahead_of_time.abstract_batch(8, lengths, mesh)
   network = model.Transformer(config)
   state, _ = jax.eval_shape(
-    lambda: steps.init_state(
+    lambda: train_state.init_state(
       network, toy.settings().transformation(), jax.random.key(0)
     )
   )
@@ -516,11 +515,7 @@ def test_seconds_of_an_exchange_among_all(kind, sizes, chip, links, sent):
 # ------------------------------------------------------------------ meshes
 
 
-@pytest.mark.parametrize(
-  "config",
-  [toy.SPARSE, toy.DENSE, dataclasses.replace(toy.SPARSE, shared_mlp_dim=1)],
-  ids=["sparse", "", "shared"],
-)
+@pytest.mark.parametrize("config", [toy.SPARSE, toy.DENSE], ids=["sparse", ""])
 @pytest.mark.parametrize("rows", [16, 64])
 def test_possible_meshes_are_those_that_programs_can_be_made_for(config, rows):
   found = set(ahead_of_time.possible_meshes(config, rows, 8))
@@ -533,7 +528,6 @@ def test_possible_meshes_are_those_that_programs_can_be_made_for(config, rows):
     assert (mesh in found) == (
       experts % expert == 0
       and config.num_heads % widths == 0
-      and config.shared_mlp_dim % widths == 0
       and rows % (8 // widths * config.rows_per_group) == 0
     )
 
@@ -675,7 +669,7 @@ def test_pod_recipes_are_what_was_compiled(pod):
   assert report.mesh["expert"] == run.expert_devices
   assert run.batch_size % (groups * config.rows_per_group) == 0
   state, _ = jax.eval_shape(
-    lambda: steps.init_state(
+    lambda: train_state.init_state(
       model.Transformer(dataclasses.replace(config, converted=True)),
       run.settings.transformation(),
       jax.random.key(0),

@@ -34,9 +34,6 @@ VARIANTS = {
   "replace": SPARSE,
   "insert": dataclasses.replace(SPARSE, placement="insert"),
   "gated": dataclasses.replace(SPARSE, mlp_activations=("gelu", "linear")),
-  "shared": dataclasses.replace(
-    SPARSE, shared_mlp_dim=12, mlp_activations=("gelu", "linear")
-  ),
   "top-2": dataclasses.replace(
     SPARSE,
     # So much room that nothing is dropped in training.
@@ -87,7 +84,7 @@ def convert(sparse_config, options=None):
     lambda p: p * 1.1 + 0.01, dense_variables["params"]
   )
   sparse, variables = init(sparse_config, 1)
-  rules = conversion.default_rules(sparse_config)
+  rules = conversion.default_rules(sparse_config.placement)
   variables["params"] = conversion.convert_params(
     dense_variables["params"], variables["params"], rules, options
   )
@@ -137,34 +134,6 @@ def test_every_expert_is_the_dense_feed_forward():
       )
   for path in set(dense) & set(sparse):
     np.testing.assert_array_equal(dense[path], sparse[path])
-
-
-@pytest.mark.parametrize(
-  "tx",
-  [None, optimizer.adamw(1.0, expert_moments="by_neuron")],
-  ids=["parameters", "moments"],
-)
-def test_every_hidden_unit_is_in_the_shared_part_or_in_every_expert(tx):
-  """Of weights, and of squares kept for each neuron of an expert."""
-  _, dense_variables, _, variables = convert(VARIANTS["shared"])
-  dense, sparse = dense_variables["params"], variables["params"]
-  if tx is not None:
-    _, state = tx.update(dense, tx.init(dense), dense)
-    rules = conversion.default_rules(VARIANTS["shared"])
-    found = conversion.convert_opt_state(state, tx.init(sparse), rules)
-    dense, sparse = state[0].nu, found[0].nu
-  block = (flat(tree["decoder"]["layers_1"]) for tree in (dense, sparse))
-  dense, sparse = block
-  for name, axis in (("wi_0", 1), ("wi_1", 1), ("wo", 0)):
-    shared, own = np.split(dense[f"mlp/{name}/kernel"], [12], axis)
-    if tx is not None:
-      own = own.mean(0)
-    np.testing.assert_array_equal(sparse[f"shared_mlp/{name}/kernel"], shared)
-    np.testing.assert_allclose(
-      sparse[f"base_layer/experts/sublayer_0/{name}/kernel"],
-      np.stack([own] * 4),
-      rtol=1e-6,
-    )
 
 
 def test_centroids_still_learn_after_conversion():
@@ -250,7 +219,7 @@ def test_moments_are_copied_where_they_fit(tx):
   state = tx.init(params)
   _, state = tx.update(params, state, params)
   fresh = tx.init(variables["params"])
-  rules = conversion.default_rules(SPARSE)
+  rules = conversion.default_rules("replace")
   copied = conversion.convert_opt_state(state, fresh, rules)
   assert jax.tree.structure(copied) == jax.tree.structure(fresh)
   old = flat(_first_moments(state))
@@ -271,7 +240,7 @@ def test_moments_by_neuron_are_those_of_the_dense_matrices():
   params = dense_variables["params"]
   _, state = tx.update(params, tx.init(params), params)
   fresh = tx.init(variables["params"])
-  rules = conversion.default_rules(SPARSE)
+  rules = conversion.default_rules("replace")
   found = conversion.convert_opt_state(state, fresh, rules)[0]
   assert jax.tree.structure(found) == jax.tree.structure(fresh[0])
   square = flat(state[0].nu)["encoder/layers_0/mlp/wi/kernel"]

@@ -10,7 +10,7 @@ import pytest
 import toy
 from flax import linen as nn
 
-from basemt_jax import layers, steps
+from basemt_jax import layers, steps, train_state
 
 VARIANTS = {
   "dense": toy.DENSE,
@@ -42,8 +42,8 @@ def assert_as_init_draws(config, shape=(1, 1, 1)):
   )
   state = program.init()
   tx = settings.transformation()
-  make = functools.partial(steps.init_state, program.model, tx)
-  expected = jax.jit(lambda key: make(key)[0])(steps.keys(3)[0])
+  make = functools.partial(train_state.init_state, program.model, tx)
+  expected = jax.jit(lambda key: make(key)[0])(train_state.keys(3)[0])
   assert jax.tree.structure(state) == jax.tree.structure(expected)
   for (path, found), value in zip(
     jax.tree_util.tree_leaves_with_path(state),

@@ -13,7 +13,7 @@ import toy
 from flax import traverse_util
 
 import gin
-from basemt_jax import cli, heating, phases, routing, steps
+from basemt_jax import cli, heating, phases, routing, steps, train_state
 from basemt_jax import model as model_lib
 from basemt_jax.commands import configuration
 from basemt_jax.data import languages
@@ -85,7 +85,9 @@ def parameters(name, model="tiny"):
   config = phases.network(config, run.settings, "sparse")
   network = model_lib.Transformer(config)
   state, _ = jax.eval_shape(
-    lambda key: steps.init_state(network, run.settings.transformation(), key),
+    lambda key: train_state.init_state(
+      network, run.settings.transformation(), key
+    ),
     jax.random.key(0),
   )
   batch = {

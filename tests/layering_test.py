@@ -25,7 +25,7 @@ LIGHT = {
     "checkpointing",
     "processes",
   ),
-  *("steps", "metrics", "prefetch", "trainer"),
+  *("train_state", "steps", "metrics", "prefetch", "reports", "trainer"),
   *("decoding", "translation", "scoring"),
   *("files", "checksums", "locking", "plain_data", "ranges"),
 }

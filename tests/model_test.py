@@ -32,9 +32,8 @@ CONFIGS = [
   dataclasses.replace(CONFIG, mlp_activations=("gelu", "linear")),
   SPARSE,
   dataclasses.replace(SPARSE, placement="insert", num_sublayers=2),
-  dataclasses.replace(SPARSE, shared_mlp_dim=12),
 ]
-IDS = ["dense", "gated", "replace", "insert", "shared"]
+IDS = ["dense", "gated", "replace", "insert"]
 
 
 def tokens(seed, rows, length):
@@ -256,54 +255,8 @@ def test_rotary_scores_depend_on_distance_alone():
   assert float(jnp.abs(score(3, 1) - score(3, 2)).max()) > 1e-3
 
 
-@pytest.mark.parametrize("train", [True, False], ids=["training", "test"])
-def test_a_shared_feed_forward_is_added_to_the_experts(train):
-  """A block, by hand from its tokens' experts."""
-  config = dataclasses.replace(SPARSE, shared_mlp_dim=12)
-  block = model.Block(config, "experts", is_decoder=False)
-  x = jax.random.normal(jax.random.key(0), (2, 6, 16))
-  real = jnp.ones((2, 6), bool)
-  arguments = (None, jnp.arange(6)[None], real, None, None, train, False, None)
-  variables = block.init(jax.random.key(1), x, *arguments, None)
-  params = jax.tree.map(lambda p: p + 0.1, variables["params"])
-  out, state = block.apply(
-    {**variables, "params": params},
-    x,
-    *arguments,
-    None,
-    mutable=["prices", "intermediates", "expert_inputs"],
-  )
-  (h,) = jax.device_get(state["expert_inputs"]["base_layer"]["tokens"])
-  (expert,) = state["intermediates"]["base_layer"]["expert"]
-  params = jax.device_get(params)
-  shared, own = params["shared_mlp"], params["base_layer"]
-
-  def feed_forward(scale, wi, wo):
-    y = h * scale / np.sqrt(np.mean(h**2, -1, keepdims=True) + 1e-6)
-    return np.maximum(y @ wi, 0) @ wo
-
-  scale = params["pre_mlp_layer_norm"]["scale"]
-  expected = h + feed_forward(
-    scale, shared["wi"]["kernel"], shared["wo"]["kernel"]
-  )
-  weights = own["experts"]["sublayer_0"]
-  assert weights["wo"]["kernel"].shape == (4, 20, 16)
-  for e in range(4):
-    change = feed_forward(
-      weights["layer_norm"]["scale"][e],
-      weights["wi"]["kernel"][e],
-      weights["wo"]["kernel"][e],
-    )
-    gate = 1 / (1 + np.exp(-h @ own["expert_centroids"][e]))
-    gate = own["gate_bias"] + own["gate_scale"] * gate
-    expected += np.where((expert == e)[..., None], gate[..., None] * change, 0)
-  np.testing.assert_allclose(out, expected, rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("shared", [0, 12])
-def test_wide_network_has_the_experts_parameters(shared):
-  sparse = dataclasses.replace(SPARSE, shared_mlp_dim=shared)
-  wide = dataclasses.replace(sparse, feed_forward="dense_wide")
+def test_wide_network_has_the_experts_parameters():
+  wide = dataclasses.replace(SPARSE, feed_forward="dense_wide")
 
   def feed_forward_size(config):
     _, variables = init(config)
@@ -314,7 +267,7 @@ def test_wide_network_has_the_experts_parameters(shared):
       if any(k in jax.tree_util.keystr(path) for k in ("'wi'", "'wo'"))
     )
 
-  assert feed_forward_size(wide) == feed_forward_size(sparse)
+  assert feed_forward_size(wide) == feed_forward_size(SPARSE)
 
 
 @pytest.mark.parametrize(
@@ -327,9 +280,6 @@ def test_wide_network_has_the_experts_parameters(shared):
       {"feed_forward": "dense_wide", "placement": "insert"},
       "set placement to 'replace'",
     ),
-    ({"shared_mlp_dim": 8, "placement": "insert"}, "set placement to"),
-    ({"shared_mlp_dim": 32}, "shared_mlp_dim is 32.* from 0 to 31"),
-    ({"shared_mlp_dim": -1}, "shared_mlp_dim is -1"),
   ],
 )
 def test_wrong_configurations_are_refused(change, text):

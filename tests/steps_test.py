@@ -87,21 +87,6 @@ def test_sparse_loss_and_gradients_equal_one_device_s(shape, one_device):
   )
 
 
-def test_a_feed_forward_beside_the_experts_is_split_as_others_are():
-  config = dataclasses.replace(toy.SPARSE, shared_mlp_dim=12)
-  expected, found = (
-    one_step(program(config, shape=shape), toy.batch())
-    for shape in ((1, 1, 1), (2, 2, 2))
-  )
-  for one, other in zip(found, expected, strict=True):
-    assert_close(one, other)
-  kernel = ("encoder", "layers_0", "shared_mlp", "wi", "kernel")
-  spec = traverse_util.flatten_dict(
-    program(config, shape=(2, 2, 2)).shardings.params
-  )[kernel].spec
-  assert spec == PartitionSpec(None, "model")
-
-
 def test_dense_losses_of_ten_steps_equal_one_device_s():
   settings = dataclasses.replace(
     PLAIN, optimizer=optimizer.adamw, learning_rate=lambda step: 3e-3

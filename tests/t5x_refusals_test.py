@@ -19,7 +19,7 @@ from basemt_jax import (
   description,
   heating,
   sampling,
-  steps,
+  train_state,
 )
 from basemt_jax import model as model_lib
 from basemt_jax import run as run_lib
@@ -218,7 +218,7 @@ def test_refuses_to_convert_what_does_not_fit(make):
   run = make(settings=settings)
   dense, sparse = (
     jax.eval_shape(
-      lambda key, config=config: steps.init_state(
+      lambda key, config=config: train_state.init_state(
         model_lib.Transformer(config), settings.transformation(), key
       )[0],
       jax.random.key(0),

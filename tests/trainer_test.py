@@ -24,6 +24,7 @@ from basemt_jax import (
   partitioning,
   phases,
   prefetch,
+  reports,
   sampling,
   steps,
   trainer,
@@ -76,7 +77,7 @@ class Log:
       self._on_message(text)
 
   def hooks(self):
-    return trainer.Hooks(
+    return reports.Hooks(
       report=self.report,
       message=self.message,
       scalars=lambda step: {"temperature": 1.0 + step},
@@ -248,9 +249,7 @@ def test_a_run_stopped_in_every_phase_ends_with_the_same_bits(
 def test_small_states_of_experts_are_converted_and_resumed_to_the_bit(
   store, tmp_path
 ):
-  config = dataclasses.replace(
-    toy.SPARSE, expert_param_dtype="bfloat16", shared_mlp_dim=8
-  )
+  config = dataclasses.replace(toy.SPARSE, expert_param_dtype="bfloat16")
   settings = dataclasses.replace(
     SHORT,
     optimizer=functools.partial(optimizer.adamw, expert_moments="by_neuron"),
@@ -445,7 +444,7 @@ def test_a_bad_step_is_named_though_later_ones_were_dispatched(store, tmp_path):
   )
   log = Log()
   with pytest.raises(
-    trainer.NonFiniteLossError,
+    reports.NonFiniteLossError,
     match=r"not finite at step 7 \(dense phase\), in rows of en-fr; "
     r"checkpoint_6 is from before it",
   ):
@@ -545,7 +544,7 @@ def test_loss_that_is_not_finite_stops_and_keeps_the_last_good(store, tmp_path):
     SHORT, train_steps=6, log_every=3, save_every=2
   )
   with pytest.raises(
-    trainer.NonFiniteLossError,
+    reports.NonFiniteLossError,
     match=r"not finite at step 2 \(sparse phase\), in rows of en-fr; "
     r"checkpoint_2 is from before it and was kept: .*run the same command",
   ):
@@ -561,7 +560,7 @@ def test_loss_that_is_not_finite_stops_and_keeps_the_last_good(store, tmp_path):
 def test_without_a_checkpoint_the_error_says_so(store, tmp_path):
   settings = dataclasses.replace(SHORT, train_steps=4, save_every=4)
   with pytest.raises(
-    trainer.NonFiniteLossError, match=r"step 0 \(dense phase\).* no checkpoint"
+    reports.NonFiniteLossError, match=r"step 0 \(dense phase\).* no checkpoint"
   ):
     run(
       tmp_path,

@@ -137,7 +137,7 @@ def _library(name: str) -> Any:
 
 
 class Writer:
-  """Metrics to `metrics.jsonl`, TensorBoard and trackers; a `trainer.Writer`.
+  """Metrics to `metrics.jsonl`, TensorBoard and trackers; a `reports.Writer`.
 
   The file gets all of them, the others those with a `metrics.tag`, by that tag.
   Files are made by `open`, or with the first metrics: a run that fails at its

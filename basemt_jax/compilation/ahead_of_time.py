@@ -212,15 +212,14 @@ def _feed_forward_weights(
   config: model_lib.TransformerConfig, is_special: bool
 ) -> int:
   """Weights of a block's feed-forwards that a token is multiplied with."""
-  kind = config.feed_forward if is_special else "dense"
-  chosen = beside = 0  # hidden units
-  if kind == "experts":
-    count = config.router.num_selected_experts * config.num_sublayers
-    chosen = count * config.expert_mlp_dim
-  if kind != "experts" or config.placement == "insert" or config.shared_mlp_dim:
-    beside = config.hidden_dim(kind)
   kernels = len(config.mlp_activations) + 1
-  return kernels * config.emb_dim * (chosen + beside)
+  dense = kernels * config.emb_dim * config.mlp_dim
+  if not is_special or config.feed_forward == "dense":
+    return dense
+  if config.feed_forward == "dense_wide":
+    return dense * config.num_experts
+  chosen = config.router.num_selected_experts * config.num_sublayers * dense
+  return chosen + (dense if config.placement == "insert" else 0)
 
 
 def device_bytes(shapes: Any, shardings: Any) -> int:
@@ -410,10 +409,7 @@ def possible_meshes(
   the devices are used.
   """
   experts = config.num_experts if config.feed_forward == "experts" else 1
-  widths = math.gcd(
-    *(config.num_heads, config.mlp_dim, config.shared_mlp_dim),
-    config.vocab_size,
-  )
+  widths = math.gcd(config.num_heads, config.mlp_dim, config.vocab_size)
   return [
     (ways // expert, expert, model)
     for model in _divisors(math.gcd(widths, devices))

@@ -18,16 +18,24 @@ BASELINES = ("base", "base_static_5")
 
 # Systems of the claim and the names of their logs. All have a weight decay of
 # 0.3, averaged weights and groups of 64 rows. With Muon, each at the better of
-# two learning rates; then those at the other one.
+# two learning rates and the recipe as `recommended.gin` has it; then those at
+# the other one, or with another schedule of it. Where no schedule is said, the
+# baselines' rate falls with the inverse square root of the step.
 MUON = {
+  "dense_static_5": "dense_static_5_muon_6",
+  "dense_wide": "dense_wide_muon",
   "base": "base_muon",
   "base_static_5": "base_static_5_muon_6",
-  "recommended": "recommended",
+  "recommended": "recommended_cosine",
 }
 OTHER_RATE = {
   "base, 0.006": "base_muon_6",
   "base_static_5, 0.003": "base_static_5_muon",
-  "recommended, 0.003": "slowly_back_muon",
+  "base_static_5, 0.009": "base_static_5_muon_9",
+  "base_static_5, cosine": "base_static_5_muon_cosine",
+  "recommended, 0.003, square root": "slowly_back_muon",
+  "recommended, 0.006, square root": "recommended",
+  "recommended, 0.009, square root": "recommended_9",
 }
 ADAMW = {
   "dense": "dense",
@@ -37,7 +45,8 @@ ADAMW = {
   "back_at_70": "back_at_70",
   "recommended": "slowly_back",
 }
-# Runs of other lengths; those at the rate of the claim were cut off at 9,300.
+# Runs of other lengths; all with the inverse square root. Those at the rate of
+# the claim were cut off at 9,300.
 LONG = {
   "base, 20,000": "base_muon_long",
   "base_static_5, 20,000, 0.003": "base_static_5_muon_long",
@@ -48,15 +57,18 @@ LONG = {
 HALF = {
   "base, 5,000": "base_muon",
   "base_static_5, 5,000": "base_static_5_muon_6",
-  "recommended, 5,000": "recommended",
-  "recommended, 2,500": "recommended_2500",
+  "base_static_5, 5,000, cosine": "base_static_5_muon_cosine",
+  "recommended, 5,000": "recommended_cosine",
+  "recommended, 2,500": "recommended_2500_cosine",
+  "recommended, 2,500, square root": "recommended_2500",
 }
 # Milliseconds of a step, alone on an H100; the runs shared theirs by twos.
 #   python benchmarks/training_step.py --width 384 --experts 16 --length 64
 #     --vocabulary 8000 --shapes 6x256 --repeats 20 --optimizer NAME
 STEP_MS = {
   "adamw": {"dense": 16.73, "BalancedRouter": 19.07},
-  "muon": {"dense": 17.40, "BalancedRouter": 22.71},
+  # The wide one on an H200, from its log.
+  "muon": {"dense": 17.40, "BalancedRouter": 22.71, "dense_wide": 30.24},
 }
 
 
@@ -111,8 +123,15 @@ def named(
   return {k: v for k, v in found.items() if v}
 
 
+def halved() -> dict[str, list[reading.Finished]]:
+  """The baselines, and the recipe planned for half of their updates."""
+  names = {"recommended, 2,500": HALF["recommended, 2,500"]}
+  baselines = {name: MUON[name] for name in BASELINES}
+  return named({**baselines, **names})
+
+
 def both_rates() -> dict[str, list[reading.Finished]]:
-  """All systems with Muon at both rates."""
+  """All systems with Muon, at all rates."""
   return {**runs(), **named(OTHER_RATE)}
 
 
@@ -158,7 +177,11 @@ def outcomes(
 
 def summary() -> dict[str, Any]:
   """What README and docs quote, by optimizer, system and band."""
-  return {descent: summary_of(runs(descent)) for descent in STEP_MS}
+  return {
+    **{descent: summary_of(runs(descent)) for descent in STEP_MS},
+    "muon, other rates": summary_of({**runs(), **named(OTHER_RATE)}),
+    "muon, half of the updates": summary_of(halved()),
+  }
 
 
 def summary_of(found: reading.Runs) -> dict[str, Any]:
@@ -356,6 +379,10 @@ TABLES: Mapping[str, Any] = {
   "claim updates, fixed 5": lambda: tables.factors(
     both_rates(), "steps", "base_static_5"
   ),
+  "half updates": lambda: tables.factors(halved(), "steps"),
+  "half updates, fixed 5": lambda: tables.factors(
+    halved(), "steps", "base_static_5"
+  ),
   "long runs": lambda: table_of_lengths(LONG),
   "long arrivals": table_of_arrivals,
   "half runs": lambda: table_of_lengths(HALF),
@@ -376,6 +403,14 @@ TABLES: Mapping[str, Any] = {
   "claim significance": lambda: tables.significance(significance("base")),
   "claim significance, fixed 5": lambda: tables.significance(
     significance("base_static_5")
+  ),
+  "claim significance, dense": lambda: tables.significance(
+    {
+      f"recommended, against {other}": outcomes(SET, MUON, MUON[other])[
+        "recommended"
+      ]
+      for other in ("dense_static_5", "dense_wide")
+    }
   ),
   "recipe runs": table_of_all,
   "quickstart schedules": table_of_quickstart,

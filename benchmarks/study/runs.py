@@ -56,7 +56,7 @@ _DEV_BLEU = [f"dev/bleu/{band}" for band in ("all", *languages.BANDS)]
 
 
 class Log:
-  """A run's JSONL file; takes metrics as a `trainer.Writer`.
+  """A run's JSONL file; takes metrics as a `reports.Writer`.
 
   Kept are the dev losses, BLEU by band, the training loss and the speed.
 
@@ -83,7 +83,7 @@ class Log:
     print(json.dumps(record), file=self._file, flush=True)
 
   def write_scalars(self, step: int, scalars: Mapping[str, Any]) -> None:
-    """See `trainer.Writer`."""
+    """See `reports.Writer`."""
     kept = {
       name: round(float(value), 5)
       for name, value in scalars.items()
@@ -94,7 +94,7 @@ class Log:
       self.write(step=step, **kept)
 
   def flush(self) -> None:
-    """See `trainer.Writer`."""
+    """See `reports.Writer`."""
     self._file.flush()
 
   def close(self) -> None:

@@ -29,7 +29,7 @@ import numpy as np
 from flax import traverse_util
 
 from basemt_jax import model as model_lib
-from basemt_jax import phases, steps, trainer
+from basemt_jax import phases, reports, steps, trainer
 from basemt_jax.data import batches, row_store
 from benchmarks.study import runs, systems
 
@@ -135,7 +135,7 @@ def make(
       dev_batches=lambda: batches.eval_batches(
         store, "validation", plan.size.batch_size
       ),
-      hooks=trainer.Hooks(message=lambda text: _say(plan, text)),
+      hooks=reports.Hooks(message=lambda text: _say(plan, text)),
       make_program=lambda phase: shared.program(
         described.config(store),
         described.settings,

@@ -89,7 +89,7 @@ SYSTEMS: dict[str, System] = {
     top=3.0,
     end=1.5,
     heating_share=0.2,
-    learning_rate=6e-3,
+    learning_rate=9e-3,
   ),
   "dense_heated": System("dense", schedule="linear", **_DENSE),
 }
@@ -109,8 +109,6 @@ class Size:
   # blocks that have them instead: numbers joined by commas, or 'none'
   encoder_experts: str = ""
   decoder_experts: str = ""
-  # of a feed-forward's hidden units, which all tokens go through beside experts
-  shared_share: float = 0.0
   dtype: model_lib.Dtype = "bfloat16"  # computation type
   num_experts: int = 16  # E
   warmup_steps: int = 600  # updates in which the learning rate rises
@@ -136,7 +134,11 @@ class Size:
 SIZES = {
   "base_published": Size(rows_per_group=4),
   "recommended": Size(
-    rows_per_group=64, descent="muon", weight_decay=0.3, average_decay=0.999
+    rate="cosine_decay",
+    rows_per_group=64,
+    descent="muon",
+    weight_decay=0.3,
+    average_decay=0.998,
   ),
 }
 
@@ -183,7 +185,6 @@ def _network(
     feed_forward=system.feed_forward,
     encoder_expert_blocks=_expert_blocks(size, size.encoder_experts),
     decoder_expert_blocks=_expert_blocks(size, size.decoder_experts),
-    shared_mlp_dim=round(4 * size.emb_dim * size.shared_share),
     num_experts=size.num_experts,
     expert_param_dtype=size.expert_param_dtype,
     rows_per_group=size.rows_per_group,
