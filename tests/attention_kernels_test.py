@@ -125,7 +125,7 @@ def test_bfloat16_is_as_near_to_exact_as_the_plain_one():
   [
     ((100, 100, 64), jnp.bfloat16, True),
     ((60, 100, 128), jnp.float16, True),
-    ((100, 100, 72), jnp.bfloat16, False),  # Too much shared memory.
+    ((100, 100, 72), jnp.bfloat16, False),  # Needs 128 KiB, of 99.
     ((64, 64, 64), jnp.float32, False),
     ((1, 64, 64), jnp.bfloat16, False),
     ((64, 129, 64), jnp.bfloat16, False),

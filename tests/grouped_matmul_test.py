@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from basemt_jax import base_layer, experts
-from basemt_jax.kernels import grouped_matmul
+from basemt_jax.kernels import grouped_matmul, kernel_call
 
 E, K, N, M = 4, 64, 128, 16
 
@@ -181,3 +181,25 @@ def test_layer_on_a_mesh_matches_one_device(sizes, monkeypatch):
   )
   out = jax.jit(lambda *args: loss(sharded, *args)[1])(variables, h)
   np.testing.assert_allclose(out, expected[0], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+  ("kibibytes", "block", "dtype", "stages"),
+  [
+    (227, 128, jnp.float32, 3),
+    (227, 64, jnp.float32, 4),
+    (99, 128, jnp.float32, 2),
+    (99, 64, jnp.float32, 3),
+    (99, 128, jnp.bfloat16, 3),
+  ],
+)
+def test_stages_fit_into_shared_memory(
+  kibibytes, block, dtype, stages, monkeypatch
+):
+  monkeypatch.setattr(kernel_call, "shared_memory", lambda: 1024 * kibibytes)
+  x = jax.ShapeDtypeStruct((48, block, 512), jnp.bfloat16)
+  weights = [jax.ShapeDtypeStruct((16, 512, 2048), dtype)]
+  columns, depth, _, found = grouped_matmul._tiles(x, weights)
+  assert found == stages
+  held = depth * (2 * block + dtype.dtype.itemsize * columns)
+  assert (found - 1) * held <= 1024 * kibibytes

@@ -63,15 +63,23 @@ def test_layer_calls_kernels_on_gpus_of_a_mesh(
 
 
 @pytest.mark.parametrize(
-  ("version", "expected"),
-  [("7.5", False), ("8.0", True), ("12.0", True), ("gfx942", True)],
+  ("version", "expected", "kibibytes"),
+  [
+    ("7.5", False, 99),
+    ("8.0", True, 163),
+    ("8.9", True, 99),
+    ("9.0", True, 227),
+    ("12.0", True, 99),
+    ("gfx942", True, 99),
+  ],
 )
-def test_old_gpus_have_no_kernels(version, expected, monkeypatch):
+def test_what_gpus_have(version, expected, kibibytes, monkeypatch):
   device = types.SimpleNamespace(compute_capability=version)
   assert not kernel_call.can_run()  # CPUs have none.
   monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
   monkeypatch.setattr(jax, "devices", lambda: [device])
   assert kernel_call.can_run() == expected
+  assert kernel_call.shared_memory() == kibibytes * 1024
 
 
 def test_results_vary_over_all_axes_of_the_operands():

@@ -128,7 +128,10 @@ def grouped_matmul(
 def _tiles(
   x: jax.Array, weights: Sequence[jax.Array]
 ) -> tuple[int, int, int, int]:
-  """Columns and depth of a tile, warps, stages, as measured on an H200."""
+  """Columns and depth of a tile, warps, stages, as measured on an H200.
+
+  GPUs with less shared memory have fewer stages; all but one are held there.
+  """
   num_blocks, block, _ = x.shape
   columns, depth, warps, stages = 128, 64, 4, 4
   if block >= 128:
@@ -139,7 +142,12 @@ def _tiles(
   columns //= len(weights)
   if x.dtype.itemsize > 2:
     columns, depth = columns // 2, depth // 2
-  return max(columns, _MIN_TILE), depth, warps, stages
+  columns = max(columns, _MIN_TILE)
+  held = depth * (
+    block * x.dtype.itemsize + columns * sum(w.dtype.itemsize for w in weights)
+  )
+  stages = min(stages, 1 + kernel_call.shared_memory() // held)
+  return columns, depth, warps, stages
 
 
 def _kernel(

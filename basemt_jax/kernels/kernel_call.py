@@ -1,4 +1,4 @@
-"""Whether kernels can run, and `pallas_call` that works in `jax.shard_map`."""
+"""What kernels can have, and `pallas_call` that works in `jax.shard_map`."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -15,8 +15,22 @@ def can_run() -> bool:
   """
   if jax.default_backend() != "gpu":
     return False
-  version = str(getattr(jax.devices()[0], "compute_capability", ""))
+  version = _compute_capability()
   return not version[:1].isdigit() or float(version) >= 8
+
+
+def shared_memory() -> int:
+  """Bytes of shared memory that a program can have on these GPUs.
+
+  From the table of compute capabilities in NVIDIA's CUDA programming guide;
+  those that are not named have as little as 8.6, 8.9 and 12.0.
+  """
+  large = {"8.0": 163, "8.7": 163, "9.0": 227, "10.0": 227, "10.3": 227}
+  return 1024 * large.get(_compute_capability(), 99)
+
+
+def _compute_capability() -> str:
+  return str(getattr(jax.devices()[0], "compute_capability", ""))
 
 
 def run(
