@@ -253,11 +253,14 @@ def _compiler_options(platform: str) -> dict[str, bool] | None:
   """The compiler's options for a platform, as far as this version has them."""
   if platform != "gpu":
     return None
-  try:
-    jax.jit(lambda: 0, compiler_options=_GPU_OPTIONS).lower().compile()
-  except jax.errors.JaxRuntimeError:
-    return None
-  return _GPU_OPTIONS
+  known = {}
+  for name, value in _GPU_OPTIONS.items():
+    try:
+      jax.jit(lambda: 0, compiler_options={name: value}).lower().compile()
+    except jax.errors.JaxRuntimeError:
+      continue
+    known[name] = value
+  return known or None
 
 
 class Compiled:

@@ -120,6 +120,27 @@ def test_bfloat16_is_as_near_to_exact_as_the_plain_one():
     assert errors[0] < min(1.2 * errors[1], 0.01)
 
 
+@pytest.mark.parametrize(
+  ("shape", "dtype", "expected"),
+  [
+    ((100, 100, 64), jnp.bfloat16, True),
+    ((60, 100, 128), jnp.float16, True),
+    ((100, 100, 72), jnp.bfloat16, False),  # Too much shared memory.
+    ((64, 64, 64), jnp.float32, False),
+    ((1, 64, 64), jnp.bfloat16, False),
+    ((64, 129, 64), jnp.bfloat16, False),
+    ((64, 64, 36), jnp.bfloat16, False),
+  ],
+)
+def test_shapes_that_kernels_take(shape, dtype, expected, monkeypatch):
+  query, key = (
+    jax.ShapeDtypeStruct((ROWS, n, HEADS, shape[2]), dtype) for n in shape[:2]
+  )
+  assert not attention_kernels.is_supported(query, key)  # There is no GPU.
+  monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+  assert attention_kernels.is_supported(query, key) == expected
+
+
 @pytest.fixture
 def parts(monkeypatch):
   """Shapes of queries as kernels get them, with plain attention in place."""

@@ -56,7 +56,7 @@ def test_attention_gradients_with_low_scores_and_padding(length):
     assert np.linalg.norm(ours - plain) < 0.03 * np.linalg.norm(plain)
 
 
-@pytest.mark.parametrize("lengths", [(64, 64), (16, 128), (100, 72)])
+@pytest.mark.parametrize("lengths", [(64, 64), (16, 128), (100, 60)])
 @pytest.mark.parametrize("width", [32, 64, 96])
 @pytest.mark.parametrize("causal", [False, True])
 def test_attention_of_short_rows_against_the_plain_one(lengths, width, causal):

@@ -224,3 +224,14 @@ def test_options_of_gpus_are_known_to_this_compiler_and_given_to_gpus_only():
   assert partitioning._compiler_options("gpu") == partitioning._GPU_OPTIONS
   assert partitioning._compiler_options("cpu") is None
   assert partitioning._compiler_options("tpu") is None
+
+
+def test_options_that_the_compiler_lacks_are_left_out(monkeypatch):
+  known = partitioning._GPU_OPTIONS
+  monkeypatch.setattr(
+    partitioning, "_GPU_OPTIONS", {"xla_gpu_no_such_option": False, **known}
+  )
+  found = partitioning._compiler_options.__wrapped__
+  assert found("gpu") == known
+  monkeypatch.setattr(partitioning, "_GPU_OPTIONS", {"no_such_option": False})
+  assert found("gpu") is None

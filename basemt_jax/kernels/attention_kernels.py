@@ -25,6 +25,9 @@ from basemt_jax.kernels import kernel_call
 # Matrix units take at least 16 rows and columns.
 _MIN_LENGTH, _MAX_LENGTH = 16, 128
 _MIN_WIDTH, _MAX_WIDTH = 32, 128
+# Bytes of shared memory that a program can have on any GPU since Ampere. The
+# backward pass holds queries, keys, values and what comes back there.
+_SHARED_MEMORY = 99 * 1024
 # What each warp has of the weights of a row and head.
 _WEIGHTS_PER_WARP = 1024
 _MAX_WARPS = 8
@@ -35,13 +38,15 @@ _MASKED = -0.7 * float(jnp.finfo(jnp.float32).max)
 
 def is_supported(query: jax.Array, key: jax.Array) -> bool:
   """Whether `attention` can run here, for [B, Lq, H, K] and [B, Lk, H, K]."""
-  width = query.shape[3]
+  width, lengths = query.shape[3], (query.shape[1], key.shape[1])
+  held = 2 * sum(map(_padded, lengths)) * _padded(width) * query.dtype.itemsize
   return (
     kernel_call.can_run()
     and query.dtype in (jnp.bfloat16, jnp.float16)
     and _MIN_WIDTH <= width <= _MAX_WIDTH
     and width % 8 == 0
-    and all(_MIN_LENGTH <= x.shape[1] <= _MAX_LENGTH for x in (query, key))
+    and all(_MIN_LENGTH <= length <= _MAX_LENGTH for length in lengths)
+    and held <= _SHARED_MEMORY
   )
 
 

@@ -17,9 +17,9 @@ SET = "recipe"
 BASELINES = ("base", "base_static_5")
 
 # Systems of the claim and the names of their logs. All have a weight decay of
-# 0.3, averaged weights and groups of 64 rows. With Muon, each at the better of
-# two learning rates and the recipe as `recommended.gin` has it; then those at
-# the other one, or with another schedule of it. Where no schedule is said, the
+# 0.3, averaged weights and groups of 64 rows. With Muon, each at the best of
+# the learning rates tried, the recipe as `recommended.gin` has it; then those
+# at others, or with another schedule of it. Where no schedule is said, the
 # baselines' rate falls with the inverse square root of the step.
 MUON = {
   "dense_static_5": "dense_static_5_muon_6",
