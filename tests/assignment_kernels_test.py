@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from basemt_jax import assignment, repair
-from basemt_jax.kernels import assignment_kernels
+from basemt_jax.kernels import assignment_kernels, kernel_call
 
 S = 96
 HARD = ("random", "skewed", "ties", "duplicates", "padding", "infinite")
@@ -189,3 +189,24 @@ def test_devices_of_a_mesh_find_what_one_device_finds(interpreted, monkeypatch):
       for x in (found, expected)
     ]
     np.testing.assert_allclose(*worth, rtol=1e-3, err_msg=kinds[i])
+
+
+@pytest.mark.parametrize(
+  ("num_experts", "kibibytes", "expected"),
+  [
+    (1, 227, False),
+    (2, 99, True),
+    (64, 99, True),
+    (65, 99, False),  # Two float32 matrices of 128 x 128.
+    (128, 163, True),
+    (129, 227, False),
+  ],
+)
+def test_experts_that_kernels_take(
+  num_experts, kibibytes, expected, monkeypatch
+):
+  values = jax.ShapeDtypeStruct((num_experts, S), jnp.float32)
+  assert not assignment_kernels.is_supported(values)  # There is no GPU.
+  monkeypatch.setattr(kernel_call, "can_run", lambda: True)
+  monkeypatch.setattr(kernel_call, "shared_memory", lambda: 1024 * kibibytes)
+  assert assignment_kernels.is_supported(values) == expected

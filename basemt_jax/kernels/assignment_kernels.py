@@ -34,7 +34,13 @@ _TINY = 1e-30
 
 def is_supported(values: jax.Array) -> bool:
   """Whether `newton_step` can run here, for scores [E, S]."""
-  return kernel_call.can_run() and 2 <= values.shape[0] <= _MAX_EXPERTS
+  num_experts = values.shape[0]
+  held = 2 * 4 * _padded(num_experts) ** 2  # A product of float32 [E, E].
+  return (
+    kernel_call.can_run()
+    and 2 <= num_experts <= _MAX_EXPERTS
+    and held <= kernel_call.shared_memory()
+  )
 
 
 def is_repair_supported(values: jax.Array) -> bool:
