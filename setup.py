@@ -53,6 +53,7 @@ setuptools.setup(
     "annotated-types>=0.7",
     "babel>=2.16",
     "clu>=0.0.12",
+    "filelock>=3.12",  # JAX bounds its cache of programs with it.
     "flax>=0.12,<0.13",
     "gin-config>=0.5.0",
     "jax>=0.10,<0.13",
