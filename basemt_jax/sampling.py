@@ -434,8 +434,10 @@ def _meet(
       new = x.copy()
       new[free] -= step
       new_value = draws @ _shares(logs, new)[0] - limits @ new
-      # Up to the rounding of the values, which ends up above their difference.
-      if new_value <= value - 1e-4 * descent + 1e-13 * abs(value):
+      # Up to the rounding of the values, which ends up above their difference;
+      # that of the norms is there even where these are 0.
+      rounding = 1e-13 * (abs(value) + draws.sum())
+      if new_value <= value - 1e-4 * descent + rounding:
         break
       step, descent = step / 2, descent / 2
     x = new

@@ -176,6 +176,7 @@ def _unimax(sizes, budget, epochs):
   st.floats(0.1, 20),
   st.floats(0.001, 0.999),
 )
+@hypothesis.example([684, 685, 716], 1.0, 0.984375)  # Norms of 0.
 @hypothesis.settings(deadline=None, max_examples=60)
 def test_unimax_is_the_published_algorithm(sizes, epochs, share):
   steps, sizes = 50, np.array(sizes)
