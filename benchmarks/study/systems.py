@@ -119,6 +119,7 @@ class Size:
   evaluations: int = 25  # of the dev loss, in the course of a run
   rows_per_group: int = 16  # rows that compete for experts together
   descent: str = "adamw"  # name of an optimizer of `optimizer`
+  momentum: float = 0.95  # of `muon`
   moments: str = "float32"  # type of the means that `adamw` keeps
   expert_moments: str = "full"  # of `adamw`
   # type in which matrices of experts are kept
@@ -151,11 +152,17 @@ def _rate(name: str, peak: float, *arguments: int) -> optimizer.Schedule:
 
 @functools.cache
 def _optimizer(
-  descent: str, moments: str, expert_moments: str, weight_decay: float
+  descent: str,
+  momentum: float,
+  moments: str,
+  expert_moments: str,
+  weight_decay: float,
 ) -> optimizer.Optimizer:
-  chosen = {"moments": moments, "expert_moments": expert_moments}
-  if descent != "adamw":
-    chosen = {}
+  chosen: dict[str, Any] = {}
+  if descent == "adamw":
+    chosen = {"moments": moments, "expert_moments": expert_moments}
+  elif descent == "muon":
+    chosen = {"momentum": momentum}
   return functools.partial(
     getattr(optimizer, descent), weight_decay=weight_decay, **chosen
   )
@@ -211,7 +218,8 @@ def run_of(
     rewarm_steps=system.rewarm_steps,
     learning_rate=_rate(size.rate, system.learning_rate, *lengths),
     optimizer=_optimizer(
-      size.descent, size.moments, size.expert_moments, size.weight_decay
+      *(size.descent, size.momentum),
+      *(size.moments, size.expert_moments, size.weight_decay),
     ),
     average_decay=size.average_decay,
     log_every=max(every // 2, 1),
