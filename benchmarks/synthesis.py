@@ -190,7 +190,7 @@ def described(
 ) -> run.Run:
   """The run of a system; all differ in experts and data alone."""
   system = dataclasses.replace(
-    systems.SYSTEMS["recommended"], learning_rate=3e-3
+    systems.SYSTEMS["recommended"], top=3.0, learning_rate=3e-3
   )
   if name.startswith("dense"):
     system = dataclasses.replace(system, feed_forward="dense")

@@ -86,7 +86,7 @@ SYSTEMS: dict[str, System] = {
   ),
   "recommended": System(
     schedule="there_and_back",
-    top=3.0,
+    top=2.0,
     end=1.5,
     heating_share=0.2,
     learning_rate=9e-3,
@@ -138,7 +138,9 @@ SIZES = {
     rate="cosine_decay",
     rows_per_group=64,
     descent="muon",
+    momentum=0.85,
     weight_decay=0.3,
+    dropout_rate=0.05,
     average_decay=0.998,
   ),
 }
