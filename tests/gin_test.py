@@ -308,7 +308,9 @@ def test_the_study_measures_the_recipes(name, monkeypatch):
     assert config.dropout_rate == network.dropout_rate
   # Two steps tell optimizer, decay and momentum.
   params = {"kernel": jnp.ones((2, 2))}
-  gradients = [{"kernel": jnp.array(g)} for g in ([[1, 2], [3, 5.0]], np.eye(2))]
+  gradients = [
+    {"kernel": jnp.array(g)} for g in ([[1, 2], [3, 5.0]], np.eye(2))
+  ]
   updates = []
   for tx in (r.settings.transformation(0.1) for r in (run, measured)):
     state = tx.init(params)

@@ -16,10 +16,10 @@ from benchmarks.study import reading, tables
 SET = "recipe"
 BASELINES = ("base", "base_static_5")
 
-# Systems of the claim and the names of their logs. All have Muon with a momentum
-# of 0.85, a cosine from 0.009, a weight decay of 0.3, a dropout of 0.05,
-# averaged weights and groups of 64 rows; temperature and network alone tell
-# them apart.
+# Systems of the claim and the names of their logs. All have Muon with a
+# momentum of 0.85, a cosine from 0.009, a weight decay of 0.3, a dropout of
+# 0.05, averaged weights and groups of 64 rows; temperature and network alone
+# tell them apart.
 MUON = {
   "dense": "dense_m85",
   "dense_static_5": "dense_static_5_m85",
@@ -54,8 +54,8 @@ ADAMW = {
   "back_at_70": "back_at_70",
   "recommended": "slowly_back",
 }
-# Runs of other lengths; all with the inverse square root, a momentum of 0.95 and
-# a dropout of 0.1. Those from 0.006 were cut off at 9,300.
+# Runs of other lengths; all with the inverse square root, a momentum of 0.95
+# and a dropout of 0.1. Those from 0.006 were cut off at 9,300.
 LONG = {
   "base, 20,000": "base_muon_long",
   "base_static_5, 20,000, 0.003": "base_static_5_muon_long",
@@ -70,6 +70,30 @@ HALF = {
   "recommended, 2,500": "half_m85_top_2",
   "recommended, 2,500, before": "recommended_2500_cosine",
   "recommended, 2,500, square root": "recommended_2500",
+}
+# What differs from the recipe, in runs planned for 2,500 updates.
+PARTS = {
+  "nothing": "half_m85_top_2",
+  "no averaged weights (cut off at 2,400)": "half_without_averages",
+  "AdamW, from 0.003": "half_with_adamw",
+  "top 2.5": "half_m85_top_2.5",
+  "top 3": "half_m85_d5_w3",
+  "top 3, momentum 0.9": "half_m90_d5_w3",
+  "top 3, momentum 0.9, decay 0.6": "half_m90_d5_w6",
+  "the same, from 0.012": "half_m90_d5_w6_12",
+  "the same, back to 1": "half_m90_d5_w6_back_to_1",
+  "top 3, momentum 0.9, decay 1": "half_m90_d5_w10",
+  "top 3, momentum 0.8, decay 0.6": "half_m80_d5_w6",
+  "top 3, momentum 0.9, dropout 0.1": "half_momentum_90",
+  "top 3, momentum 0.95": "half_dropout_5",
+  "top 3, momentum 0.95, no dropout": "half_dropout_0",
+  "top 3, momentum 0.95, dropout 0.1": "recommended_2500_cosine",
+  "the same, decay 0.1": "half_decay_1",
+  "the same, decay 0.3, from 0.012": "half_12",
+  "the same, warm-up 150": "half_warm_150",
+  "the same, groups of 256 rows": "half_groups_256",
+  "the same, top 4, back to 2": "half_top_4",
+  "the same, square root from 0.006, averages 0.999": "recommended_2500",
 }
 _HALF_RUN = {"recommended, 2,500": HALF["recommended, 2,500"]}
 # Milliseconds of a step, alone on an H100; the runs shared theirs by twos.
@@ -334,8 +358,8 @@ def long_runs(names: Mapping[str, str]) -> dict[str, reading.Finished]:
   return {called: by_log[name] for called, name in names.items()}
 
 
-def table_of_lengths(names: Mapping[str, str]) -> str:
-  """Best dev losses of runs planned for other lengths, and when they came."""
+def table_of_bests(names: Mapping[str, str], first: str) -> str:
+  """Best dev losses of the first seeds of some logs, and when they came."""
 
   def row(name: str, one: reading.Finished) -> list[str]:
     best = int(one.loss("all").argmin())
@@ -346,7 +370,7 @@ def table_of_lengths(names: Mapping[str, str]) -> str:
     ]
 
   return tables.table(
-    ["system, planned for", "best at", *reading.BANDS],
+    [first, "best at", *reading.BANDS],
     (row(name, one) for name, one in long_runs(names).items()),
   )
 
@@ -409,9 +433,9 @@ TABLES: Mapping[str, Any] = {
   "half updates, fixed 5": lambda: tables.factors(
     halved(), "steps", "base_static_5"
   ),
-  "long runs": lambda: table_of_lengths(LONG),
+  "long runs": lambda: table_of_bests(LONG, "system, planned for"),
   "long arrivals": table_of_arrivals,
-  "half runs": lambda: table_of_lengths(HALF),
+  "half runs": lambda: table_of_bests(HALF, "system, planned for"),
   "AdamW updates": lambda: tables.factors(runs("adamw"), "steps"),
   "AdamW updates, fixed 5": lambda: tables.factors(
     runs("adamw"), "steps", "base_static_5"
@@ -425,6 +449,7 @@ TABLES: Mapping[str, Any] = {
   ),
   "claim losses": lambda: tables.losses(both()),
   "half arrivals": table_of_half_arrivals,
+  "parts": lambda: table_of_bests(PARTS, "other than the recipe"),
   "claim BLEU": lambda: tables.scores(both(), 1, 0),
   "claim chrF++": lambda: tables.scores(both(), 1, 1),
   "claim significance": lambda: tables.significance(significance("base")),
