@@ -239,11 +239,12 @@ def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, Any]:
 
 # Kernels that the compiler need not search for. On an H200 the study's sparse
 # step is compiled in 12.0 seconds with both options, in 19.3 with the first one
-# only, and takes 15.27 ms in place of 15.72.
+# only. Steps are 3 to 5% shorter with widths of 384 to 1024
+# (docs/performance.md).
 _GPU_OPTIONS = {
   # Whether kernels that are no products run faster as Triton's.
   "xla_gpu_experimental_enable_fusion_autotuner": False,
-  # Products by Triton beside cuBLAS's. Not measured with D = 512 and 1024.
+  # Products by Triton beside cuBLAS's.
   "xla_gpu_enable_triton_gemm": False,
 }
 
