@@ -126,6 +126,8 @@ def test_modules_of_the_working_directory_are_found(tmp_path, monkeypatch):
     ("LOG_STEPS = = 4", "line 2"),
     ("steps.Settings.tran_steps = 4", "did you mean train_steps?"),
     ("TEMPERATURE = @heating.lineal()", "did you mean heating.linear?"),
+    # Nothing has named it before.
+    ("S = @cosine_decy()", "did you mean optimizer.cosine_decay?"),
     ("LOG_STEP = 4", "LOG_STEP: nothing uses .* mean LOG_STEPS?"),
   ],
 )

@@ -11,8 +11,10 @@ import collections.abc
 import dataclasses
 import difflib
 import functools
+import itertools
 import re
 import reprlib
+import sys
 import types
 import typing
 from collections.abc import Iterable, Iterator, Mapping
@@ -103,11 +105,22 @@ def nearest(message: str) -> str:
     near = difflib.get_close_matches(parameter[2], known, 1)
   else:
     unknown = re.search(
-      r"(?:matching reference '@|matching '|selector )([\w./]+)", message
+      r"(?:matching reference '@|matching '|selector |^')([\w./]+)", message
     )
     wanted = unknown[1].rpartition("/")[2] if unknown else ""
-    near = difflib.get_close_matches(wanted, names, 1)
+    modules = {wrapped.__module__ for wrapped in names.values()}
+    known = [*names, *itertools.chain(*map(_public, modules))]
+    near = difflib.get_close_matches(wanted, known, 1)
   return near[0] if near else ""
+
+
+def _public(module: str) -> list[str]:
+  """What gin could know of a module of which it knows something."""
+  return [
+    f"{module.removeprefix('basemt_jax.')}.{name}"
+    for name, value in vars(sys.modules[module]).items()
+    if getattr(value, "__module__", "") == module and not name.startswith("_")
+  ]
 
 
 # --------------------------------------------------------------- macros
