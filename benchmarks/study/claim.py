@@ -74,7 +74,7 @@ HALF = {
 # What differs from the recipe, in runs planned for 2,500 updates.
 PARTS = {
   "nothing": "half_m85_top_2",
-  "no averaged weights (cut off at 2,400)": "half_without_averages",
+  "no averaged weights": "half_without_averages",
   "AdamW, from 0.003": "half_with_adamw",
   "top 2.5": "half_m85_top_2.5",
   "top 3": "half_m85_d5_w3",
