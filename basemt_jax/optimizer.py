@@ -44,7 +44,8 @@ def adamw(
     b1: Decay of the mean of gradients.
     b2: Decay of the mean of squared gradients.
     eps: Added to the root.
-    weight_decay: Per step and unit of learning rate; matrices only.
+    weight_decay: Per step and unit of learning rate; of arrays with two
+      axes or more.
     max_grad_norm: Global norm gradients are clipped to; None: not clipped.
     moments: Type in which both means are kept between steps. In bfloat16 they
       are rounded up or down at random, so that small changes are kept on
@@ -381,7 +382,8 @@ def _chain(
   if max_grad_norm is not None:
     parts.insert(0, _clip_by_global_norm(max_grad_norm))
   if weight_decay:
-    # Norm scales, gates and prices of experts are not matrices.
+    # Norm scales, gates and prices are not; experts' stacked norm scales and
+    # centroids, [E, D], are taken for such, as in all that was measured.
     def matrices(params: Tree) -> Tree:
       return jax.tree.map(lambda p: p.ndim >= 2, params)
 
