@@ -105,9 +105,12 @@ def nearest(message: str) -> str:
     near = difflib.get_close_matches(parameter[2], known, 1)
   else:
     unknown = re.search(
-      r"(?:matching reference '@|matching '|selector |^')([\w./]+)", message
+      r"(?:matching reference '@|matching '|selector )([\w./]+)"
+      r"|^'([\w./]+)' was not provided",
+      message,
     )
-    wanted = unknown[1].rpartition("/")[2] if unknown else ""
+    name = (unknown[1] or unknown[2]) if unknown else ""
+    wanted = name.rpartition("/")[2]
     modules = {wrapped.__module__ for wrapped in names.values()}
     known = [*names, *itertools.chain(*map(_public, modules))]
     near = difflib.get_close_matches(wanted, known, 1)
