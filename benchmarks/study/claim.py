@@ -28,6 +28,17 @@ MUON = {
   "base_static_5": "base_static_5_m85",
   "recommended": "recipe_m85",
 }
+# The same in runs planned for 10,000 updates.
+TWICE = {
+  "base": "base_m85_10000",
+  "base_static_5": "base_static_5_m85_10000",
+  "recommended": "recipe_m85_10000",
+}
+TWICE_MORE_DROPOUT = {
+  "base, dropout 0.1": "base_m85_10000_d1",
+  "base_static_5, dropout 0.1": "base_static_5_m85_10000_d1",
+  "recommended, dropout 0.1": "recipe_m85_10000_d1",
+}
 # Other settings, given to all three: a decay of 0.6, a momentum of 0.9; before
 # that a momentum of 0.95 and a dropout of 0.1, first with the cosine (each at
 # the best rate tried), then with the inverse square root.
@@ -63,20 +74,37 @@ LONG = {
   "recommended, 10,000, 0.003": "slowly_back_muon_10000",
   "recommended, 10,000": "recommended_10000",
 }
-HALF = {
-  "base, 5,000": "base_m85",
-  "base_static_5, 5,000": "base_static_5_m85",
-  "recommended, 5,000": "recipe_m85",
-  "recommended, 2,500": "half_m85_top_2",
-  "recommended, 2,500, before": "recommended_2500_cosine",
-  "recommended, 2,500, square root": "recommended_2500",
+# The recipe planned for half of the updates of the baselines, by theirs.
+HALF_OF = {
+  10_000: {
+    "base, 10,000": "base_m85_10000",
+    "base_static_5, 10,000": "base_static_5_m85_10000",
+    "recommended, 5,000": "recipe_m85",
+  },
+  5000: {
+    "base, 5,000": "base_m85",
+    "base_static_5, 5,000": "base_static_5_m85",
+    "recommended, 2,500": "half_m85_top_2",
+  },
+}
+LENGTHS = {
+  **HALF_OF[10_000],
+  "recommended, 10,000": "recipe_m85_10000",
+  **HALF_OF[5000],
 }
 # What differs from the recipe, in runs planned for 2,500 updates.
 PARTS = {
   "nothing": "half_m85_top_2",
   "no averaged weights": "half_without_averages",
   "AdamW, from 0.003": "half_with_adamw",
+  "top 1.5": "half_m85_top_1.5",
   "top 2.5": "half_m85_top_2.5",
+  "back to 1": "half_m85_top_2_to_1",
+  "from 0.012": "half_m85_12",
+  "no decay of norm scales and centroids": "half_m85_spared",
+}
+# The same of earlier recipes.
+EARLIER_PARTS = {
   "top 3": "half_m85_d5_w3",
   "top 3, momentum 0.9": "half_m90_d5_w3",
   "top 3, momentum 0.9, decay 0.6": "half_m90_d5_w6",
@@ -95,7 +123,6 @@ PARTS = {
   "the same, top 4, back to 2": "half_top_4",
   "the same, square root from 0.006, averages 0.999": "recommended_2500",
 }
-_HALF_RUN = {"recommended, 2,500": HALF["recommended, 2,500"]}
 # Milliseconds of a step, alone on an H100; the runs shared theirs by twos.
 #   python benchmarks/training_step.py --width 384 --experts 16 --length 64
 #     --vocabulary 8000 --shapes 6x256 --repeats 20 --optimizer NAME
@@ -145,10 +172,11 @@ def named(
   names: Mapping[str, str], name_of_set: str = SET
 ) -> dict[str, list[reading.Finished]]:
   """Whole runs by what a table calls them, from the names of their logs."""
+  by_seed = sorted(all_runs(name_of_set).values(), key=lambda one: one.seed)
   found = {
     system: [
       reading.with_seconds(one, STEP_MS[one.header["size"]["descent"]])
-      for one in all_runs(name_of_set).values()
+      for one in by_seed
       if one.header["name"] == name
       and one.steps[-1] == one.header["size"]["train_steps"]
     ]
@@ -158,16 +186,20 @@ def named(
 
 
 def halved() -> dict[str, list[reading.Finished]]:
-  """The baselines, and the recipe planned for half of their updates."""
-  baselines = {name: MUON[name] for name in BASELINES}
-  return named({**baselines, **_HALF_RUN})
+  """Baselines of 10,000 updates, and the recipe planned for half of them."""
+  baselines = {name: TWICE[name] for name in BASELINES}
+  return named({**baselines, "recommended, 5,000": MUON["recommended"]})
 
 
-def both() -> dict[str, list[reading.Finished]]:
-  """All runs of the claim, by system, settings and optimizer."""
+def twice() -> dict[str, list[reading.Finished]]:
+  """Runs planned for 10,000 updates, by system and dropout."""
+  return named({**TWICE, **TWICE_MORE_DROPOUT})
+
+
+def of_other_settings() -> dict[str, list[reading.Finished]]:
+  """Runs with AdamW and of earlier settings, by system."""
   return {
     **{f"{system}, AdamW": own for system, own in runs("adamw").items()},
-    **runs(),
     **named(OTHER_SETTINGS),
   }
 
@@ -177,12 +209,22 @@ def beside_adamw() -> dict[str, list[reading.Finished]]:
   return {**runs("adamw"), "recommended": runs()["recommended"]}
 
 
-def significance(other: str) -> dict[str, dict[str, int]]:
-  """Directions of each band that are better, worse and alike, by system.
+def significance() -> dict[str, dict[str, int]]:
+  """Directions of each band that are better, worse and alike: the recipe's.
 
-  Those with Muon, against one with Muon.
+  With 5,000 and 10,000 updates and half of them, against each other system.
   """
-  return outcomes(SET, {**MUON, **_HALF_RUN}, MUON[other])
+  found = {}
+  for lengths, own, others in (
+    ("5,000", MUON, MUON),
+    ("10,000", TWICE, TWICE),
+    ("5,000 to 10,000", MUON, TWICE),
+  ):
+    for name, log in others.items():
+      if name != "recommended":
+        counts = outcomes(SET, {name: own["recommended"]}, log)
+        found.update({f"{lengths}, {k}": v for k, v in counts.items()})
+  return found
 
 
 def outcomes(
@@ -208,8 +250,9 @@ def summary() -> dict[str, Any]:
   """What README and docs quote, by optimizer, system and band."""
   return {
     **{descent: summary_of(runs(descent)) for descent in STEP_MS},
+    "muon, 10,000 updates": summary_of(twice()),
+    "muon, half of 10,000 updates": summary_of(halved()),
     "muon, other settings": summary_of({**runs(), **named(OTHER_SETTINGS)}),
-    "muon, half of the updates": summary_of(halved()),
   }
 
 
@@ -404,23 +447,28 @@ def table_of_arrivals() -> str:
 
 
 def table_of_half_arrivals() -> str:
-  """When each baseline reaches what the recipe has after 2,500 updates."""
-  found = halved()
-  targets = [one.loss("all").min() for one in found["recommended, 2,500"]]
-  target = float(np.mean(targets))
-
-  def row(name: str, one: reading.Finished) -> list[str]:
-    needed = compare.reached(one.steps, one.loss("all"), target)
-    return [
-      f"{name}, seed {one.seed}",
-      f"{one.loss('all').min():.3f}",
-      f"{target:.3f}",
-      f"{needed:,.0f}" if needed else "never",
-    ]
-
+  """When each baseline reaches what the recipe has with half of its updates."""
+  rows = []
+  for planned, names in HALF_OF.items():
+    *baselines, own = named(names).items()
+    target = float(np.mean([one.loss("all").min() for one in own[1]]))
+    for name, runs_of_it in baselines:
+      for one in runs_of_it:
+        needed = compare.reached(one.steps, one.loss("all"), target)
+        best = one.loss("all")
+        rows.append(
+          [
+            f"{name}, seed {one.seed}",
+            f"{best.min():.3f}",
+            f"{one.steps[best.argmin()]:,}",
+            f"{planned // 2:,}",
+            f"{target:.3f}",
+            f"{needed:,.0f}" if needed else "never",
+          ]
+        )
   return tables.table(
-    ["baseline, 5,000", "its best", "recipe, 2,500", "reached after"],
-    (row(name, one) for name in BASELINES for one in found[name]),
+    ["baseline", "its best", "at", "recipe, planned for", "has", "reached at"],
+    rows,
   )
 
 
@@ -429,13 +477,28 @@ TABLES: Mapping[str, Any] = {
   "claim updates, fixed 5": lambda: tables.factors(
     runs(), "steps", "base_static_5"
   ),
+  "half arrivals": table_of_half_arrivals,
   "half updates": lambda: tables.factors(halved(), "steps"),
   "half updates, fixed 5": lambda: tables.factors(
     halved(), "steps", "base_static_5"
   ),
+  "lengths": lambda: table_of_bests(LENGTHS, "system, planned for"),
+  "claim losses": lambda: tables.losses(runs()),
+  "claim BLEU": lambda: tables.scores(runs(), 1, 0),
+  "claim chrF++": lambda: tables.scores(runs(), 1, 1),
+  "twice losses": lambda: tables.losses(twice()),
+  "twice BLEU": lambda: tables.scores(twice(), 1, 0),
+  "twice chrF++": lambda: tables.scores(twice(), 1, 1),
+  "claim significance": lambda: tables.significance(significance()),
+  "parts": lambda: table_of_bests(PARTS, "other than the recipe"),
+  "earlier parts": lambda: table_of_bests(
+    EARLIER_PARTS, "other than the recipe"
+  ),
+  "other losses": lambda: tables.losses(of_other_settings()),
+  "other BLEU": lambda: tables.scores(of_other_settings(), 1, 0),
+  "other chrF++": lambda: tables.scores(of_other_settings(), 1, 1),
   "long runs": lambda: table_of_bests(LONG, "system, planned for"),
   "long arrivals": table_of_arrivals,
-  "half runs": lambda: table_of_bests(HALF, "system, planned for"),
   "AdamW updates": lambda: tables.factors(runs("adamw"), "steps"),
   "AdamW updates, fixed 5": lambda: tables.factors(
     runs("adamw"), "steps", "base_static_5"
@@ -446,23 +509,6 @@ TABLES: Mapping[str, Any] = {
   "plain updates": lambda: tables.factors(with_plain_baselines(), "steps"),
   "plain updates, fixed 5": lambda: tables.factors(
     with_plain_baselines(), "steps", "base_static_5"
-  ),
-  "claim losses": lambda: tables.losses(both()),
-  "half arrivals": table_of_half_arrivals,
-  "parts": lambda: table_of_bests(PARTS, "other than the recipe"),
-  "claim BLEU": lambda: tables.scores(both(), 1, 0),
-  "claim chrF++": lambda: tables.scores(both(), 1, 1),
-  "claim significance": lambda: tables.significance(significance("base")),
-  "claim significance, fixed 5": lambda: tables.significance(
-    significance("base_static_5")
-  ),
-  "claim significance, dense": lambda: tables.significance(
-    {
-      f"recommended, against {other}": outcomes(SET, MUON, MUON[other])[
-        "recommended"
-      ]
-      for other in ("dense", "dense_static_5", "dense_wide")
-    }
   ),
   "recipe runs": table_of_all,
   "quickstart schedules": table_of_quickstart,

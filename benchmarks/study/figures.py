@@ -57,7 +57,7 @@ def plot_losses(runs: Runs, axis: str, path: pathlib.Path) -> None:
     ax.grid(alpha=0.3)
   axes[0].set_ylabel("dev loss, nats per token")
   figure.legend(
-    *axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=6
+    *axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5
   )
   figure.savefig(path, metadata={"Date": None})
   plt.close(figure)
