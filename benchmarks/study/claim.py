@@ -76,6 +76,10 @@ LONG = {
 }
 # The recipe planned for half of the updates of the baselines, by theirs.
 HALF_OF = {
+  20_000: {
+    "base, 20,000, dropout 0.1": "base_m85_20000_d1",
+    "recommended, 10,000": "recipe_m85_10000",
+  },
   10_000: {
     "base, 10,000": "base_m85_10000",
     "base_static_5, 10,000": "base_static_5_m85_10000",
@@ -87,11 +91,7 @@ HALF_OF = {
     "recommended, 2,500": "half_m85_top_2",
   },
 }
-LENGTHS = {
-  **HALF_OF[10_000],
-  "recommended, 10,000": "recipe_m85_10000",
-  **HALF_OF[5000],
-}
+LENGTHS = {**HALF_OF[20_000], **HALF_OF[10_000], **HALF_OF[5000]}
 # What differs from the recipe, in runs planned for 2,500 updates.
 PARTS = {
   "nothing": "half_m85_top_2",
