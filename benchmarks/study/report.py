@@ -15,7 +15,14 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from benchmarks.study import claim, figures, other_data, reading, tables
+from benchmarks.study import (
+  claim,
+  figures,
+  other_data,
+  reading,
+  search,
+  tables,
+)
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
 SUMMARY = "benchmarks/study/summary.json"
@@ -70,6 +77,7 @@ TABLES: dict[str, Callable[[], str]] = {
   ),
   "settings tried": _settings_tried,
   **claim.TABLES,
+  **search.TABLES,
   **other_data.TABLES,
 }
 
@@ -91,8 +99,12 @@ def filled(text: str) -> str:
 
 
 def summary() -> dict[str, Any]:
-  """What README and docs quote: the claim by optimizer, and other data."""
-  return {**claim.summary(), "benchmarks": other_data.summary()}
+  """What README and docs quote: claim, search and other data."""
+  return {
+    **claim.summary(),
+    **search.summary(),
+    "other data": other_data.summary(),
+  }
 
 
 def main() -> None:
@@ -110,7 +122,7 @@ def main() -> None:
   figures.plot_experts(runs_of("earlier"), plots / "experts.svg")
   twice = claim.named(claim.TWICE)
   shown = {
-    "base, AdamW": claim.runs("adamw")["base"],
+    "base, AdamW": search.adamw()["base"],
     **claim.runs(),
     **{f"{system}, 10,000": own for system, own in twice.items()},
   }
