@@ -18,18 +18,28 @@ from matplotlib import pyplot as plt
 plt.rcParams["svg.hashsalt"] = "study"
 
 
-def colours(systems: Sequence[str]) -> dict[str, Any]:
-  """A colour for each system, the same in all plots."""
-  palette = plt.get_cmap("tab20")
-  return {system: palette(i % 20) for i, system in enumerate(systems)}
+def _styles(labels: Sequence[str]) -> dict[str, dict[str, Any]]:
+  """How each is drawn: 'base, 10,000' as 'base', but dashed."""
+  palette = plt.get_cmap("tab10")
+  found: dict[str, dict[str, Any]] = {}
+  for label in labels:
+    system, _, longer = label.partition(", ")
+    if longer[:1].isdigit() and system in found:
+      found[label] = {**found[system], "linestyle": "--"}
+    else:
+      found[label] = {"color": palette(len(found) % 10)}
+  return found
 
 
 def plot_losses(runs: Runs, axis: str, path: pathlib.Path) -> None:
-  """Dev loss of each band against updates or seconds; seeds are averaged."""
+  """Dev loss of each band against updates or seconds; seeds are averaged.
+
+  What is named 'SYSTEM, UPDATES' after a system is a longer run of it.
+  """
   figure, axes = plt.subplots(
     1, len(BANDS), figsize=(16, 4.6), layout="constrained"
   )
-  shades = colours(list(runs))
+  styles = _styles(list(runs))
   for ax, band in zip(axes, BANDS, strict=True):
     for system, own in runs.items():
       common = functools.reduce(np.intersect1d, [r.steps for r in own])
@@ -38,13 +48,13 @@ def plot_losses(runs: Runs, axis: str, path: pathlib.Path) -> None:
         [getattr(r, axis)[a] for r, a in zip(own, at, strict=True)], axis=0
       )
       curves = np.array([r.loss(band)[a] for r, a in zip(own, at, strict=True)])
-      ax.plot(x, curves.mean(axis=0), label=system, color=shades[system])
+      ax.plot(x, curves.mean(axis=0), label=system, **styles[system])
       if len(own) > 1:
         ax.fill_between(
           x,
           curves.min(axis=0),
           curves.max(axis=0),
-          color=shades[system],
+          color=styles[system]["color"],
           alpha=0.15,
           linewidth=0,
         )
