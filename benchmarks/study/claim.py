@@ -211,7 +211,8 @@ def _summary(
 ) -> dict[str, Any]:
   own = found_runs[system]
   found: dict[str, Any] = {
-    "dev_loss": _spread([float(one.loss(band).min()) for one in own])
+    "dev_loss": _spread([float(one.loss(band).min()) for one in own]),
+    "dev_loss_at_end": _spread([float(one.loss(band)[-1]) for one in own]),
   }
   for baseline in BASELINES:
     for axis in ("steps", "seconds"):
