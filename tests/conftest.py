@@ -47,3 +47,13 @@ def registries():
   yield
   seqio.TaskRegistry._REGISTRY = tasks
   seqio.MixtureRegistry._REGISTRY = mixes
+
+
+@pytest.fixture
+def clean_gin():
+  """A test finds no bindings of Gin, and leaves none."""
+  import gin
+
+  gin.clear_config()
+  yield
+  gin.clear_config()
