@@ -29,7 +29,15 @@ gc.set_threshold(100_000, 20, 20)
 
 # A worker takes a file at a time. Those that take longest come first, so that
 # all workers end together.
-LONG = ["kill", "trainer", "t5x_adapter", "multi_process", "steps", "cli"]
+LONG = [
+  "kill",
+  "trainer",
+  "phases",
+  "t5x_adapter",
+  "multi_process",
+  "steps",
+  "cli",
+]
 
 
 def pytest_collection_modifyitems(items):

@@ -49,3 +49,19 @@ def test_closed_prefetcher_leaves_no_thread():
     with pytest.raises(StopIteration):
       next(ahead)
   assert threading.active_count() == before
+
+
+def test_batches_are_put_in_place_by_the_thread_that_reads_them():
+  names = []
+
+  def place(batch):
+    names.append(threading.current_thread().name)
+    if batch == 3:
+      raise ValueError("no place for 3")
+    return 2 * batch
+
+  with prefetch.Prefetcher(iter([1, 2, 3]), place=place) as ahead:
+    assert [next(ahead), next(ahead)] == [(2, None), (4, None)]
+    with pytest.raises(ValueError, match="no place for 3"):
+      next(ahead)
+  assert names == ["prefetch_0"] * 3
