@@ -19,7 +19,7 @@ from basemt_jax import (
   steps,
 )
 from basemt_jax import run as run_lib
-from basemt_jax.data import packing, row_store, vocabulary
+from basemt_jax.data import languages, packing, row_store, vocabulary
 
 DENSE = model.TransformerConfig(
   vocab_size=384,
@@ -66,6 +66,7 @@ REAL = metrics.Metric(
 LAYOUT = packing.RowLayout(32, 24)
 PAIRS = {"de-en": 60, "en-de": 60, "en-fr": 24}
 DIRECTIONS = tuple(sorted(PAIRS))
+BANDS = languages.BandThresholds(high=100, low=50)
 
 
 def settings(train_steps=4, **changes):
