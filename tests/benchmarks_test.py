@@ -25,6 +25,8 @@ from basemt_jax import cli, heating, sampling, steps
 from basemt_jax.data import mixtures, store_building, task_cache
 from tasks import ml50, opus100, wmt15
 
+pytestmark = pytest.mark.usefixtures("registries")
+
 ROOT = pathlib.Path(__file__).parent.parent
 MODEL = ROOT / "tasks/cldr.model"
 BENCHMARKS = {"wmt15": 15, "ml50": 51, "opus100": 99}
@@ -35,16 +37,6 @@ SHARES = {
   "de": (2.25, 5.31, 6.83),
   "gu": (0.08, 0.99, 3.49),
 }
-
-
-@pytest.fixture(autouse=True)
-def _registries():
-  """Every test registers what it needs, and leaves what there was."""
-  tasks = dict(seqio.TaskRegistry._REGISTRY)
-  mixes = dict(seqio.MixtureRegistry._REGISTRY)
-  yield
-  seqio.TaskRegistry._REGISTRY = tasks
-  seqio.MixtureRegistry._REGISTRY = mixes
 
 
 @pytest.fixture(scope="module")

@@ -15,6 +15,8 @@ from basemt_jax import cli, conversion, heating, training, translation
 from basemt_jax import run as run_lib
 from basemt_jax.commands import checks, configuration
 
+pytestmark = pytest.mark.usefixtures("clean_gin")
+
 ROOT = pathlib.Path(__file__).parent.parent
 MACROS = re.findall(
   r"^([A-Z_]+) = ",
@@ -53,12 +55,6 @@ FITS = {
   "DROPOUT_RATE": {"0", "0.5"},
   "LEARNING_RATE": {"0.5"},
 }
-
-
-@pytest.fixture(autouse=True)
-def clean_gin():
-  yield
-  gin.clear_config()
 
 
 GIVEN = (

@@ -20,6 +20,8 @@ from basemt_jax import run as run_lib
 from basemt_jax.commands import configuration
 from basemt_jax.inspection import results
 
+pytestmark = pytest.mark.usefixtures("clean_gin")
+
 ROOT = pathlib.Path(__file__).parent.parent
 CONFIG = (
   """
@@ -40,12 +42,6 @@ translation.SearchOptions.max_target_length = 4
 """
   + toy.NETWORK_GIN
 )
-
-
-@pytest.fixture(autouse=True)
-def clean_gin():
-  yield
-  gin.clear_config()
 
 
 @pytest.fixture

@@ -18,11 +18,7 @@ from basemt_jax import cli, files, processes
 from basemt_jax.commands import configuration, console, flags
 from basemt_jax.inspection import tables
 
-
-@pytest.fixture(autouse=True)
-def clean_gin():
-  yield
-  gin.clear_config()
+pytestmark = pytest.mark.usefixtures("clean_gin")
 
 
 def sentence(*bindings, **options):

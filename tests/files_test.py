@@ -16,17 +16,10 @@ from hypothesis import strategies as st
 from basemt_jax.data import normalisation, parallel_text, vocabulary
 from tasks import files
 
+pytestmark = pytest.mark.usefixtures("registries")
+
 GOOD = "Hello\tHallo\n"
 PACK = {".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress}
-
-
-@pytest.fixture(autouse=True)
-def _clean_registries():
-  yield
-  for registry in (seqio.TaskRegistry, seqio.MixtureRegistry):
-    for name in list(registry.names()):
-      if name.startswith("files."):
-        registry.remove(name)
 
 
 def write(folder, contents):

@@ -1,5 +1,6 @@
 """The claim: which runs it rests on, its tables, and `summary.json`."""
 
+import collections
 import dataclasses
 import functools
 import json
@@ -150,40 +151,41 @@ def twice() -> dict[str, list[reading.Finished]]:
 
 
 def significance() -> dict[str, dict[str, int]]:
-  """Directions of each band that are better, worse and alike: the recipe's.
+  """Directions in which the recipe is better, worse and alike.
 
   With 5,000 and 10,000 updates and half of them, against each other system.
   """
-  found = {}
-  for lengths, own, others in (
-    ("5,000, against", MUON, MUON),
-    ("10,000, against", TWICE, TWICE),
-    ("5,000, against 10,000 of", MUON, TWICE),
-  ):
-    for name, log in others.items():
-      if name != "recommended":
-        counts = outcomes(SET, {name: own["recommended"]}, log)
-        found.update({f"{lengths} {k}": v for k, v in counts.items()})
-  return found
+  own, twice = MUON["recommended"], TWICE["recommended"]
+  baselines = {name: TWICE[name] for name in BASELINES}
+  return {
+    **compared(own, MUON, "5,000, against"),
+    **compared(twice, TWICE, "10,000, against"),
+    **compared(own, baselines, "5,000, against 10,000 of"),
+  }
 
 
-def outcomes(
-  name_of_set: str, names: Mapping[str, str], other: str
+def compared(
+  own: str, others: Mapping[str, str], words: str, name_of_set: str = SET
 ) -> dict[str, dict[str, int]]:
-  """Directions of each band that are better, worse and alike than a baseline.
+  """Directions of each band that are better, worse and alike.
 
-  By what a table calls the systems, from the names of their logs; `other` is
-  one, too.
+  Of the runs that log `own` names against those of each other one, by what a
+  table calls these: `words` and the system.
   """
   bands = next(iter(all_runs(name_of_set).values())).bands
-  systems = {name: system for system, name in names.items()}
-  found: dict[str, dict[str, int]] = {s: {} for s in systems.values()}
-  for record in _score_records(name_of_set):
-    if record.get("against") == other and record["run"] in systems:
-      counts = found[systems[record["run"]]]
-      key = f"{bands[record['test']]} {record['outcome']}"
-      counts[key] = counts.get(key, 0) + 1
-  return {system: counts for system, counts in found.items() if counts}
+  found = {}
+  for system, log in others.items():
+    if log == own:
+      continue
+    outcomes = collections.Counter(
+      f"{bands[record['test']]} {record['outcome']}"
+      for record in _score_records(name_of_set)
+      if record["run"] == own and record.get("against") == log
+    )
+    if not outcomes:
+      raise ValueError(f"{name_of_set}: {own} was not compared with {log}")
+    found[f"{words} {system}"] = dict(outcomes)
+  return found
 
 
 def summary() -> dict[str, Any]:

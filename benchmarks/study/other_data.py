@@ -32,12 +32,8 @@ def significance(
   name_of_set: str, names: Mapping[str, str] = SYSTEMS
 ) -> dict[str, dict[str, int]]:
   """Directions in which the recipe is better or worse than each other."""
-  found = {}
-  for other, log in names.items():
-    counts = claim.outcomes(name_of_set, names, log).get("recommended")
-    if counts:
-      found[f"recommended, against {other}"] = counts
-  return found
+  own = names["recommended"]
+  return claim.compared(own, names, "recommended, against", name_of_set)
 
 
 def summary() -> dict[str, Any]:
