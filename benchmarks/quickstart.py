@@ -1,4 +1,4 @@
-"""The paper's five systems on the quickstart: two CPU cores, no data to get.
+"""The paper's systems on the quickstart: two CPU cores, no data to get.
 
     PYTHONPATH=. python benchmarks/quickstart.py --logs runs/quickstart_logs
     PYTHONPATH=. python benchmarks/study/reading.py quickstart \
@@ -30,6 +30,9 @@ SYSTEMS = {
   "base_heated": _SCRATCH,
   "base_dense_pretrained": _UNHEATED,
   "base_heated_dense_pretrained": [],
+  # Both remedies, with less heat.
+  "top_2": ["TOP_TEMPERATURE=2", "END_TEMPERATURE=2"],
+  "top_2_back_to_1.5": ["TOP_TEMPERATURE=2", "END_TEMPERATURE=1.5"],
 }
 SEEDS = range(3)
 

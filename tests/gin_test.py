@@ -18,6 +18,8 @@ from basemt_jax import model as model_lib
 from basemt_jax.commands import configuration
 from basemt_jax.data import languages
 
+pytestmark = pytest.mark.usefixtures("clean_gin")
+
 ROOT = pathlib.Path(__file__).parent.parent
 MODELS = ["tiny", "base", "big"]
 SYSTEMS = [
@@ -45,12 +47,6 @@ T5X = [
   "pretrain_base",
 ]
 STEPS = 1000
-
-
-@pytest.fixture(autouse=True)
-def clean_gin():
-  yield
-  gin.clear_config()
 
 
 def configured(files, *bindings):
@@ -327,14 +323,17 @@ def test_the_quickstart_is_measured_as_each_system(monkeypatch, tmp_path):
   for name in quickstart.SYSTEMS:
     run, config = with_network(quickstart.run_of(name, 2, tmp_path))
     assert (run.settings.seed, run.data_seed) == (2, 2)
-    steps_and_heat = (run.settings.dense_steps, temperatures(run)[-1])
+    heat = temperatures(run)
+    steps_and_heat = (run.settings.dense_steps, max(heat), heat[-1])
     found[name] = (config.feed_forward, *steps_and_heat)
   assert found == {
-    "dense": ("dense", 0, 1),
-    "base": ("experts", 0, 1),
-    "base_heated": ("experts", 0, 2),
-    "base_dense_pretrained": ("experts", 36, 1),
-    "base_heated_dense_pretrained": ("experts", 36, 2),
+    "dense": ("dense", 0, 1, 1),
+    "base": ("experts", 0, 1, 1),
+    "base_heated": ("experts", 0, 3.5, 2),
+    "base_dense_pretrained": ("experts", 36, 1, 1),
+    "base_heated_dense_pretrained": ("experts", 36, 3.5, 2),
+    "top_2": ("experts", 36, 2, 2),
+    "top_2_back_to_1.5": ("experts", 36, 2, 1.5),
   }
 
 
@@ -345,7 +344,7 @@ def test_the_quickstarts_logs_are_of_its_present_recipe(monkeypatch, tmp_path):
   found = reading.read_set(reading.LOGS / "quickstart.jsonl.xz")
   measured = [(one.system, one.seed) for one in found]
   assert len(set(measured)) == len(measured)
-  for name in ("base", "base_heated", "base_heated_dense_pretrained"):
+  for name in set(quickstart.SYSTEMS) - {"dense", "base_dense_pretrained"}:
     assert {(name, seed) for seed in quickstart.SEEDS} <= set(measured)
   for header in (one.header for one in found):
     run = quickstart.run_of(header["system"], header["seed"], tmp_path)

@@ -265,10 +265,13 @@ def size_changes(one: Finished, like: Finished) -> dict[str, Any]:
 
 
 def grouped(runs: Iterable[Finished]) -> dict[str, list[Finished]]:
-  """Runs by system, in the order of `systems.SYSTEMS`, then by seed."""
+  """Runs by system, in the order of `systems.SYSTEMS`, then by seed.
+
+  Systems that are not of the study come last.
+  """
   found: dict[str, list[Finished]] = {name: [] for name in systems.SYSTEMS}
   for one in runs:
-    found[one.system].append(one)
+    found.setdefault(one.system, []).append(one)
   return {k: sorted(v, key=lambda r: r.seed) for k, v in found.items() if v}
 
 
