@@ -65,6 +65,7 @@ packed = st.lists(
 )
 
 
+@hypothesis.example((20, 33, 24), [[], [], []], [[13], [], [18]], True, 100, 27)
 @hypothesis.settings(max_examples=40, deadline=None)
 @hypothesis.given(
   st.sampled_from(SHAPES),
@@ -84,9 +85,18 @@ def test_outputs_and_gradients_are_the_plain_ones(
   ]
   found = with_gradients(fused, heads, segments, towards, causal)
   expected = with_gradients(plain, heads, segments, towards, causal)
-  for ours, theirs in zip(found, expected, strict=True):
-    scale = np.abs(theirs).max()
-    np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=2e-5 * scale)
+  with jax.enable_x64(True):
+    doubled = jax.tree.map(lambda x: np.asarray(x, np.float64), heads)
+    exact = with_gradients(plain, doubled, segments, towards, causal)
+  every = (map(np.asarray, each) for each in (found, expected, exact))
+  for ours, theirs, true in zip(*every, strict=True):
+    # High scores leave of a gradient what float32 rounds away: there it is
+    # as near to the exact one as the plain attention's in float32.
+    rounded = 2 * np.abs(theirs - true).max()
+    scale = np.abs(true).max()
+    np.testing.assert_allclose(
+      ours, true, rtol=1e-4, atol=max(2e-5 * scale, rounded)
+    )
 
 
 def test_queries_that_see_nothing_see_all_keys_alike():
